@@ -1,0 +1,294 @@
+"""The layer in closed form with PyTorch operations only: the "torch" backend.
+
+The forward never forms the dense weight W' and the backward never forms a dense gradient. With
+
+    V = W0 + s·B·A        a = m_r / ‖·‖_row        g = m_c / ‖·‖_col        (a row is an output, a column an input)
+
+    (1) u  = s·(drop(x)⊙g)·Aᵀ                 [M, R]
+    (2) y  = a⊙[ (x⊙g)·W0ᵀ + u·Bᵀ ] + bias    [M, N]
+    (3) v  = s·(dy⊙a)·B                       [M, R]
+    (4) dx = g⊙[ (dy⊙a)·W0 + drop'(v·A) ]     [M, K]
+    (5) S  = Σ_m dy⊙(y − bias)  [N]           D  = Σ_m dx⊙x  [K]
+    (6) dB = a⊙(dyᵀ·u)                        dA = g⊙(vᵀ·drop(x))
+    (7) dm_r = S / m_r                        dm_c = D / m_c
+
+The exact gradient adds the paths through the norms. "First" is the axis normalized first (rows for row_col, columns
+for col_row). V is then [first, second] with factors P [first, R] and Q [second, R], and both orders are one formula:
+
+    (8)  κ = −S_second / second_norm²         w = V²·κ           S'_first = S_first + first_scale²⊙w
+    (9)  λ = −S'_first / first_norm²          dm_first = S'_first / m_first
+    (10) dP += s·[ first_scale²⊙(V·(κ⊙Q)) + λ⊙(V·Q) ]
+    (11) dQ += s·[ κ⊙(Vᵀ·(first_scale²⊙P)) + Vᵀ·(λ⊙P) ]
+
+Source: BoRA, arXiv 2412.06441, section 3; the detached convention is DoRA, arXiv 2402.09353, section 4.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .plan import Needs, Scales, accumulation_dtype, separate_product, zero_stand_in
+
+_CHUNK_ELEMENTS = 1 << 22  # V is made in blocks of rows of at most this many elements: 16 MiB in float32
+_DITHER_ROW, _DITHER_COL = 0xC13FA9A9, 0x91E10DA5  # steps of the two-dimensional R2 sequence, in units of 2⁻³²
+_DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of a float32 mantissa
+
+
+def compute_scales(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude_row: Tensor | None,
+    magnitude_col: Tensor | None,
+    *,
+    scaling: float,
+    norm_order: str,
+    eps: float,
+) -> Scales:
+    """Norms and scales of the adapted weight, in float32 (float64 for a float64 weight)."""
+    if magnitude_row is None:
+        return Scales(None, None, None, None)
+    rows_first = norm_order == "row_col" or magnitude_col is None
+    dtype = accumulation_dtype(weight.dtype)
+    V, P, Q = _first_second(weight, lora_A, lora_B, rows_first)
+    m_first, m_second = (magnitude_row, magnitude_col) if rows_first else (magnitude_col, magnitude_row)
+    first_norm = torch.empty(V.shape[0], dtype=dtype, device=weight.device)
+    second_squares = torch.zeros(V.shape[1], dtype=dtype, device=weight.device)
+    for rows, V_rows in _blocks(V, P, Q, scaling, dtype):
+        first_norm[rows] = torch.linalg.vector_norm(V_rows, dim=1).clamp_min(eps)
+        if m_second is not None:
+            H = (m_first[rows] / first_norm[rows])[:, None] * V_rows
+            second_squares += H.square().sum(0)
+    first_scale = m_first.to(dtype) / first_norm
+    if m_second is None:
+        return Scales(first_norm, None, first_scale, None)
+    second_norm = second_squares.sqrt().clamp_min(eps)
+    second_scale = m_second.to(dtype) / second_norm
+    if rows_first:
+        return Scales(first_norm, second_norm, first_scale, second_scale)
+    return Scales(second_norm, first_norm, second_scale, first_scale)
+
+
+def effective_weight(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude_row: Tensor | None,
+    magnitude_col: Tensor | None,
+    *,
+    scaling: float,
+    norm_order: str,
+    eps: float,
+) -> Tensor:
+    """W' = diag(a)·V·diag(g), made in blocks of rows in float32 and rounded once to the weight's dtype."""
+    scales = compute_scales(
+        weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling=scaling, norm_order=norm_order, eps=eps
+    )
+    merged = torch.empty_like(weight)
+    for rows, V in _blocks(weight, lora_B, lora_A.T, scaling, accumulation_dtype(weight.dtype)):
+        if scales.row_scale is not None:
+            V = scales.row_scale[rows, None] * V
+        merged[rows] = V if scales.col_scale is None else V * scales.col_scale
+    return merged
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scales: Scales,
+    bias: Tensor | None,
+    keep: Tensor | None,
+    *,
+    scaling: float,
+    dropout_p: float,
+    save_product: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Equations (1) and (2): the output [M, N], the product before the bias where it is kept apart, and u [M, R]."""
+    u = _project(_dropped(x, keep, dropout_p), lora_A, scales.col_scale, scaling)  # (1)
+    x_scaled = _fold(x, scales.col_scale)
+    product = (x_scaled @ weight.to(x.dtype).T).to(u.dtype) + _split_matmul(u.to(x.dtype), lora_B.T)  # (2)
+    stand_in = zero_stand_in(x.dtype)
+    apart = separate_product(x.dtype, bias)
+    y = _scaled(product, scales.row_scale, 0.0 if apart else stand_in)
+    if bias is not None:
+        y = y + bias
+    kept = _scaled(product, scales.row_scale, stand_in).to(x.dtype) if apart and save_product else None
+    return y.to(x.dtype), kept, u
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude_row: Tensor | None,
+    magnitude_col: Tensor | None,
+    scales: Scales,
+    product: Tensor,
+    u: Tensor,
+    keep: Tensor | None,
+    *,
+    scaling: float,
+    norm_order: str,
+    detach_norm: bool,
+    dropout_p: float,
+    eps: float,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Equations (3) to (11): the gradients of x, lora_A, lora_B, magnitude_row and magnitude_col."""
+    needs_S, needs_D = needs.sums(scales, norm_order, detach_norm)
+    acc = u.dtype
+    stand_in = zero_stand_in(x.dtype)
+    v = _project(dy, lora_B.T, scales.row_scale, scaling)  # (3)
+
+    dx = D = None
+    if needs.x or needs_D:
+        low_rank = _dropped(_split_matmul(v.to(x.dtype), lora_A), keep, dropout_p)
+        inner = (_fold(dy, scales.row_scale) @ weight.to(x.dtype)).to(acc) + low_rank
+        dx = _scaled(inner, scales.col_scale, 0.0 if separate_product(x.dtype, None) else stand_in).to(x.dtype)  # (4)
+        if needs_D:
+            D = (_scaled(inner, scales.col_scale, stand_in) * x).sum(0)  # (5)
+    S = (dy.to(acc) * product).sum(0) if needs_S else None  # (5)
+
+    dA = dB = None
+    if needs.lora_B:
+        dB = _scaled((dy.T @ u.to(dy.dtype)).T.to(acc), scales.row_scale, 0.0).T  # (6)
+    if needs.lora_A:
+        dA = _scaled((v.to(x.dtype).T @ _dropped(x, keep, dropout_p)).to(acc), scales.col_scale, 0.0)  # (6)
+
+    live_row, S_true = _live(magnitude_row, scales.row_norm, scales.row_scale, S, stand_in)
+    live_col, D_true = _live(magnitude_col, scales.col_norm, scales.col_scale, D, stand_in)
+    dm_row = S / live_row if needs_S else None  # (7)
+    dm_col = D / live_col if needs_D else None  # (7)
+
+    if needs.norm_paths(scales, norm_order, detach_norm):
+        rows_first = norm_order == "row_col" or magnitude_col is None
+        W, P, Q = _first_second(weight, lora_A, lora_B, rows_first)
+        row = (scales.row_norm, scales.row_scale, S_true)
+        col = (scales.col_norm, scales.col_scale, D_true)
+        path, dP, dQ = _norm_paths(W, P, Q, *(row + col if rows_first else col + row), scaling, eps)
+        dA_norm, dB_norm = (dQ.T, dP) if rows_first else (dP.T, dQ)
+        dA = dA + dA_norm if needs.lora_A else None
+        dB = dB + dB_norm if needs.lora_B else None
+        if rows_first and dm_row is not None:
+            dm_row = dm_row + path / live_row  # (9)
+        elif not rows_first and dm_col is not None:
+            dm_col = dm_col + path / live_col  # (9)
+
+    return (
+        dx if needs.x else None,
+        dA.to(lora_A.dtype) if needs.lora_A else None,
+        dB.to(lora_B.dtype) if needs.lora_B else None,
+        dm_row.to(magnitude_row.dtype) if needs.magnitude_row else None,
+        dm_col.to(magnitude_col.dtype) if needs.magnitude_col else None,
+    )
+
+
+def _norm_paths(
+    W: Tensor,  # [first, second]
+    P: Tensor,  # [first, R]
+    Q: Tensor,  # [second, R]
+    first_norm: Tensor,
+    first_scale: Tensor,
+    S_first: Tensor,
+    second_norm: Tensor | None,
+    second_scale: Tensor | None,
+    S_second: Tensor | None,
+    scaling: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Equations (8) to (11): first_scale²⊙w, and what the norms add to dP and dQ."""
+    acc = first_norm.dtype
+    P, Q = P.to(acc), Q.to(acc)
+    path = torch.zeros_like(first_norm)
+    dP, dQ = torch.empty_like(P), torch.zeros_like(Q)
+    if S_second is not None:
+        kappa = torch.where(second_norm > eps, -S_second / second_norm.square(), 0.0)
+    for rows, V in _blocks(W, P, Q, scaling, acc):
+        a2 = first_scale[rows].square()
+        if S_second is not None:
+            path[rows] = a2 * (V.square() @ kappa)  # (8)
+        lam = -(S_first[rows] + path[rows]) / first_norm[rows].square()  # (9)
+        lam = torch.where(first_norm[rows] > eps, lam, 0.0)[:, None]
+        dP[rows] = scaling * lam * (V @ Q)  # (10)
+        dQ += scaling * (V.T @ (lam * P[rows]))  # (11)
+        if S_second is not None:
+            dP[rows] += scaling * a2[:, None] * (V @ (kappa[:, None] * Q))
+            dQ += scaling * kappa[:, None] * (V.T @ (a2[:, None] * P[rows]))
+    return path, dP, dQ
+
+
+def _first_second(weight: Tensor, lora_A: Tensor, lora_B: Tensor, rows_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """W [first, second] and the factors P [first, R], Q [second, R]: views only."""
+    return (weight, lora_B, lora_A.T) if rows_first else (weight.T, lora_A.T, lora_B)
+
+
+def _blocks(W: Tensor, P: Tensor, Q: Tensor, scaling: float, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """V = W + s·P·Qᵀ in blocks of rows."""
+    Q_t = scaling * Q.to(dtype).T
+    step = max(1, _CHUNK_ELEMENTS // max(1, W.shape[1]))
+    for start in range(0, W.shape[0], step):
+        rows = slice(start, start + step)
+        yield rows, torch.addmm(W[rows].to(dtype), P[rows].to(dtype), Q_t)
+
+
+def _live(
+    magnitude: Tensor | None, norm: Tensor | None, scale: Tensor | None, total: Tensor | None, stand_in: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """The magnitude that a sum was made with, and the sum as the true magnitude makes it."""
+    if total is None:
+        return None, None
+    zero = scale == 0
+    return torch.where(zero, stand_in * norm, magnitude.to(norm.dtype)), torch.where(zero, 0.0, total)
+
+
+def _scaled(t: Tensor, scale: Tensor | None, stand_in: float) -> Tensor:
+    """t⊙scale over the last dimension, with ``stand_in`` where the scale is zero."""
+    return t if scale is None else t * torch.where(scale == 0, stand_in, scale)
+
+
+def _dropped(t: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
+    return t if keep is None else torch.where(keep, t / (1.0 - dropout_p), 0.0)
+
+
+def _project(t: Tensor, factor: Tensor, scale: Tensor | None, scaling: float) -> Tensor:
+    """s·(t⊙scale)·factorᵀ for t [M, C] and factor [R, C], accumulated in float32."""
+    acc = accumulation_dtype(t.dtype)
+    factor = factor.to(acc)
+    return scaling * _split_matmul(t, (factor if scale is None else factor * scale).T)
+
+
+def _split_matmul(t: Tensor, f: Tensor) -> Tensor:
+    """t·f in the accumulation dtype, with f as two half-precision terms, so that no small update of f is rounded away."""
+    acc = accumulation_dtype(t.dtype)
+    if t.dtype not in _DROPPED_BITS:
+        return t @ f.to(acc)
+    high = f.to(t.dtype)
+    low = (f.to(acc) - high.to(acc)).to(t.dtype)
+    return (t @ high).to(acc) + (t @ low).to(acc)
+
+
+def _fold(t: Tensor, scale: Tensor | None) -> Tensor:
+    """t⊙scale rounded to t's dtype with a fixed dither per element, which is unbiased and keeps exact values exact.
+
+    Rounding to the nearest would lose every scale within half an ulp of 1.
+    """
+    if scale is None:
+        return t
+    if t.dtype not in _DROPPED_BITS:
+        return t * scale.to(t.dtype)
+    bits = _DROPPED_BITS[t.dtype]
+    wide = t.float() * scale
+    steps = [
+        (torch.arange(n, device=t.device) * step).to(torch.int32)  # wraps modulo 2³²
+        for n, step in zip(t.shape, (_DITHER_ROW, _DITHER_COL), strict=True)
+    ]
+    noise = ((steps[0][:, None] + steps[1]) >> (32 - bits)) & ((1 << bits) - 1)
+    rounded = ((wide.view(torch.int32) + noise) & -(1 << bits)).view(torch.float32)
+    return torch.where(torch.isnan(wide), wide, rounded).to(t.dtype)

@@ -1,0 +1,228 @@
+"""``FusedBoraLinear`` and ``FusedDoraLinear``: drop-in replacements for ``torch.nn.Linear`` with a frozen weight."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from . import factored, ops
+from .autograd import bora_linear
+
+_EPS = 1e-12  # norms are clamped here, as in torch.nn.functional.normalize
+
+
+class FusedBoraLinear(nn.Module):
+    """A frozen linear layer fine-tuned with BoRA.
+
+        V  = weight + scaling·lora_B·lora_A        scaling = alpha / r  (alpha / √r with ``rslora``)
+        W' = diag(magnitude_row / ‖·‖_row)·V·diag(magnitude_col / ‖·‖_col)        y = x·W'ᵀ + bias
+
+    ``magnitude_row`` has an entry for each output feature, ``magnitude_col`` for each input feature. They start as the
+    norms of the weight and ``lora_B`` as 0, so that the layer starts as the frozen one.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        r: rank of the update, at least 1.
+        alpha: numerator of the scaling.
+        bias: whether the frozen layer has a bias.
+        dropout: probability on the input of the low-rank branch, in training mode.
+        norm_order: "row_col" (row norms first) or "col_row".
+        detach_norm: constants for norms in backward (DoRA, arXiv 2402.09353, section 4.3) instead of exact gradients.
+        rslora: scale by alpha / √r (arXiv 2312.03732).
+        device, dtype: of the frozen weight and bias.
+        adapter_dtype: of the trained parameters; float32 keeps small updates over a bfloat16 base.
+
+    Raises:
+        ValueError, TypeError: for an option out of range or a weight that cannot be read, before anything changes.
+
+    Source: BoRA, arXiv 2412.06441, section 3.
+    """
+
+    backend: str | None = None  # as in ``bora_linear``; None picks by device
+    _has_col = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 16,
+        alpha: float = 32,
+        *,
+        bias: bool = True,
+        dropout: float = 0.0,
+        norm_order: str = "row_col",
+        detach_norm: bool = False,
+        rslora: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+        linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self._setup(linear, r, alpha, dropout, norm_order, detach_norm, rslora, adapter_dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int = 16,
+        alpha: float = 32,
+        *,
+        dropout: float = 0.0,
+        norm_order: str = "row_col",
+        detach_norm: bool = False,
+        rslora: bool = False,
+        adapter_dtype: torch.dtype = torch.float32,
+    ) -> FusedBoraLinear:
+        """Adapt an existing layer: shares (and freezes) its weight and bias and copies nothing."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        self = cls.__new__(cls)
+        self._setup(linear, r, alpha, dropout, norm_order, detach_norm, rslora, adapter_dtype)
+        self.train(linear.training)
+        return self
+
+    def _setup(
+        self,
+        linear: nn.Linear,
+        r: int,
+        alpha: float,
+        dropout: float,
+        norm_order: str,
+        detach_norm: bool,
+        rslora: bool,
+        adapter_dtype: torch.dtype,
+    ) -> None:
+        if not isinstance(r, int) or r < 1:
+            raise ValueError(f"r must be an integer of at least 1, got {r!r}")
+        if not (isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point):
+            raise TypeError(f"adapter_dtype must be a floating-point dtype, got {adapter_dtype!r}")
+        scaling = alpha / (math.sqrt(r) if rslora else r)
+        ops.check_options(scaling=scaling, norm_order=norm_order, dropout_p=dropout, eps=_EPS)
+        ops.check_weight(linear.weight, "linear.weight")
+        if tuple(linear.weight.shape) != (linear.out_features, linear.in_features):
+            expected = [linear.out_features, linear.in_features]
+            raise ValueError(f"linear.weight must be {expected}, got {list(linear.weight.shape)} (packed or sharded)")
+
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.r, self.alpha, self.scaling = r, alpha, scaling
+        self.dropout, self.norm_order, self.detach_norm = dropout, norm_order, detach_norm
+        self.weight = linear.weight.requires_grad_(False)
+        self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
+        self.register_buffer("merged_weight", None, persistent=False)  # W' while merged; ``weight`` is always W0
+
+        adapter = {"device": linear.weight.device, "dtype": adapter_dtype}
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **adapter))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **adapter))
+        self.magnitude_row = nn.Parameter(torch.empty(self.out_features, **adapter))
+        self.magnitude_col = nn.Parameter(torch.empty(self.in_features, **adapter)) if self._has_col else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start the adapter anew over the present weight: A uniform (Kaiming), B zero, magnitudes the weight's norms.
+
+        The frozen weight is not touched. After ``to_empty`` load the weight first, then call this.
+        """
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+        norm_dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        self.magnitude_row.copy_(torch.linalg.vector_norm(self.weight, dim=1, dtype=norm_dtype))
+        if self.magnitude_col is not None:
+            self.magnitude_col.copy_(torch.linalg.vector_norm(self.weight, dim=0, dtype=norm_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x·W'ᵀ + bias for x [..., in_features]; returns [..., out_features]."""
+        if self.merged_weight is not None:
+            return nn.functional.linear(x, self.merged_weight, self.bias)
+        return bora_linear(
+            x,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            self.magnitude_row,
+            self.magnitude_col,
+            self.bias,
+            scaling=self.scaling,
+            norm_order=self.norm_order,
+            detach_norm=self.detach_norm,
+            dropout_p=self.dropout,
+            training=self.training,
+            eps=_EPS,
+            backend=self.backend,
+        )
+
+    @torch.no_grad()
+    def effective_weight(self) -> Tensor:
+        """W' [out_features, in_features], computed in float32 and rounded once to the weight's dtype; no gradient."""
+        return factored.effective_weight(
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            self.magnitude_row,
+            self.magnitude_col,
+            scaling=self.scaling,
+            norm_order=self.norm_order,
+            eps=_EPS,
+        )
+
+    @property
+    def merged(self) -> bool:
+        """Whether the layer runs on the merged weight."""
+        return self.merged_weight is not None
+
+    def merge(self) -> None:
+        """Run on W' as a plain linear layer until ``unmerge``; changes of the adapter have no effect meanwhile.
+
+        ``weight`` stays W0, in memory and in ``state_dict``, so that nothing is lost however often a layer is merged.
+        """
+        if not self.merged:
+            self.merged_weight = self.effective_weight()
+
+    def unmerge(self) -> None:
+        """Run on W0 and the adapter again. W0 was never changed."""
+        self.merged_weight = None
+
+    def to_linear(self) -> nn.Linear:
+        """A frozen ``torch.nn.Linear`` with the merged weight and the same bias, free of this package."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=self.weight.dtype
+        )
+        linear.weight = nn.Parameter(self.effective_weight(), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+        return linear.train(self.training)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.unmerge()  # a merged weight would be that of the parameters before
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        parts = [
+            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, alpha={self.alpha}",
+            f"bias={self.bias is not None}, norm_order={self.norm_order!r}",
+        ]
+        parts += [f"dropout={self.dropout}"] if self.dropout else []
+        parts += ["detach_norm=True"] if self.detach_norm else []
+        parts += ["merged=True"] if self.merged else []
+        return ", ".join(parts)
+
+
+class FusedDoraLinear(FusedBoraLinear):
+    """A frozen linear layer fine-tuned with DoRA: ``FusedBoraLinear`` without the column magnitude.
+
+        W' = diag(magnitude_row / ‖V‖_row)·V        V = weight + scaling·lora_B·lora_A
+
+    The magnitude has one entry for each output feature, as in PEFT. Arguments are those of ``FusedBoraLinear``;
+    ``norm_order`` has no effect. ``detach_norm=True`` gives the gradient that PEFT computes.
+
+    Source: DoRA, arXiv 2402.09353, sections 4.1 and 4.3.
+    """
+
+    _has_col = False

@@ -1,0 +1,67 @@
+"""What the two fused backends agree on: the scales, which gradients are asked for, and the stand-in for zero magnitudes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NORM_ORDERS = ("row_col", "col_row")
+
+
+class Scales(NamedTuple):
+    """Norms of the adapted weight, clamped at eps, and the magnitudes divided by them (None for an absent axis)."""
+
+    row_norm: Tensor | None  # [N]
+    col_norm: Tensor | None  # [K]
+    row_scale: Tensor | None  # [N], a = m_r / row_norm
+    col_scale: Tensor | None  # [K], g = m_c / col_norm
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward has to produce; the order is that of the arguments of ``bora_linear``."""
+
+    x: bool
+    lora_A: bool
+    lora_B: bool
+    magnitude_row: bool
+    magnitude_col: bool
+
+    def norm_paths(self, scales: Scales, norm_order: str, detach_norm: bool) -> bool:
+        """Whether gradients flow through the norms: to the factors, and to the magnitude of the axis normalized first."""
+        if detach_norm or scales.row_norm is None:
+            return False
+        first = self.magnitude_row if norm_order == "row_col" else self.magnitude_col
+        return self.lora_A or self.lora_B or (first and scales.col_norm is not None)
+
+    def sums(self, scales: Scales, norm_order: str, detach_norm: bool) -> tuple[bool, bool]:
+        """Whether S (rows) and D (columns), the sums behind the magnitude gradients, are needed."""
+        paths = self.norm_paths(scales, norm_order, detach_norm)
+        row = scales.row_norm is not None and (self.magnitude_row or paths)
+        col = scales.col_norm is not None and (self.magnitude_col or paths)
+        return row, col
+
+
+def zero_stand_in(dtype: torch.dtype) -> float:
+    """The scale that stands for a zero one where a product is made that a magnitude gradient is taken from.
+
+    dm = S/m is 0/0 at m = 0 while the true gradient is not 0. With a tiny scale in place of zero both S and m are
+    tiny and their quotient is right. float16 has no room for tiny values: there the stand-in is 1, and the product
+    is kept apart from the output (``separate_product``).
+    """
+    return 1.0 if dtype == torch.float16 else 2.0**-60
+
+
+def separate_product(dtype: torch.dtype, bias: Tensor | None) -> bool:
+    """Whether the product before the bias is saved apart from the output.
+
+    Subtracting a large bias from a rounded output would cancel, so S is never taken from the output of a layer with
+    a bias; for float16 see ``zero_stand_in``.
+    """
+    return bias is not None or dtype == torch.float16
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that norms, scales and low-rank products are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
