@@ -41,8 +41,8 @@ def bora_weight_ref(
 
     Shapes: weight [N, K], lora_A [R, K], lora_B [N, R], magnitude_row [N], magnitude_col [K] -> W' [N, K].
     Dtypes: all is computed and returned in the promoted dtype of the tensors given.
-    Norms are clamped from below by eps as in `F.normalize`: a zero row or column stays zero, and its gradients
-    are finite (of the size of magnitude / eps, which float16 cannot hold unless the magnitude is small too).
+    Norms are clamped from below by eps (or the dtype's smallest normal) as in `F.normalize`: a zero row
+    or column stays zero, with gradients of the size of magnitude / eps, finite where the dtype holds that.
     `detach_norm=True` treats both norms as constants in backward.
 
     Raises ValueError for an unknown norm_order, an unfit shape, or magnitude_col without magnitude_row.
@@ -83,8 +83,8 @@ def bora_linear_ref(
     A given dropout_mask always applies. Without one, a mask is drawn if training is set and dropout_p > 0.
 
     Shapes: x [..., K], bias [N], dropout_mask as x, the rest as in `bora_weight_ref` -> y [..., N].
-    Dtypes: dropout_mask is bool, True where x is kept. W' (under dropout, each of its two terms) is computed in
-    the promoted dtype of weight, factors and magnitudes and rounded once to x.dtype, in which y is computed.
+    Dtypes: dropout_mask is bool, True where x is kept. W' (under dropout, each of its two terms) is computed
+    in the promoted dtype of weight, factors and magnitudes and rounded once to x.dtype; y is in x.dtype.
 
     Raises ValueError as `bora_weight_ref` does, for dropout_p outside [0, 1) and for a mask that is not bool.
 

@@ -1,0 +1,91 @@
+"""The classifier and the methods that fine-tune it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from bora_kernels import FusedBoraLinear
+
+from .packages import DemoError
+
+METHODS = ("head", "lora", "dora", "bora", "full")
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """What the adapters of all methods share; ``norm_order`` is BoRA's alone."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    norm_order: str = "row_col"
+
+
+class TextClassifier(nn.Module):
+    """A linear head on the mean of an encoder's last hidden states."""
+
+    def __init__(self, encoder: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.config.hidden_size, num_classes)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits [batch, classes] of token ids and their mask, both [batch, length]."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).float()
+        return self.head((hidden.float() * mask).sum(1) / mask.sum(1))
+
+
+def build_classifier(
+    model: str,
+    method: str,
+    num_classes: int,
+    options: AdapterOptions,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> TextClassifier:
+    """A pretrained encoder prepared for one of ``METHODS``, with a new head.
+
+    Every method starts as the pretrained encoder, and for one seed all have the same head and the same ``lora_A``
+    (uniform in ±1/√in_features, as in LoRA's own code). The frozen weights are of ``dtype``; what is trained is float32.
+    """
+    encoder = AutoModel.from_pretrained(model)
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None  # its output is not used here, so it should be neither adapted nor counted
+    encoder.to(torch.float32 if method == "full" else dtype).requires_grad_(method == "full")
+    names = [name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
+    if not names:
+        raise DemoError(f"{model} must be built of torch.nn.Linear, but {type(encoder).__name__} has none")
+
+    torch.manual_seed(seed)
+    classifier = TextClassifier(encoder, num_classes)
+    if method == "bora":
+        for name in names:
+            linear = encoder.get_submodule(name)
+            layer = FusedBoraLinear.from_linear(
+                linear, r=options.rank, alpha=options.alpha, norm_order=options.norm_order
+            )
+            encoder.set_submodule(name, layer)
+    elif method in ("lora", "dora"):
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=options.rank, lora_alpha=options.alpha, target_modules=names, use_dora=method == "dora"
+        )
+        classifier.encoder = get_peft_model(encoder, config)
+    torch.manual_seed(seed)
+    for name, parameter in classifier.named_parameters():
+        if "lora_A" in name:
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+    return classifier.to(device)
+
+
+def trained_parameters(classifier: nn.Module) -> dict[str, nn.Parameter]:
+    """What training changes, by name."""
+    return {name: parameter for name, parameter in classifier.named_parameters() if parameter.requires_grad}

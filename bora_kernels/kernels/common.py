@@ -1,0 +1,70 @@
+"""Device functions that several kernels share: rounding, splitting, the dropout mask, and tiles of V."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def round_with_dither(value, offs_m, offs_c, dtype: tl.constexpr):
+    """float32 -> dtype with a fixed dither for each element (m, c), unbiased and exact on exact values.
+
+    The dither is the two-dimensional R2 sequence, which fills [0, 1) evenly along rows, columns and both.
+    """
+    if dtype == tl.float32:
+        return value
+    dropped: tl.constexpr = 16 if dtype == tl.bfloat16 else 13  # bits of a float32 mantissa that dtype lacks
+    noise = offs_m.to(tl.uint32)[:, None] * 0xC13FA9A9 + offs_c.to(tl.uint32)[None, :] * 0x91E10DA5
+    bits = value.to(tl.uint32, bitcast=True) + (noise >> (32 - dropped))
+    rounded = (bits >> dropped << dropped).to(tl.float32, bitcast=True)
+    return tl.where(value == value, rounded, value).to(dtype)
+
+
+@triton.jit
+def dot_split(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a·b for a float32 b; a half-precision a meets b as two terms, so that no small update of b is lost."""
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+    high = b.to(a.dtype)
+    low = (b - high.to(tl.float32)).to(a.dtype)
+    acc = tl.dot(a, high, acc)
+    return tl.dot(a, low, acc)
+
+
+@triton.jit
+def keep_mask(seed, offs_m, offs_c, dropout_p):
+    """Which elements (m, c) dropout keeps: the same in every kernel that draws them."""
+    rows = tl.broadcast_to(offs_m.to(tl.uint32)[:, None], offs_m.shape[0], offs_c.shape[0])
+    cols = tl.broadcast_to(offs_c.to(tl.uint32)[None, :], offs_m.shape[0], offs_c.shape[0])
+    zeros = tl.zeros_like(rows)
+    bits, _, _, _ = tl.philox(seed, rows, cols, zeros, zeros)
+    return tl.uint_to_uniform_float(bits) >= dropout_p
+
+
+@triton.jit
+def load_vector(ptr, offs, size):
+    return tl.load(ptr + offs, mask=offs < size, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_matrix(ptr, offs_i, offs_j, size_i, size_j, stride_i, stride_j):
+    """A masked tile [i, j] as stored; offsets are int64 before they meet a stride."""
+    ptrs = ptr + offs_i.to(tl.int64)[:, None] * stride_i + offs_j.to(tl.int64)[None, :] * stride_j
+    return tl.load(ptrs, mask=(offs_i < size_i)[:, None] & (offs_j < size_j)[None, :], other=0.0)
+
+
+@triton.jit
+def load_v_tile(
+    w_ptr, p_ptr, q_ptr, offs_f, offs_s, F, S,
+    stride_wf, stride_ws, stride_pf, stride_pr, stride_qs, stride_qr,
+    scaling,
+    R: tl.constexpr, BLOCK_SIZE_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """V = W0 + s·P·Qᵀ in float32  # [first, second]"""
+    w = load_matrix(w_ptr, offs_f, offs_s, F, S, stride_wf, stride_ws).to(tl.float32)
+    low_rank = tl.zeros_like(w)
+    for r in tl.static_range(0, R, BLOCK_SIZE_R):
+        offs_r = r + tl.arange(0, BLOCK_SIZE_R)
+        p = load_matrix(p_ptr, offs_f, offs_r, F, R, stride_pf, stride_pr).to(tl.float32)
+        q = load_matrix(q_ptr, offs_r, offs_s, R, S, stride_qr, stride_qs).to(tl.float32)
+        low_rank = tl.dot(p, q, low_rank, input_precision=PRECISION)
+    return w + scaling * low_rank

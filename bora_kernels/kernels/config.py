@@ -1,0 +1,116 @@
+"""Block sizes, warps and pipeline stages: plain functions of sizes, dtype and architecture.
+
+There is no autotuning: a first call compiles one variant of each kernel. To change a configuration, see
+CONTRIBUTING.md; every one of these is compiled for all supported targets in the tests.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+
+@lru_cache
+def target(device_index: int | None) -> tuple[int | str, int]:
+    """Architecture (80, 90, ... or "gfx942") and number of multiprocessors; (0, 4) under Triton's interpreter."""
+    if device_index is None or not torch.cuda.is_available():
+        return 0, 4
+    properties = torch.cuda.get_device_properties(device_index)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0], properties.multi_processor_count
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+def rank_block(R: int) -> int:
+    """Ranks a tile holds: a power of two of at least 16, at most 64."""
+    return min(64, max(16, triton.next_power_of_2(R)))
+
+
+def is_half(dtype: torch.dtype) -> bool:
+    return dtype.itemsize == 2
+
+
+def norm_config(dtype: torch.dtype, R: int) -> dict:
+    return {"BLOCK_SIZE_F": 32, "BLOCK_SIZE_S": 128 if is_half(dtype) else 64, "num_warps": 4, "num_stages": 3}
+
+
+def project_config(M: int, C: int, R: int, dtype: torch.dtype) -> dict:
+    block_r = rank_block(R)
+    block_c = 128 if is_half(dtype) and block_r <= 32 else 64 if is_half(dtype) else 32
+    return {
+        "BLOCK_SIZE_M": 32 if M <= 8192 else 64, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": block_r,
+        "num_warps": 4, "num_stages": 3,
+    }  # fmt: skip
+
+
+def reduce_config(M: int, C: int, R: int, dtype: torch.dtype) -> tuple[int, dict]:
+    """Splits of the tokens, and the configuration."""
+    block_c, block_m = (64, 64) if is_half(dtype) else (64, 32)
+    programs = triton.cdiv(C, block_c) * triton.cdiv(R, rank_block(R))
+    splits = max(1, min(triton.cdiv(M, 4 * block_m), triton.cdiv(1024, programs), 32))
+    return splits, {
+        "BLOCK_SIZE_M": block_m, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": rank_block(R),
+        "num_warps": 4, "num_stages": 3,
+    }  # fmt: skip
+
+
+def combine_config(R: int) -> dict:
+    return {"BLOCK_SIZE_C": 64, "BLOCK_SIZE_R": rank_block(R), "num_warps": 4}
+
+
+def first_path_config(dtype: torch.dtype, R: int) -> dict:
+    return {"BLOCK_SIZE_F": 32, "BLOCK_SIZE_S": 128 if is_half(dtype) else 32, "num_warps": 4, "num_stages": 2}
+
+
+def second_path_config(F: int, S: int, R: int, dtype: torch.dtype) -> tuple[int, dict]:
+    """Splits of the first axis, and the configuration."""
+    block_s, block_f = (64, 64) if is_half(dtype) else (32, 32)
+    programs = triton.cdiv(S, block_s) * triton.cdiv(R, rank_block(R))
+    splits = max(1, min(triton.cdiv(F, 4 * block_f), triton.cdiv(512, programs), 32))
+    return splits, {"BLOCK_SIZE_F": block_f, "BLOCK_SIZE_S": block_s, "num_warps": 4, "num_stages": 2}
+
+
+def gemm_config(
+    M: int, O: int, C: int, R: int, dtype: torch.dtype, device: torch.device, descriptors_fit: bool
+) -> tuple[int, dict]:
+    """Programs to launch, and the configuration; USE_DESCRIPTORS says whether operands come through TMA."""
+    arch, processors = target(device.index if device.type == "cuda" else None)
+    config = gemm_tile(arch, M, O, processors, dtype, descriptors_fit)
+    tiles = triton.cdiv(M, config["BLOCK_SIZE_M"]) * triton.cdiv(O, config["BLOCK_SIZE_O"])
+    resident = 1 if config["USE_DESCRIPTORS"] else 2
+    return min(tiles, resident * processors), config | {"BLOCK_SIZE_R": min(32, rank_block(R))}
+
+
+def gemm_tile(
+    arch: int | str, M: int, O: int, processors: int, dtype: torch.dtype, descriptors_fit: bool
+) -> dict:
+    """The tile of the base product for one target."""
+
+    def tile(m, o, c, warps, stages, descriptors=False):
+        return {
+            "BLOCK_SIZE_M": m, "BLOCK_SIZE_O": o, "BLOCK_SIZE_C": c, "GROUP_SIZE_M": 8,
+            "USE_DESCRIPTORS": descriptors, "FLATTEN": descriptors and arch == 90,
+            "num_warps": warps, "num_stages": stages,
+        }  # fmt: skip
+
+    if arch == 0:  # the interpreter's cost is by program, so tiles are big; descriptors are right there in float32 only
+        return tile(64, 128, 64, 4, 1, descriptors_fit and dtype == torch.float32)
+    if dtype == torch.float32:
+        return tile(64, 64, 32, 8, 2)
+    if arch in (90, 100, 103) and descriptors_fit:
+        if triton.cdiv(M, 128) * triton.cdiv(O, 256) >= processors:
+            return tile(128, 256, 64, 8, 3, True)
+        if triton.cdiv(M, 128) * triton.cdiv(O, 128) >= processors // 2:
+            return tile(128, 128, 64, 8, 4, True)
+        return tile(64, 128, 64, 4, 4, True)
+    if isinstance(arch, str):
+        return tile(128, 128, 32, 8, 2)
+    if M <= 64 or triton.cdiv(M, 128) * triton.cdiv(O, 128) < processors // 2:
+        return tile(64, 64, 64, 4, 3)
+    return tile(128, 128, 64, 8, 3) if arch in (80, 90, 100, 103) else tile(128, 128, 32, 8, 3)

@@ -1,0 +1,245 @@
+"""The passes over tokens that meet the low-rank factors.
+
+    ``project``     folds a scale into a token matrix and projects it onto a factor, in one read:
+                    t_scaled = t⊙scale          projection = s·(drop(t)⊙scale)·factorᵀ
+                    t = x gives u, t = dy gives v: (1) and (3) of ``factored``
+    ``reduce``      sums over tokens, in one read of t and other:
+                    d_factor = tᵀ·projection    total = Σ_m t⊙other
+                    t = dy gives dB and S, t = x gives dA and D: (5) and (6)
+    ``combine``     adds the parts that ``reduce`` (or the norm paths) left for each split of the tokens, in a fixed
+                    order, and takes the magnitude gradient: (7)
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import dot_split, keep_mask, load_matrix, load_vector, round_with_dither
+from .config import combine_config, project_config, reduce_config
+
+
+@triton.jit
+def _project_kernel(
+    t_ptr,  # [M, C]
+    scale_ptr,  # [C]
+    factor_ptr,  # [R, C]
+    scaled_ptr,  # [M, C], contiguous
+    projection_ptr,  # [M, R], contiguous
+    seed_ptr,  # [1]
+    M, C,
+    stride_tm, stride_tc, stride_fr, stride_fc,
+    scaling, dropout_p,
+    R: tl.constexpr,
+    BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0) * BLOCK_SIZE_M + tl.arange(0, BLOCK_SIZE_M)
+    pid_r = tl.program_id(1)
+    offs_r = pid_r * BLOCK_SIZE_R + tl.arange(0, BLOCK_SIZE_R)
+    scaled_ptrs = scaled_ptr + offs_m.to(tl.int64)[:, None] * C
+    acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_R), dtype=tl.float32)
+    for c in range(0, C, BLOCK_SIZE_C):
+        offs_c = c + tl.arange(0, BLOCK_SIZE_C)
+        t = load_matrix(t_ptr, offs_m, offs_c, M, C, stride_tm, stride_tc)  # [BLOCK_SIZE_M, BLOCK_SIZE_C]
+        factor = load_matrix(factor_ptr, offs_c, offs_r, C, R, stride_fc, stride_fr).to(tl.float32)
+        if HAS_SCALE:
+            scale = load_vector(scale_ptr, offs_c, C)
+            factor *= scale[:, None]
+            if pid_r == 0:
+                scaled = round_with_dither(t.to(tl.float32) * scale[None, :], offs_m, offs_c, t.dtype)
+                mask = (offs_m < M)[:, None] & (offs_c < C)[None, :]
+                tl.store(scaled_ptrs + offs_c[None, :], scaled, mask=mask)
+        if HAS_DROPOUT:
+            keep = keep_mask(tl.load(seed_ptr), offs_m, offs_c, dropout_p)
+            t = tl.where(keep, t, tl.zeros_like(t))
+        acc = dot_split(t, factor, acc, PRECISION)
+    ptrs = projection_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
+    tl.store(ptrs, acc * scaling, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
+
+
+@triton.jit
+def _reduce_kernel(
+    t_ptr,  # [M, C]
+    other_ptr,  # [M, C]
+    projection_ptr,  # [M, R], contiguous
+    factor_parts_ptr,  # [splits, C, R]
+    total_parts_ptr,  # [splits, C]
+    seed_ptr,  # [1]
+    M, C, split_size,
+    stride_tm, stride_tc, stride_om, stride_oc,
+    dropout_p,
+    R: tl.constexpr,
+    BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
+    HAS_FACTOR: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    offs_c = tl.program_id(0) * BLOCK_SIZE_C + tl.arange(0, BLOCK_SIZE_C)
+    split = tl.program_id(1)
+    pid_r = tl.program_id(2)
+    offs_r = pid_r * BLOCK_SIZE_R + tl.arange(0, BLOCK_SIZE_R)
+    mask_c = offs_c < C
+    end = tl.minimum((split + 1) * split_size, M)
+    acc = tl.zeros((BLOCK_SIZE_C, BLOCK_SIZE_R), dtype=tl.float32)
+    total = tl.zeros((BLOCK_SIZE_C,), dtype=tl.float32)
+    for m in range(split * split_size, end, BLOCK_SIZE_M):
+        offs_m = m + tl.arange(0, BLOCK_SIZE_M)
+        t = load_matrix(t_ptr, offs_m, offs_c, end, C, stride_tm, stride_tc)  # [BLOCK_SIZE_M, BLOCK_SIZE_C]
+        if HAS_TOTAL:
+            other = load_matrix(other_ptr, offs_m, offs_c, end, C, stride_om, stride_oc)
+            total += tl.sum(t.to(tl.float32) * other.to(tl.float32), axis=0)
+        if HAS_FACTOR:
+            if HAS_DROPOUT:
+                keep = keep_mask(tl.load(seed_ptr), offs_m, offs_c, dropout_p)
+                t = tl.where(keep, t, tl.zeros_like(t))
+            projection = load_matrix(projection_ptr, offs_m, offs_r, end, R, R, 1).to(t.dtype)
+            acc = tl.dot(tl.trans(t), projection, acc, input_precision=PRECISION)
+    base = split.to(tl.int64) * C + offs_c
+    if HAS_TOTAL:
+        tl.store(total_parts_ptr + base, total, mask=mask_c & (pid_r == 0))
+    if HAS_FACTOR:
+        ptrs = factor_parts_ptr + base[:, None] * R + offs_r[None, :]
+        tl.store(ptrs, acc, mask=mask_c[:, None] & (offs_r < R)[None, :])
+
+
+@triton.jit
+def _combine_kernel(
+    factor_parts_ptr,  # [splits, C, R]
+    total_parts_ptr,  # [splits, C]
+    scale_ptr,  # [C]
+    norm_ptr,  # [C]
+    magnitude_ptr,  # [C]
+    factor_ptr,  # [C, R]
+    total_ptr,  # [C]
+    d_magnitude_ptr,  # [C]
+    splits, C,
+    stride_fc, stride_fr,
+    multiplier, stand_in,
+    R: tl.constexpr,
+    BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
+    HAS_FACTOR: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_SCALE: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    offs_c = tl.program_id(0) * BLOCK_SIZE_C + tl.arange(0, BLOCK_SIZE_C)
+    offs_r = tl.program_id(1) * BLOCK_SIZE_R + tl.arange(0, BLOCK_SIZE_R)
+    mask_c = offs_c < C
+    mask = mask_c[:, None] & (offs_r < R)[None, :]
+    acc = tl.zeros((BLOCK_SIZE_C, BLOCK_SIZE_R), dtype=tl.float32)
+    total = tl.zeros((BLOCK_SIZE_C,), dtype=tl.float32)
+    for split in range(splits):
+        base = (split * C + offs_c).to(tl.int64)
+        if HAS_FACTOR:
+            acc += tl.load(factor_parts_ptr + base[:, None] * R + offs_r[None, :], mask=mask, other=0.0)
+        if HAS_TOTAL:
+            total += tl.load(total_parts_ptr + base, mask=mask_c, other=0.0)
+    if HAS_FACTOR:
+        acc *= multiplier
+        if HAS_SCALE:
+            acc *= load_vector(scale_ptr, offs_c, C)[:, None]
+        ptrs = factor_ptr + offs_c.to(tl.int64)[:, None] * stride_fc + offs_r.to(tl.int64)[None, :] * stride_fr
+        if ACCUMULATE:
+            acc += tl.load(ptrs, mask=mask, other=0.0)
+        tl.store(ptrs, acc, mask=mask)
+    if HAS_TOTAL:
+        live = live_magnitude(scale_ptr, norm_ptr, magnitude_ptr, offs_c, C, stand_in)
+        mask_total = mask_c & (tl.program_id(1) == 0)
+        tl.store(total_ptr + offs_c, total, mask=mask_total)
+        tl.store(d_magnitude_ptr + offs_c, total / live, mask=mask_total)  # (7)
+
+
+@triton.jit
+def live_magnitude(scale_ptr, norm_ptr, magnitude_ptr, offs, size, stand_in):
+    """The magnitude that a sum was made with: a zero one had a stand-in, see ``plan.zero_stand_in``."""
+    scale = load_vector(scale_ptr, offs, size)
+    return tl.where(scale == 0.0, stand_in * load_vector(norm_ptr, offs, size), load_vector(magnitude_ptr, offs, size))
+
+
+def project(
+    t: Tensor,
+    factor: Tensor,
+    scale: Tensor | None,
+    seed: Tensor | None,
+    *,
+    scaling: float,
+    dropout_p: float,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """t⊙scale [M, C] rounded with dither (t itself without a scale), and s·(drop(t)⊙scale)·factorᵀ [M, R], float32.
+
+    Kept elements are scaled by 1 / (1 − p), which ``scaling`` takes along.
+    """
+    (M, C), R = t.shape, factor.shape[0]
+    config = project_config(M, C, R, t.dtype)
+    scaled = torch.empty((M, C), dtype=t.dtype, device=t.device) if scale is not None else t
+    projection = torch.empty((M, R), dtype=torch.float32, device=t.device)
+    grid = (triton.cdiv(M, config["BLOCK_SIZE_M"]), triton.cdiv(R, config["BLOCK_SIZE_R"]))
+    _project_kernel[grid](
+        t_ptr=t, scale_ptr=scale, factor_ptr=factor, scaled_ptr=scaled, projection_ptr=projection, seed_ptr=seed,
+        M=M, C=C,
+        stride_tm=t.stride(0), stride_tc=t.stride(1), stride_fr=factor.stride(0), stride_fc=factor.stride(1),
+        scaling=scaling / (1.0 - dropout_p), dropout_p=dropout_p,
+        R=R, HAS_SCALE=scale is not None, HAS_DROPOUT=seed is not None, PRECISION=precision, **config,
+    )  # fmt: skip
+    return scaled, projection
+
+
+def reduce(
+    t: Tensor,
+    other: Tensor | None,
+    projection: Tensor | None,
+    seed: Tensor | None,
+    *,
+    dropout_p: float,
+    precision: str,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Parts of tᵀ·projection [splits, C, R] and of Σ_m t⊙other [splits, C], one for each split of the tokens."""
+    (M, C), R = t.shape, 1 if projection is None else projection.shape[1]
+    splits, config = reduce_config(M, C, R, t.dtype)
+    split_size = triton.cdiv(triton.cdiv(M, splits), config["BLOCK_SIZE_M"]) * config["BLOCK_SIZE_M"]
+    parts = {"dtype": torch.float32, "device": t.device}
+    factor_parts = None if projection is None else torch.empty((splits, C, R), **parts)
+    total_parts = None if other is None else torch.empty((splits, C), **parts)
+    stride_om, stride_oc = (0, 0) if other is None else other.stride()
+    grid = (triton.cdiv(C, config["BLOCK_SIZE_C"]), splits, triton.cdiv(R, config["BLOCK_SIZE_R"]))
+    _reduce_kernel[grid](
+        t_ptr=t, other_ptr=other, projection_ptr=projection, factor_parts_ptr=factor_parts,
+        total_parts_ptr=total_parts, seed_ptr=seed,
+        M=M, C=C, split_size=split_size,
+        stride_tm=t.stride(0), stride_tc=t.stride(1), stride_om=stride_om, stride_oc=stride_oc,
+        dropout_p=dropout_p,
+        R=R, HAS_FACTOR=projection is not None, HAS_TOTAL=other is not None, HAS_DROPOUT=seed is not None,
+        PRECISION=precision, **config,
+    )  # fmt: skip
+    return factor_parts, total_parts
+
+
+def combine(
+    factor_parts: Tensor | None,
+    total_parts: Tensor | None,
+    scale: Tensor | None,
+    norm: Tensor | None,
+    magnitude: Tensor | None,
+    out: Tensor | None = None,
+    *,
+    multiplier: float = 1.0,
+    stand_in: float = 0.0,
+    accumulate: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Σ over splits: writes multiplier·scale⊙Σ factor_parts to out [C, R] (or adds it); returns total and d_magnitude."""
+    parts = factor_parts if factor_parts is not None else total_parts
+    splits, C = parts.shape[:2]
+    R = 1 if factor_parts is None else factor_parts.shape[2]
+    config = combine_config(R)
+    total = d_magnitude = None
+    if total_parts is not None:
+        total, d_magnitude = torch.empty_like(total_parts[0]), torch.empty_like(total_parts[0])
+    stride_fc, stride_fr = (0, 0) if out is None else out.stride()
+    grid = (triton.cdiv(C, config["BLOCK_SIZE_C"]), triton.cdiv(R, config["BLOCK_SIZE_R"]))
+    _combine_kernel[grid](
+        factor_parts_ptr=factor_parts, total_parts_ptr=total_parts, scale_ptr=scale, norm_ptr=norm,
+        magnitude_ptr=magnitude, factor_ptr=out, total_ptr=total, d_magnitude_ptr=d_magnitude,
+        splits=splits, C=C,
+        stride_fc=stride_fc, stride_fr=stride_fr,
+        multiplier=multiplier, stand_in=stand_in,
+        R=R, HAS_FACTOR=factor_parts is not None, HAS_TOTAL=total_parts is not None, HAS_SCALE=scale is not None,
+        ACCUMULATE=accumulate, **config,
+    )  # fmt: skip
+    return total, d_magnitude
