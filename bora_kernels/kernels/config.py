@@ -27,13 +27,13 @@ def target(device_index: int | None) -> tuple[int | str, int]:
     return properties.major * 10 + properties.minor, properties.multi_processor_count
 
 
-def rank_block(R: int) -> int:
-    """Ranks a tile holds: a power of two of at least 16, at most 64."""
-    return min(64, max(16, triton.next_power_of_2(R)))
-
-
 def is_half(dtype: torch.dtype) -> bool:
     return dtype.itemsize == 2
+
+
+def rank_block(R: int, dtype: torch.dtype) -> int:
+    """Ranks in a tile: a power of two of at least 16; float32 products run on ordinary units and hold fewer."""
+    return min(64 if is_half(dtype) else 16, max(16, triton.next_power_of_2(R)))
 
 
 def norm_config(dtype: torch.dtype, R: int) -> dict:
@@ -41,7 +41,7 @@ def norm_config(dtype: torch.dtype, R: int) -> dict:
 
 
 def project_config(M: int, C: int, R: int, dtype: torch.dtype) -> dict:
-    block_r = rank_block(R)
+    block_r = rank_block(R, dtype)
     block_c = 128 if is_half(dtype) and block_r <= 32 else 64 if is_half(dtype) else 32
     return {
         "BLOCK_SIZE_M": 32 if M <= 8192 else 64, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": block_r,
@@ -52,16 +52,16 @@ def project_config(M: int, C: int, R: int, dtype: torch.dtype) -> dict:
 def reduce_config(M: int, C: int, R: int, dtype: torch.dtype) -> tuple[int, dict]:
     """Splits of the tokens, and the configuration."""
     block_c, block_m = (64, 64) if is_half(dtype) else (64, 32)
-    programs = triton.cdiv(C, block_c) * triton.cdiv(R, rank_block(R))
+    programs = triton.cdiv(C, block_c) * triton.cdiv(R, rank_block(R, dtype))
     splits = max(1, min(triton.cdiv(M, 4 * block_m), triton.cdiv(1024, programs), 32))
     return splits, {
-        "BLOCK_SIZE_M": block_m, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": rank_block(R),
+        "BLOCK_SIZE_M": block_m, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": rank_block(R, dtype),
         "num_warps": 4, "num_stages": 3,
     }  # fmt: skip
 
 
 def combine_config(R: int) -> dict:
-    return {"BLOCK_SIZE_C": 64, "BLOCK_SIZE_R": rank_block(R), "num_warps": 4}
+    return {"BLOCK_SIZE_C": 32, "BLOCK_SIZE_R": min(64, triton.next_power_of_2(R)), "num_warps": 4}
 
 
 def first_path_config(dtype: torch.dtype, R: int) -> dict:
@@ -71,7 +71,7 @@ def first_path_config(dtype: torch.dtype, R: int) -> dict:
 def second_path_config(F: int, S: int, R: int, dtype: torch.dtype) -> tuple[int, dict]:
     """Splits of the first axis, and the configuration."""
     block_s, block_f = (64, 64) if is_half(dtype) else (32, 32)
-    programs = triton.cdiv(S, block_s) * triton.cdiv(R, rank_block(R))
+    programs = triton.cdiv(S, block_s) * triton.cdiv(R, rank_block(R, dtype))
     splits = max(1, min(triton.cdiv(F, 4 * block_f), triton.cdiv(512, programs), 32))
     return splits, {"BLOCK_SIZE_F": block_f, "BLOCK_SIZE_S": block_s, "num_warps": 4, "num_stages": 2}
 
@@ -84,7 +84,7 @@ def gemm_config(
     config = gemm_tile(arch, M, O, processors, dtype, descriptors_fit)
     tiles = triton.cdiv(M, config["BLOCK_SIZE_M"]) * triton.cdiv(O, config["BLOCK_SIZE_O"])
     resident = 1 if config["USE_DESCRIPTORS"] else 2
-    return min(tiles, resident * processors), config | {"BLOCK_SIZE_R": min(32, rank_block(R))}
+    return min(tiles, resident * processors), config | {"BLOCK_SIZE_R": 16}
 
 
 def gemm_tile(

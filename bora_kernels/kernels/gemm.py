@@ -66,7 +66,7 @@ def _scaled_gemm_kernel(
             acc = tl.dot(t_tile, w_tile, acc, input_precision=PRECISION)
 
         low_rank = tl.zeros_like(acc) if HAS_DROPOUT else acc
-        for r in tl.static_range(0, R, BLOCK_SIZE_R):
+        for r in range(0, R, BLOCK_SIZE_R):
             offs_r = r + tl.arange(0, BLOCK_SIZE_R)
             projection = load_matrix(projection_ptr, offs_m, offs_r, M, R, R, 1)
             factor = load_matrix(factor_ptr, offs_r, offs_o, R, O, stride_fr, stride_fo).to(tl.float32)

@@ -166,12 +166,12 @@ def norm_paths(
     }  # fmt: skip
     operand = TRITON_DTYPES[torch.bfloat16 if W.dtype == torch.bfloat16 else torch.float32]
     shared = {
-        "R": R, "BLOCK_SIZE_R": rank_block(R), "HAS_SECOND": has_second, "DTYPE": operand, "PRECISION": precision
+        "R": R, "BLOCK_SIZE_R": rank_block(R, W.dtype), "HAS_SECOND": has_second, "DTYPE": operand, "PRECISION": precision
     }  # fmt: skip
     lam = torch.empty_like(first_norm)
     config = first_path_config(W.dtype, R)
     stride_df, stride_dr = (0, 0) if dP is None else dP.stride()
-    grid = (triton.cdiv(F, config["BLOCK_SIZE_F"]), 1 if dP is None else triton.cdiv(R, rank_block(R)))
+    grid = (triton.cdiv(F, config["BLOCK_SIZE_F"]), 1 if dP is None else triton.cdiv(R, rank_block(R, W.dtype)))
     _first_path_kernel[grid](
         w_ptr=W, p_ptr=P, q_ptr=Q,
         first_norm_ptr=first_norm, first_scale_ptr=first_scale, first_total_ptr=first_total, magnitude_ptr=m_first,
@@ -186,7 +186,7 @@ def norm_paths(
     splits, config = second_path_config(F, S, R, W.dtype)
     split_size = triton.cdiv(triton.cdiv(F, splits), config["BLOCK_SIZE_F"]) * config["BLOCK_SIZE_F"]
     parts = torch.empty((splits, S, R), dtype=torch.float32, device=W.device)
-    grid = (triton.cdiv(S, config["BLOCK_SIZE_S"]), splits, triton.cdiv(R, rank_block(R)))
+    grid = (triton.cdiv(S, config["BLOCK_SIZE_S"]), splits, triton.cdiv(R, rank_block(R, W.dtype)))
     _second_path_kernel[grid](
         w_ptr=W, p_ptr=P, q_ptr=Q, lambda_ptr=lam, first_scale_ptr=first_scale,
         second_norm_ptr=second_norm, second_scale_ptr=second_scale, second_total_ptr=second_total, parts_ptr=parts,

@@ -108,7 +108,7 @@ def norms(
         stride_wf=W.stride(0), stride_ws=W.stride(1),
         stride_pf=P.stride(0), stride_pr=P.stride(1), stride_qs=Q.stride(0), stride_qr=Q.stride(1),
         scaling=scaling, eps=eps,
-        R=R, BLOCK_SIZE_R=rank_block(R), HAS_SECOND=m_second is not None, PRECISION=precision, **config,
+        R=R, BLOCK_SIZE_R=rank_block(R, W.dtype), HAS_SECOND=m_second is not None, PRECISION=precision, **config,
     )  # fmt: skip
     if m_second is None:
         return first_norm, first_scale, None, None
