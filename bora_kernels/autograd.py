@@ -35,18 +35,19 @@ class BoraLinearFunction(torch.autograd.Function):
         eps: float,
         backend: str,
     ) -> Tensor:
-        has_row, has_col = magnitude_row is not None, magnitude_col is not None
-        row_norm, col_norm, row_scale, col_scale = torch.ops.bora_kernels.scales(
-            weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling, norm_order, eps, backend
-        )
+        # an absent result comes as an empty tensor
         scales = Scales(
-            row_norm if has_row else None,
-            col_norm if has_col else None,
-            row_scale if has_row else None,
-            col_scale if has_col else None,
+            *(
+                result if result.numel() else None
+                for result in torch.ops.bora_kernels.scales(
+                    weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling, norm_order, eps, backend
+                )
+            )
         )
         needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
         needs_S, needs_D = needs.sums(scales, norm_order, detach_norm)
+        if not needs.norm_paths(scales, norm_order, detach_norm):
+            scales = scales._replace(row_product=None, col_product=None)
         y, product, u = torch.ops.bora_kernels.forward(
             x, weight, lora_A, lora_B, scales.row_scale, scales.col_scale, bias, dropout,
             scaling, dropout_p, needs_S, backend,

@@ -50,7 +50,7 @@ def compute_scales(
 ) -> Scales:
     """Norms and scales of the adapted weight, in float32 (float64 for a float64 weight)."""
     if magnitude_row is None:
-        return Scales(None, None, None, None)
+        return Scales()
     rows_first = norm_order == "row_col" or magnitude_col is None
     dtype = accumulation_dtype(weight.dtype)
     V, P, Q = _first_second(weight, lora_A, lora_B, rows_first)

@@ -1,6 +1,6 @@
 """The layer on Triton kernels: the "triton" backend. Equations and their numbers are those of ``factored``.
 
-Launches: ``compute_scales`` 2 (1 for DoRA, none for LoRA), ``forward`` 2, ``backward`` 6 with detached norms and 9 with
+Launches: ``compute_scales`` 4 (2 for DoRA, none for LoRA), ``forward`` 2, ``backward`` 6 with detached norms and 10 with
 exact ones. All sums are made in two stages in a fixed order, so results are the same bits from run to run.
 """
 
@@ -11,8 +11,7 @@ from torch import Tensor
 
 from .kernels.gemm import scaled_gemm
 from .kernels.low_rank import combine, project, reduce
-from .kernels.norm_paths import norm_paths
-from .kernels.norms import norms
+from .kernels.moments import add_norm_path, norm
 from .plan import Needs, Scales, separate_product, zero_stand_in
 
 
@@ -29,17 +28,23 @@ def compute_scales(
 ) -> Scales:
     """Norms and scales of the adapted weight, in float32."""
     if magnitude_row is None:
-        return Scales(None, None, None, None)
+        return Scales()
     options = {"scaling": scaling, "eps": eps, "precision": _precision(weight.dtype)}
     if norm_order == "row_col" or magnitude_col is None:
-        row_norm, row_scale, col_norm, col_scale = norms(
-            weight, lora_B, lora_A.T, magnitude_row, magnitude_col, **options
+        row_norm, row_scale, coefficient, row_product = norm(weight, lora_B, lora_A.T, magnitude_row, None, **options)
+        if magnitude_col is None:
+            return Scales(row_norm, None, row_scale, None, row_product, None)
+        col_norm, col_scale, _, col_product = norm(
+            weight.T, lora_A.T, lora_B, magnitude_col, coefficient, **options
         )
     else:
-        col_norm, col_scale, row_norm, row_scale = norms(
-            weight.T, lora_A.T, lora_B, magnitude_col, magnitude_row, **options
+        col_norm, col_scale, coefficient, col_product = norm(
+            weight.T, lora_A.T, lora_B, magnitude_col, None, **options
         )
-    return Scales(row_norm, col_norm, row_scale, col_scale)
+        row_norm, row_scale, _, row_product = norm(
+            weight, lora_B, lora_A.T, magnitude_row, coefficient, **options
+        )
+    return Scales(row_norm, col_norm, row_scale, col_scale, row_product, col_product)
 
 
 def forward(
@@ -97,7 +102,7 @@ def backward(
     dtype = dy.dtype
     precision = _precision(dtype)
     stand_in = zero_stand_in(dtype)
-    dx = dA = dB = dm_row = dm_col = S = D = v = None
+    dx = dA = dB = dm_row = dm_col = row_coefficient = col_coefficient = dx_product = v = None
 
     if needs.x or needs.lora_A or needs_D:
         dy_scaled, v = project(
@@ -108,8 +113,9 @@ def backward(
             dy, product if needs_S else None, u if needs.lora_B else None, None, dropout_p=0.0, precision=precision
         )
         dB = torch.empty_like(lora_B, dtype=torch.float32) if needs.lora_B else None
-        S, dm_row = combine(
-            dB_parts, S_parts, scales.row_scale, scales.row_norm, magnitude_row, dB, stand_in=stand_in
+        row_coefficient, dm_row = combine(
+            dB_parts, S_parts, scales.row_scale, scales.row_norm, magnitude_row, dB,
+            multiplier=1.0, eps=eps, stand_in=stand_in,
         )  # (5), (6), (7)  # fmt: skip
     if needs.x or needs_D:
         apart = needs_D and separate_product(dtype, None)
@@ -123,20 +129,21 @@ def backward(
             dropout_p=dropout_p, precision=precision,
         )  # fmt: skip
         dA = torch.empty_like(lora_A, dtype=torch.float32) if needs.lora_A else None
-        D, dm_col = combine(
+        col_coefficient, dm_col = combine(
             dA_parts, D_parts, scales.col_scale, scales.col_norm, magnitude_col, None if dA is None else dA.T,
-            multiplier=1.0 / (1.0 - dropout_p), stand_in=stand_in,
+            multiplier=1.0 / (1.0 - dropout_p), eps=eps, stand_in=stand_in,
         )  # (5), (6), (7)  # fmt: skip
 
     if needs.norm_paths(scales, norm_order, detach_norm):
-        row = (scales.row_norm, scales.row_scale, S)
-        col = (scales.col_norm, scales.col_scale, D)
-        dA_T = None if dA is None else dA.T
-        if norm_order == "row_col" or magnitude_col is None:
-            arguments = (weight, lora_B, lora_A.T, magnitude_row, *row, *col, dm_row, dB, dA_T)
-        else:
-            arguments = (weight.T, lora_A.T, lora_B, magnitude_col, *col, *row, dm_col, dA_T, dB)
-        norm_paths(*arguments, scaling=scaling, eps=eps, stand_in=stand_in, precision=_precision(weight.dtype))
+        row = (weight, lora_B, scales.row_norm, scales.row_scale, magnitude_row, row_coefficient, scales.row_product)
+        col = (weight.T, lora_A.T, scales.col_norm, scales.col_scale, magnitude_col, col_coefficient, scales.col_product)
+        first, second = (*row, dm_row, dB), (*col, dm_col, None if dA is None else dA.T)
+        if norm_order == "col_row" and magnitude_col is not None:
+            first, second = second, first
+        options = {"scaling": scaling, "eps": eps, "stand_in": stand_in, "precision": _precision(weight.dtype)}
+        add_norm_path(*first, second[1], second[5], first=True, **options)  # (8), (9), (10)
+        if second[-1] is not None:
+            add_norm_path(*second, first[1], first[5], first=False, **options)  # (11)
 
     return (
         dx if needs.x else None,

@@ -163,7 +163,7 @@ def _describe(value: object) -> str:
 _library = torch.library.Library("bora_kernels", "DEF")
 _library.define(
     "scales(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? magnitude_row, Tensor? magnitude_col, float scaling,"
-    " str norm_order, float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+    " str norm_order, float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? row_scale, Tensor? col_scale, Tensor? bias,"
@@ -171,8 +171,8 @@ _library.define(
 )
 _library.define(
     "backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? magnitude_row,"
-    " Tensor? magnitude_col, Tensor? row_norm, Tensor? col_norm, Tensor? row_scale, Tensor? col_scale, Tensor product,"
-    " Tensor u, Tensor? dropout, float scaling, str norm_order, bool detach_norm, float dropout_p, float eps,"
+    " Tensor? magnitude_col, Tensor? row_norm, Tensor? col_norm, Tensor? row_scale, Tensor? col_scale,"
+    " Tensor? row_product, Tensor? col_product, Tensor product, Tensor u, Tensor? dropout, float scaling, str norm_order, bool detach_norm, float dropout_p, float eps,"
     " bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -192,15 +192,20 @@ def _scales(weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling, norm_
 
 def _scales_fake(weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling, norm_order, eps, backend):
     dtype = accumulation_dtype(weight.dtype)
-    row = None if magnitude_row is None else weight.new_empty(weight.shape[0], dtype=dtype)
-    col = None if magnitude_col is None else weight.new_empty(weight.shape[1], dtype=dtype)
-    return _tensors(lora_A, row, col, *(None if t is None else torch.empty_like(t) for t in (row, col)))
+
+    def like(magnitude: Tensor | None, *columns: int) -> Tensor | None:
+        return None if magnitude is None else weight.new_empty(magnitude.shape[0], *columns, dtype=dtype)
+
+    pairs = [like(magnitude_row), like(magnitude_col), like(magnitude_row), like(magnitude_col)]
+    if backend == "triton":
+        pairs += [like(magnitude_row, lora_A.shape[0]), like(magnitude_col, lora_A.shape[0])]
+    return _tensors(lora_A, *pairs, *[None] * (6 - len(pairs)))
 
 
 def _forward(
     x, weight, lora_A, lora_B, row_scale, col_scale, bias, dropout, scaling, dropout_p, save_product, backend
 ):
-    scales = Scales(None, None, row_scale, col_scale)
+    scales = Scales(row_scale=row_scale, col_scale=col_scale)
     with torch.autocast(x.device.type, enabled=False):
         y, product, u = _implementation(backend).forward(
             x, weight, lora_A, lora_B, scales, bias, dropout,
@@ -219,10 +224,10 @@ def _forward_fake(
 
 
 def _backward(
-    dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, row_norm, col_norm, row_scale, col_scale, product, u,
-    dropout, scaling, norm_order, detach_norm, dropout_p, eps, needs, backend,
+    dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, row_norm, col_norm, row_scale, col_scale,
+    row_product, col_product, product, u, dropout, scaling, norm_order, detach_norm, dropout_p, eps, needs, backend,
 ):  # fmt: skip
-    scales = Scales(row_norm, col_norm, row_scale, col_scale)
+    scales = Scales(row_norm, col_norm, row_scale, col_scale, row_product, col_product)
     with torch.autocast(x.device.type, enabled=False):
         gradients = _implementation(backend).backward(
             dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, dropout,
@@ -233,8 +238,8 @@ def _backward(
 
 
 def _backward_fake(
-    dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, row_norm, col_norm, row_scale, col_scale, product, u,
-    dropout, scaling, norm_order, detach_norm, dropout_p, eps, needs, backend,
+    dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, row_norm, col_norm, row_scale, col_scale,
+    row_product, col_product, product, u, dropout, scaling, norm_order, detach_norm, dropout_p, eps, needs, backend,
 ):  # fmt: skip
     wanted = zip((x, lora_A, lora_B, magnitude_row, magnitude_col), needs, strict=True)
     return _tensors(dy, *(torch.empty(t.shape, dtype=t.dtype, device=t.device) if need else None for t, need in wanted))

@@ -11,12 +11,18 @@ NORM_ORDERS = ("row_col", "col_row")
 
 
 class Scales(NamedTuple):
-    """Norms of the adapted weight, clamped at eps, and the magnitudes divided by them (None for an absent axis)."""
+    """Norms of the adapted weight, clamped at eps, and the magnitudes divided by them (None for an absent axis).
 
-    row_norm: Tensor | None  # [N]
-    col_norm: Tensor | None  # [K]
-    row_scale: Tensor | None  # [N], a = m_r / row_norm
-    col_scale: Tensor | None  # [K], g = m_c / col_norm
+    The products are what the Triton backend has left over from the norms and needs again for an exact gradient: V times
+    the other axis's factor, which for the axis normalized second carries the square of the first scale.
+    """
+
+    row_norm: Tensor | None = None  # [N]
+    col_norm: Tensor | None = None  # [K]
+    row_scale: Tensor | None = None  # [N], a = m_r / row_norm
+    col_scale: Tensor | None = None  # [K], g = m_c / col_norm
+    row_product: Tensor | None = None  # [N, R]
+    col_product: Tensor | None = None  # [K, R]
 
 
 class Needs(NamedTuple):

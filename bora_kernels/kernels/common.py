@@ -1,4 +1,4 @@
-"""Device functions that several kernels share: rounding, splitting, the dropout mask, and tiles of V."""
+"""Device functions that several kernels share: rounding, splitting, the dropout mask, masked loads."""
 
 import triton
 import triton.language as tl
@@ -53,18 +53,7 @@ def load_matrix(ptr, offs_i, offs_j, size_i, size_j, stride_i, stride_j):
 
 
 @triton.jit
-def load_v_tile(
-    w_ptr, p_ptr, q_ptr, offs_f, offs_s, F, S,
-    stride_wf, stride_ws, stride_pf, stride_pr, stride_qs, stride_qr,
-    scaling,
-    R: tl.constexpr, BLOCK_SIZE_R: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """V = W0 + s·P·Qᵀ in float32  # [first, second]"""
-    w = load_matrix(w_ptr, offs_f, offs_s, F, S, stride_wf, stride_ws).to(tl.float32)
-    low_rank = tl.zeros_like(w)
-    for r in tl.static_range(0, R, BLOCK_SIZE_R):
-        offs_r = r + tl.arange(0, BLOCK_SIZE_R)
-        p = load_matrix(p_ptr, offs_f, offs_r, F, R, stride_pf, stride_pr).to(tl.float32)
-        q = load_matrix(q_ptr, offs_r, offs_s, R, S, stride_qr, stride_qs).to(tl.float32)
-        low_rank = tl.dot(p, q, low_rank, input_precision=PRECISION)
-    return w + scaling * low_rank
+def live_magnitude(scale_ptr, norm_ptr, magnitude_ptr, offs, size, stand_in):
+    """The magnitude that a sum was made with: a zero one had a stand-in, see ``plan.zero_stand_in``."""
+    scale = load_vector(scale_ptr, offs, size)
+    return tl.where(scale == 0.0, stand_in * load_vector(norm_ptr, offs, size), load_vector(magnitude_ptr, offs, size))

@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import triton
 import triton.language as tl
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -27,17 +26,32 @@ def target(device_index: int | None) -> tuple[int | str, int]:
     return properties.major * 10 + properties.minor, properties.multi_processor_count
 
 
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def is_half(dtype: torch.dtype) -> bool:
     return dtype.itemsize == 2
 
 
 def rank_block(R: int, dtype: torch.dtype) -> int:
     """Ranks in a tile: a power of two of at least 16; float32 products run on ordinary units and hold fewer."""
-    return min(64 if is_half(dtype) else 16, max(16, triton.next_power_of_2(R)))
+    return min(64 if is_half(dtype) else 16, max(16, 1 << (R - 1).bit_length()))
 
 
-def norm_config(dtype: torch.dtype, R: int) -> dict:
-    return {"BLOCK_SIZE_F": 32, "BLOCK_SIZE_S": 128 if is_half(dtype) else 64, "num_warps": 4, "num_stages": 3}
+def moments_config(I: int, J: int, R: int, dtype: torch.dtype, contiguous: bool) -> tuple[int, dict]:
+    """Splits of the axis summed over, and the configuration; ``contiguous`` says which axis of W0 has unit stride."""
+    block_i, block_j = (64, 64) if is_half(dtype) else (32, 32)
+    block_r = rank_block(R, dtype)
+    programs = cdiv(I, block_i) * cdiv(R, block_r)
+    splits = max(1, min(cdiv(J, 4 * block_j), cdiv(512, programs), 16))
+    return splits, {
+        "BLOCK_SIZE_I": block_i, "BLOCK_SIZE_J": block_j, "BLOCK_SIZE_R": block_r, "num_warps": 4, "num_stages": 3,
+    }  # fmt: skip
+
+
+def finish_config(R: int) -> dict:
+    return {"BLOCK_SIZE_I": 32, "BLOCK_SIZE_R": min(32, max(16, 1 << (R - 1).bit_length())), "num_warps": 4}
 
 
 def project_config(M: int, C: int, R: int, dtype: torch.dtype) -> dict:
@@ -52,8 +66,8 @@ def project_config(M: int, C: int, R: int, dtype: torch.dtype) -> dict:
 def reduce_config(M: int, C: int, R: int, dtype: torch.dtype) -> tuple[int, dict]:
     """Splits of the tokens, and the configuration."""
     block_c, block_m = (64, 64) if is_half(dtype) else (64, 32)
-    programs = triton.cdiv(C, block_c) * triton.cdiv(R, rank_block(R, dtype))
-    splits = max(1, min(triton.cdiv(M, 4 * block_m), triton.cdiv(1024, programs), 32))
+    programs = cdiv(C, block_c) * cdiv(R, rank_block(R, dtype))
+    splits = max(1, min(cdiv(M, 4 * block_m), cdiv(1024, programs), 32))
     return splits, {
         "BLOCK_SIZE_M": block_m, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": rank_block(R, dtype),
         "num_warps": 4, "num_stages": 3,
@@ -61,19 +75,7 @@ def reduce_config(M: int, C: int, R: int, dtype: torch.dtype) -> tuple[int, dict
 
 
 def combine_config(R: int) -> dict:
-    return {"BLOCK_SIZE_C": 32, "BLOCK_SIZE_R": min(64, triton.next_power_of_2(R)), "num_warps": 4}
-
-
-def first_path_config(dtype: torch.dtype, R: int) -> dict:
-    return {"BLOCK_SIZE_F": 32, "BLOCK_SIZE_S": 128 if is_half(dtype) else 32, "num_warps": 4, "num_stages": 2}
-
-
-def second_path_config(F: int, S: int, R: int, dtype: torch.dtype) -> tuple[int, dict]:
-    """Splits of the first axis, and the configuration."""
-    block_s, block_f = (64, 64) if is_half(dtype) else (32, 32)
-    programs = triton.cdiv(S, block_s) * triton.cdiv(R, rank_block(R, dtype))
-    splits = max(1, min(triton.cdiv(F, 4 * block_f), triton.cdiv(512, programs), 32))
-    return splits, {"BLOCK_SIZE_F": block_f, "BLOCK_SIZE_S": block_s, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_SIZE_C": 32, "BLOCK_SIZE_R": min(64, 1 << (R - 1).bit_length()), "num_warps": 4}
 
 
 def gemm_config(
@@ -82,7 +84,7 @@ def gemm_config(
     """Programs to launch, and the configuration; USE_DESCRIPTORS says whether operands come through TMA."""
     arch, processors = target(device.index if device.type == "cuda" else None)
     config = gemm_tile(arch, M, O, processors, dtype, descriptors_fit)
-    tiles = triton.cdiv(M, config["BLOCK_SIZE_M"]) * triton.cdiv(O, config["BLOCK_SIZE_O"])
+    tiles = cdiv(M, config["BLOCK_SIZE_M"]) * cdiv(O, config["BLOCK_SIZE_O"])
     resident = 1 if config["USE_DESCRIPTORS"] else 2
     return min(tiles, resident * processors), config | {"BLOCK_SIZE_R": 16}
 
@@ -104,13 +106,13 @@ def gemm_tile(
     if dtype == torch.float32:
         return tile(64, 64, 32, 8, 2)
     if arch in (90, 100, 103) and descriptors_fit:
-        if triton.cdiv(M, 128) * triton.cdiv(O, 256) >= processors:
+        if cdiv(M, 128) * cdiv(O, 256) >= processors:
             return tile(128, 256, 64, 8, 3, True)
-        if triton.cdiv(M, 128) * triton.cdiv(O, 128) >= processors // 2:
+        if cdiv(M, 128) * cdiv(O, 128) >= processors // 2:
             return tile(128, 128, 64, 8, 4, True)
         return tile(64, 128, 64, 4, 4, True)
     if isinstance(arch, str):
         return tile(128, 128, 32, 8, 2)
-    if M <= 64 or triton.cdiv(M, 128) * triton.cdiv(O, 128) < processors // 2:
+    if M <= 64 or cdiv(M, 128) * cdiv(O, 128) < processors // 2:
         return tile(64, 64, 64, 4, 3)
     return tile(128, 128, 64, 8, 3) if arch in (80, 90, 100, 103) else tile(128, 128, 32, 8, 3)

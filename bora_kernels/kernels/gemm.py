@@ -66,11 +66,17 @@ def _scaled_gemm_kernel(
             acc = tl.dot(t_tile, w_tile, acc, input_precision=PRECISION)
 
         low_rank = tl.zeros_like(acc) if HAS_DROPOUT else acc
-        for r in range(0, R, BLOCK_SIZE_R):
-            offs_r = r + tl.arange(0, BLOCK_SIZE_R)
-            projection = load_matrix(projection_ptr, offs_m, offs_r, M, R, R, 1)
-            factor = load_matrix(factor_ptr, offs_r, offs_o, R, O, stride_fr, stride_fo).to(tl.float32)
-            low_rank = dot_split(projection.to(DTYPE), factor, low_rank, PRECISION)
+        if R <= BLOCK_SIZE_R:  # no loop: the tile loop can then be flattened
+            low_rank = _add_low_rank(
+                low_rank, projection_ptr, factor_ptr, offs_m, offs_o, 0, M, O, stride_fr, stride_fo,
+                R, BLOCK_SIZE_R, DTYPE, PRECISION,
+            )  # fmt: skip
+        else:
+            for r in range(0, R, BLOCK_SIZE_R):
+                low_rank = _add_low_rank(
+                    low_rank, projection_ptr, factor_ptr, offs_m, offs_o, r, M, O, stride_fr, stride_fo,
+                    R, BLOCK_SIZE_R, DTYPE, PRECISION,
+                )  # fmt: skip
         if HAS_DROPOUT:
             keep = keep_mask(tl.load(seed_ptr), offs_m, offs_o, dropout_p)
             acc += tl.where(keep, low_rank / (1.0 - dropout_p), 0.0)
@@ -86,6 +92,17 @@ def _scaled_gemm_kernel(
         if HAS_BIAS:
             acc += load_vector(bias_ptr, offs_o, O)[None, :]
         _store_tile(out, acc.to(DTYPE), start_m, start_o, offs_m, offs_o, M, O, USE_DESCRIPTORS)
+
+
+@triton.jit
+def _add_low_rank(
+    acc, projection_ptr, factor_ptr, offs_m, offs_o, r, M, O, stride_fr, stride_fo,
+    R: tl.constexpr, BLOCK_SIZE_R: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    offs_r = r + tl.arange(0, BLOCK_SIZE_R)
+    projection = load_matrix(projection_ptr, offs_m, offs_r, M, R, R, 1).to(DTYPE)
+    factor = load_matrix(factor_ptr, offs_r, offs_o, R, O, stride_fr, stride_fo).to(tl.float32)
+    return dot_split(projection, factor, acc, PRECISION)
 
 
 @triton.jit

@@ -6,7 +6,7 @@
     ``reduce``      sums over tokens, in one read of t and other:
                     d_factor = tᵀ·projection    total = Σ_m t⊙other
                     t = dy gives dB and S, t = x gives dA and D: (5) and (6)
-    ``combine``     adds the parts that ``reduce`` (or the norm paths) left for each split of the tokens, in a fixed
+    ``combine``     adds the parts that ``reduce`` left for each split of the tokens, in a fixed
                     order, and takes the magnitude gradient: (7)
 """
 
@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dot_split, keep_mask, load_matrix, load_vector, round_with_dither
-from .config import combine_config, project_config, reduce_config
+from .common import dot_split, keep_mask, live_magnitude, load_matrix, load_vector, round_with_dither
+from .config import cdiv, combine_config, project_config, reduce_config
 
 
 @triton.jit
@@ -109,14 +109,14 @@ def _combine_kernel(
     norm_ptr,  # [C]
     magnitude_ptr,  # [C]
     factor_ptr,  # [C, R]
-    total_ptr,  # [C]
+    coefficient_ptr,  # [C]: −total / norm²
     d_magnitude_ptr,  # [C]
     splits, C,
     stride_fc, stride_fr,
-    multiplier, stand_in,
+    multiplier, eps, stand_in,
     R: tl.constexpr,
     BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
-    HAS_FACTOR: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_SCALE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    HAS_FACTOR: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
     offs_c = tl.program_id(0) * BLOCK_SIZE_C + tl.arange(0, BLOCK_SIZE_C)
     offs_r = tl.program_id(1) * BLOCK_SIZE_R + tl.arange(0, BLOCK_SIZE_R)
@@ -135,21 +135,15 @@ def _combine_kernel(
         if HAS_SCALE:
             acc *= load_vector(scale_ptr, offs_c, C)[:, None]
         ptrs = factor_ptr + offs_c.to(tl.int64)[:, None] * stride_fc + offs_r.to(tl.int64)[None, :] * stride_fr
-        if ACCUMULATE:
-            acc += tl.load(ptrs, mask=mask, other=0.0)
         tl.store(ptrs, acc, mask=mask)
     if HAS_TOTAL:
         live = live_magnitude(scale_ptr, norm_ptr, magnitude_ptr, offs_c, C, stand_in)
         mask_total = mask_c & (tl.program_id(1) == 0)
-        tl.store(total_ptr + offs_c, total, mask=mask_total)
+        norm = load_vector(norm_ptr, offs_c, C)
+        # a clamped norm passes no gradient, and the true sum of a zero magnitude is zero
+        flows = (norm > eps) & (load_vector(scale_ptr, offs_c, C) != 0.0)
+        tl.store(coefficient_ptr + offs_c, tl.where(flows, -total / (norm * norm), 0.0), mask=mask_total)
         tl.store(d_magnitude_ptr + offs_c, total / live, mask=mask_total)  # (7)
-
-
-@triton.jit
-def live_magnitude(scale_ptr, norm_ptr, magnitude_ptr, offs, size, stand_in):
-    """The magnitude that a sum was made with: a zero one had a stand-in, see ``plan.zero_stand_in``."""
-    scale = load_vector(scale_ptr, offs, size)
-    return tl.where(scale == 0.0, stand_in * load_vector(norm_ptr, offs, size), load_vector(magnitude_ptr, offs, size))
 
 
 def project(
@@ -170,7 +164,7 @@ def project(
     config = project_config(M, C, R, t.dtype)
     scaled = torch.empty((M, C), dtype=t.dtype, device=t.device) if scale is not None else t
     projection = torch.empty((M, R), dtype=torch.float32, device=t.device)
-    grid = (triton.cdiv(M, config["BLOCK_SIZE_M"]), triton.cdiv(R, config["BLOCK_SIZE_R"]))
+    grid = (cdiv(M, config["BLOCK_SIZE_M"]), cdiv(R, config["BLOCK_SIZE_R"]))
     _project_kernel[grid](
         t_ptr=t, scale_ptr=scale, factor_ptr=factor, scaled_ptr=scaled, projection_ptr=projection, seed_ptr=seed,
         M=M, C=C,
@@ -193,12 +187,12 @@ def reduce(
     """Parts of tᵀ·projection [splits, C, R] and of Σ_m t⊙other [splits, C], one for each split of the tokens."""
     (M, C), R = t.shape, 1 if projection is None else projection.shape[1]
     splits, config = reduce_config(M, C, R, t.dtype)
-    split_size = triton.cdiv(triton.cdiv(M, splits), config["BLOCK_SIZE_M"]) * config["BLOCK_SIZE_M"]
+    split_size = cdiv(cdiv(M, splits), config["BLOCK_SIZE_M"]) * config["BLOCK_SIZE_M"]
     parts = {"dtype": torch.float32, "device": t.device}
     factor_parts = None if projection is None else torch.empty((splits, C, R), **parts)
     total_parts = None if other is None else torch.empty((splits, C), **parts)
     stride_om, stride_oc = (0, 0) if other is None else other.stride()
-    grid = (triton.cdiv(C, config["BLOCK_SIZE_C"]), splits, triton.cdiv(R, config["BLOCK_SIZE_R"]))
+    grid = (cdiv(C, config["BLOCK_SIZE_C"]), splits, cdiv(R, config["BLOCK_SIZE_R"]))
     _reduce_kernel[grid](
         t_ptr=t, other_ptr=other, projection_ptr=projection, factor_parts_ptr=factor_parts,
         total_parts_ptr=total_parts, seed_ptr=seed,
@@ -217,29 +211,32 @@ def combine(
     scale: Tensor | None,
     norm: Tensor | None,
     magnitude: Tensor | None,
-    out: Tensor | None = None,
+    out: Tensor | None,
     *,
-    multiplier: float = 1.0,
-    stand_in: float = 0.0,
-    accumulate: bool = False,
+    multiplier: float,
+    eps: float,
+    stand_in: float,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Σ over splits: writes multiplier·scale⊙Σ factor_parts to out [C, R] (or adds it); returns total and d_magnitude."""
+    """Adds the parts of ``reduce``: writes multiplier·scale⊙Σ factor_parts to out [C, R].
+
+    Returns −total / norm² [C], the coefficient that the norm paths start from, and d_magnitude [C].
+    """
     parts = factor_parts if factor_parts is not None else total_parts
     splits, C = parts.shape[:2]
     R = 1 if factor_parts is None else factor_parts.shape[2]
     config = combine_config(R)
-    total = d_magnitude = None
+    coefficient = d_magnitude = None
     if total_parts is not None:
-        total, d_magnitude = torch.empty_like(total_parts[0]), torch.empty_like(total_parts[0])
+        coefficient, d_magnitude = torch.empty_like(total_parts[0]), torch.empty_like(total_parts[0])
     stride_fc, stride_fr = (0, 0) if out is None else out.stride()
-    grid = (triton.cdiv(C, config["BLOCK_SIZE_C"]), triton.cdiv(R, config["BLOCK_SIZE_R"]))
+    grid = (cdiv(C, config["BLOCK_SIZE_C"]), cdiv(R, config["BLOCK_SIZE_R"]))
     _combine_kernel[grid](
         factor_parts_ptr=factor_parts, total_parts_ptr=total_parts, scale_ptr=scale, norm_ptr=norm,
-        magnitude_ptr=magnitude, factor_ptr=out, total_ptr=total, d_magnitude_ptr=d_magnitude,
+        magnitude_ptr=magnitude, factor_ptr=out, coefficient_ptr=coefficient, d_magnitude_ptr=d_magnitude,
         splits=splits, C=C,
         stride_fc=stride_fc, stride_fr=stride_fr,
-        multiplier=multiplier, stand_in=stand_in,
+        multiplier=multiplier, eps=eps, stand_in=stand_in,
         R=R, HAS_FACTOR=factor_parts is not None, HAS_TOTAL=total_parts is not None, HAS_SCALE=scale is not None,
-        ACCUMULATE=accumulate, **config,
+        **config,
     )  # fmt: skip
-    return total, d_magnitude
+    return coefficient, d_magnitude

@@ -1,0 +1,299 @@
+"""Weighted sums over the adapted weight V from one streaming read of W0, and what the layer makes of them.
+
+Norms and the exact gradient's paths through them need, of V = W0 + s·P·Zᵀ [I, J] with P [I, R], Z [J, R] and a
+coefficient c [J], always the same two sums:
+
+    products_i = Σ_j V_ij·c_j·Z_j   [R]        squares_i = Σ_j c_j·V_ij²
+
+V itself is not formed. With X = W0·(c⊙Z) and the Gram matrix G = Zᵀ·(c⊙Z) [R, R] they are
+
+    (a) products = X + s·P·G                   (b) squares = Σ_j c_j·W0_ij² + s·Σ_r P⊙(X + products)
+
+``_moments_kernel`` reads W0 once and leaves X, G and Σ_j c_j·W0_ij², in parts that a finishing kernel adds in a fixed
+order. Over the other axis it is the same kernel on the transposed view. The four uses, numbered as in ``factored``:
+
+    first axis,  c = 1               first_norm, first_scale; V·Q is kept for (10)
+    second axis, c = first_scale²    second_norm, second_scale; Vᵀ·(first_scale²⊙P) is kept for (11)
+    first axis,  c = κ               (8), (9), (10)
+    second axis, c = λ               (11)
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import dot_split, live_magnitude, load_matrix, load_vector
+from .config import TRITON_DTYPES, cdiv, finish_config, moments_config
+
+
+@triton.jit
+def _moments_kernel(
+    w_ptr,  # [I, J]
+    z_ptr,  # [J, R]
+    coefficient_ptr,  # [J]
+    products_ptr,  # [splits, I + R, R]: X, and below it G
+    squares_ptr,  # [splits, I]
+    I, J, split_size,
+    stride_wi, stride_wj, stride_zj, stride_zr,
+    R: tl.constexpr,
+    BLOCK_SIZE_I: tl.constexpr, BLOCK_SIZE_J: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
+    HAS_COEFFICIENT: tl.constexpr, HAS_SQUARES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid_i, split, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offs_r = pid_r * BLOCK_SIZE_R + tl.arange(0, BLOCK_SIZE_R)
+    num_blocks = tl.cdiv(I, BLOCK_SIZE_I)
+    start, end = split * split_size, tl.minimum((split + 1) * split_size, J)
+    acc = tl.zeros((BLOCK_SIZE_I, BLOCK_SIZE_R), dtype=tl.float32)
+    if pid_i < num_blocks:
+        offs_i = pid_i * BLOCK_SIZE_I + tl.arange(0, BLOCK_SIZE_I)
+        row, rows = offs_i, I
+        squares = tl.zeros((BLOCK_SIZE_I,), dtype=tl.float32)
+        for j in range(start, end, BLOCK_SIZE_J):
+            offs_j = j + tl.arange(0, BLOCK_SIZE_J)
+            w = load_matrix(w_ptr, offs_i, offs_j, I, end, stride_wi, stride_wj)  # [BLOCK_SIZE_I, BLOCK_SIZE_J]
+            z = load_matrix(z_ptr, offs_j, offs_r, end, R, stride_zj, stride_zr).to(tl.float32)
+            wide = w.to(tl.float32)
+            if HAS_COEFFICIENT:
+                c = load_vector(coefficient_ptr, offs_j, end)
+                z *= c[:, None]
+                if HAS_SQUARES:
+                    squares += tl.sum(wide * wide * c[None, :], axis=1)
+            else:
+                squares += tl.sum(wide * wide, axis=1)
+            acc = dot_split(w.to(DTYPE), z, acc, PRECISION)
+        if HAS_SQUARES:
+            base = split.to(tl.int64) * I
+            tl.store(squares_ptr + base + offs_i, squares, mask=(offs_i < I) & (pid_r == 0))
+    else:  # rows of Zᵀ below those of W0
+        offs_g = (pid_i - num_blocks) * BLOCK_SIZE_I + tl.arange(0, BLOCK_SIZE_I)
+        row, rows = I + offs_g, I + R
+        for j in range(start, end, BLOCK_SIZE_J):
+            offs_j = j + tl.arange(0, BLOCK_SIZE_J)
+            z_t = load_matrix(z_ptr, offs_g, offs_j, R, end, stride_zr, stride_zj)
+            z = load_matrix(z_ptr, offs_j, offs_r, end, R, stride_zj, stride_zr).to(tl.float32)
+            if HAS_COEFFICIENT:
+                z *= load_vector(coefficient_ptr, offs_j, end)[:, None]
+            acc = dot_split(z_t.to(DTYPE), z, acc, PRECISION)
+    ptrs = products_ptr + (split.to(tl.int64) * (I + R) + row)[:, None] * R + offs_r[None, :]
+    tl.store(ptrs, acc, mask=(row < rows)[:, None] & (offs_r < R)[None, :])
+
+
+@triton.jit
+def _load_products(
+    products_ptr, p_ptr, offs_i, offs_r, splits, I, stride_pi, stride_pr, scaling,
+    R: tl.constexpr, BLOCK_SIZE_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """X and products, equation (a), for a block of rows and of ranks."""
+    x = tl.zeros((offs_i.shape[0], BLOCK_SIZE_R), dtype=tl.float32)
+    for split in range(splits):
+        x += load_matrix(products_ptr + split * (I + R) * R, offs_i, offs_r, I, R, R, 1)
+    p_g = tl.zeros((offs_i.shape[0], BLOCK_SIZE_R), dtype=tl.float32)
+    for r in range(0, R, BLOCK_SIZE_R):
+        offs_q = r + tl.arange(0, BLOCK_SIZE_R)
+        p = load_matrix(p_ptr, offs_i, offs_q, I, R, stride_pi, stride_pr).to(tl.float32)
+        g = tl.zeros((BLOCK_SIZE_R, BLOCK_SIZE_R), dtype=tl.float32)
+        for split in range(splits):
+            g += load_matrix(products_ptr + (split * (I + R) + I) * R, offs_q, offs_r, R, R, R, 1)
+        p_g = tl.dot(p, g, p_g, input_precision=PRECISION)
+    return x, x + scaling * p_g
+
+
+@triton.jit
+def _load_squares(squares_ptr, offs_i, splits, I):
+    squares = tl.zeros((offs_i.shape[0],), dtype=tl.float32)
+    for split in range(splits):
+        squares += load_vector(squares_ptr + split * I, offs_i, I)
+    return squares
+
+
+@triton.jit
+def _finish_norm_kernel(
+    products_ptr,  # [splits, I + R, R]
+    squares_ptr,  # [splits, I]
+    p_ptr,  # [I, R]
+    magnitude_ptr,  # [I]
+    norm_ptr,  # [I]
+    scale_ptr,  # [I]
+    coefficient_ptr,  # [I]: scale²
+    kept_ptr,  # [I, R]: products
+    splits, I,
+    stride_pi, stride_pr,
+    scaling, eps,
+    R: tl.constexpr,
+    BLOCK_SIZE_I: tl.constexpr, BLOCK_SIZE_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    offs_i = tl.program_id(0) * BLOCK_SIZE_I + tl.arange(0, BLOCK_SIZE_I)
+    mask_i = offs_i < I
+    squares = _load_squares(squares_ptr, offs_i, splits, I)
+    for r in range(0, R, BLOCK_SIZE_R):
+        offs_r = r + tl.arange(0, BLOCK_SIZE_R)
+        x, products = _load_products(
+            products_ptr, p_ptr, offs_i, offs_r, splits, I, stride_pi, stride_pr, scaling, R, BLOCK_SIZE_R, PRECISION
+        )
+        p = load_matrix(p_ptr, offs_i, offs_r, I, R, stride_pi, stride_pr).to(tl.float32)
+        squares += scaling * tl.sum(p * (x + products), axis=1)  # (b)
+        ptrs = kept_ptr + offs_i.to(tl.int64)[:, None] * R + offs_r[None, :]
+        tl.store(ptrs, products, mask=mask_i[:, None] & (offs_r < R)[None, :])
+    squares = tl.where(squares < 0.0, 0.0, squares)  # by rounding, at most; NaN stays
+    norm = tl.maximum(tl.sqrt(squares), eps, propagate_nan=tl.PropagateNan.ALL)
+    scale = load_vector(magnitude_ptr, offs_i, I) / norm
+    tl.store(norm_ptr + offs_i, norm, mask=mask_i)
+    tl.store(scale_ptr + offs_i, scale, mask=mask_i)
+    tl.store(coefficient_ptr + offs_i, scale * scale, mask=mask_i)
+
+
+@triton.jit
+def _finish_path_kernel(
+    products_ptr,  # [splits, I + R, R]
+    squares_ptr,  # [splits, I]
+    p_ptr,  # [I, R]
+    norm_ptr,  # [I]
+    scale_ptr,  # [I]
+    magnitude_ptr,  # [I]
+    coefficient_ptr,  # [I]: −S / norm², replaced by λ on the first axis; κ on the second
+    kept_ptr,  # [I, R]: V·Q, or Vᵀ·(first_scale²⊙P)
+    d_magnitude_ptr,  # [I], added to
+    d_factor_ptr,  # [I, R], added to
+    splits, I,
+    stride_pi, stride_pr, stride_di, stride_dr,
+    scaling, eps, stand_in,
+    R: tl.constexpr,
+    BLOCK_SIZE_I: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
+    FIRST: tl.constexpr, HAS_PRODUCTS: tl.constexpr, HAS_KEPT: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    offs_i = tl.program_id(0) * BLOCK_SIZE_I + tl.arange(0, BLOCK_SIZE_I)
+    mask_i = offs_i < I
+    coefficient = load_vector(coefficient_ptr, offs_i, I) if FIRST or HAS_KEPT else tl.zeros_like(offs_i)
+    weight_of_products = tl.full((BLOCK_SIZE_I,), 1.0, dtype=tl.float32)
+    if FIRST and HAS_PRODUCTS:
+        squares = _load_squares(squares_ptr, offs_i, splits, I)
+        for r in range(0, R, BLOCK_SIZE_R):
+            offs_r = r + tl.arange(0, BLOCK_SIZE_R)
+            x, products = _load_products(
+                products_ptr, p_ptr, offs_i, offs_r, splits, I, stride_pi, stride_pr, scaling,
+                R, BLOCK_SIZE_R, PRECISION,
+            )  # fmt: skip
+            p = load_matrix(p_ptr, offs_i, offs_r, I, R, stride_pi, stride_pr).to(tl.float32)
+            squares += scaling * tl.sum(p * (x + products), axis=1)  # (b): w of (8)
+        scale, norm = load_vector(scale_ptr, offs_i, I), load_vector(norm_ptr, offs_i, I)
+        weight_of_products = scale * scale
+        path = weight_of_products * squares
+        coefficient -= tl.where(norm > eps, path / (norm * norm), 0.0)  # (9): λ
+        tl.store(coefficient_ptr + offs_i, coefficient, mask=mask_i)
+        live = live_magnitude(scale_ptr, norm_ptr, magnitude_ptr, offs_i, I, stand_in)
+        d_magnitude = load_vector(d_magnitude_ptr, offs_i, I)
+        tl.store(d_magnitude_ptr + offs_i, d_magnitude + path / live, mask=mask_i)  # (9)
+    if HAS_FACTOR:
+        for r in range(0, R, BLOCK_SIZE_R):
+            offs_r = r + tl.arange(0, BLOCK_SIZE_R)
+            update = tl.zeros((BLOCK_SIZE_I, BLOCK_SIZE_R), dtype=tl.float32)
+            if HAS_PRODUCTS:
+                _, products = _load_products(
+                    products_ptr, p_ptr, offs_i, offs_r, splits, I, stride_pi, stride_pr, scaling,
+                    R, BLOCK_SIZE_R, PRECISION,
+                )  # fmt: skip
+                update += weight_of_products[:, None] * products
+            if HAS_KEPT:
+                update += coefficient[:, None] * load_matrix(kept_ptr, offs_i, offs_r, I, R, R, 1)
+            ptrs = d_factor_ptr + offs_i.to(tl.int64)[:, None] * stride_di + offs_r.to(tl.int64)[None, :] * stride_dr
+            mask = mask_i[:, None] & (offs_r < R)[None, :]
+            tl.store(ptrs, tl.load(ptrs, mask=mask, other=0.0) + scaling * update, mask=mask)  # (10), (11)
+
+
+def _moments(
+    W: Tensor, Z: Tensor, coefficient: Tensor | None, precision: str, squares_needed: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Parts of X and G [splits, I + R, R] and of Σ_j c_j·W_ij² [splits, I]."""
+    (I, J), R = W.shape, Z.shape[1]
+    splits, config = moments_config(I, J, R, W.dtype, contiguous=W.stride(1) == 1)
+    split_size = cdiv(cdiv(J, splits), config["BLOCK_SIZE_J"]) * config["BLOCK_SIZE_J"]
+    parts = {"dtype": torch.float32, "device": W.device}
+    products = torch.empty((splits, I + R, R), **parts)
+    squares = torch.empty((splits, I), **parts) if squares_needed else None
+    block_i = config["BLOCK_SIZE_I"]
+    # float16 has not the range of κ and λ, so its products are those of TF32
+    operand = torch.bfloat16 if W.dtype == torch.bfloat16 else torch.float32
+    _moments_kernel[(cdiv(I, block_i) + cdiv(R, block_i), splits, cdiv(R, config["BLOCK_SIZE_R"]))](
+        w_ptr=W, z_ptr=Z, coefficient_ptr=coefficient, products_ptr=products, squares_ptr=squares,
+        I=I, J=J, split_size=split_size,
+        stride_wi=W.stride(0), stride_wj=W.stride(1), stride_zj=Z.stride(0), stride_zr=Z.stride(1),
+        R=R, HAS_COEFFICIENT=coefficient is not None, HAS_SQUARES=squares_needed,
+        DTYPE=TRITON_DTYPES[operand], PRECISION=precision, **config,
+    )  # fmt: skip
+    return products, squares
+
+
+def norm(
+    W: Tensor,
+    P: Tensor,
+    Z: Tensor,
+    magnitude: Tensor,
+    coefficient: Tensor | None,
+    *,
+    scaling: float,
+    eps: float,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Norms over j of V = W [I, J] + s·P [I, R]·Z [J, R]ᵀ weighted by the coefficient [J] (None: 1).
+
+    Returns norm [I], scale = magnitude / norm, scale², and V·(c⊙Z) [I, R], all float32.
+    """
+    products, squares = _moments(W, Z, coefficient, precision)
+    I, R = P.shape
+    vector = {"dtype": torch.float32, "device": W.device}
+    norms, scale, scale_squared = (torch.empty(I, **vector) for _ in range(3))
+    kept = torch.empty((I, R), **vector)
+    config = finish_config(R)
+    _finish_norm_kernel[(cdiv(I, config["BLOCK_SIZE_I"]),)](
+        products_ptr=products, squares_ptr=squares, p_ptr=P, magnitude_ptr=magnitude,
+        norm_ptr=norms, scale_ptr=scale, coefficient_ptr=scale_squared, kept_ptr=kept,
+        splits=len(products), I=I,
+        stride_pi=P.stride(0), stride_pr=P.stride(1),
+        scaling=scaling, eps=eps,
+        R=R, PRECISION=precision, **config,
+    )  # fmt: skip
+    return norms, scale, scale_squared, kept
+
+
+def add_norm_path(
+    W: Tensor,
+    P: Tensor,
+    norm: Tensor | None,
+    scale: Tensor | None,
+    magnitude: Tensor | None,
+    coefficient: Tensor | None,
+    kept: Tensor | None,
+    d_magnitude: Tensor | None,
+    d_factor: Tensor | None,
+    Z: Tensor,
+    z_coefficient: Tensor | None,
+    *,
+    first: bool,
+    scaling: float,
+    eps: float,
+    stand_in: float,
+    precision: str,
+) -> None:
+    """Adds the paths through the norms to d_factor [I, R] and, on the first axis, to d_magnitude [I].
+
+    W is [I, J] and P [I, R] its factor along this axis; norm to d_factor belong to this axis, Z [J, R] to the other.
+    On the first axis (equations (8) to (10)) z_coefficient is κ, None for DoRA, and the coefficient −S / norm² becomes
+    λ in place. On the second (equation (11)) z_coefficient is λ and the coefficient κ, None for DoRA.
+    """
+    I, R = P.shape
+    products = squares = None
+    if z_coefficient is not None:
+        products, squares = _moments(W, Z, z_coefficient, precision, squares_needed=first)
+    config = finish_config(R)
+    stride_di, stride_dr = (0, 0) if d_factor is None else d_factor.stride()
+    _finish_path_kernel[(cdiv(I, config["BLOCK_SIZE_I"]),)](
+        products_ptr=products, squares_ptr=squares, p_ptr=P, norm_ptr=norm, scale_ptr=scale, magnitude_ptr=magnitude,
+        coefficient_ptr=coefficient, kept_ptr=kept, d_magnitude_ptr=d_magnitude, d_factor_ptr=d_factor,
+        splits=0 if products is None else len(products), I=I,
+        stride_pi=P.stride(0), stride_pr=P.stride(1), stride_di=stride_di, stride_dr=stride_dr,
+        scaling=scaling, eps=eps, stand_in=stand_in,
+        R=R, FIRST=first, HAS_PRODUCTS=products is not None, HAS_KEPT=coefficient is not None,
+        HAS_FACTOR=d_factor is not None, PRECISION=precision, **config,
+    )  # fmt: skip
