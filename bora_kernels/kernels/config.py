@@ -51,7 +51,7 @@ def moments_config(I: int, J: int, R: int, dtype: torch.dtype, contiguous: bool)
 
 
 def finish_config(R: int) -> dict:
-    return {"BLOCK_SIZE_I": 32, "BLOCK_SIZE_R": min(32, max(16, 1 << (R - 1).bit_length())), "num_warps": 4}
+    return {"BLOCK_SIZE_I": 32, "BLOCK_SIZE_R": 16, "num_warps": 4}
 
 
 def project_config(M: int, C: int, R: int, dtype: torch.dtype) -> dict:
