@@ -111,7 +111,7 @@ def forward(
     """Equations (1) and (2): the output [M, N], the product before the bias where it is kept apart, and u [M, R]."""
     u = _project(_dropped(x, keep, dropout_p), lora_A, scales.col_scale, scaling)  # (1)
     x_scaled = _fold(x, scales.col_scale)
-    product = (x_scaled @ weight.to(x.dtype).T).to(u.dtype) + _split_matmul(u.to(x.dtype), lora_B.T)  # (2)
+    product = _wide_matmul(x_scaled, weight.T) + _split_matmul(u.to(x.dtype), lora_B.T)  # (2)
     stand_in = zero_stand_in(x.dtype)
     apart = separate_product(x.dtype, bias)
     y = _scaled(product, scales.row_scale, 0.0 if apart else stand_in)
@@ -123,15 +123,15 @@ def forward(
 
 def backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude_row: Tensor | None,
     magnitude_col: Tensor | None,
     scales: Scales,
-    product: Tensor,
-    u: Tensor,
+    product: Tensor | None,
+    u: Tensor | None,
     keep: Tensor | None,
     *,
     scaling: float,
@@ -143,15 +143,15 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Equations (3) to (11): the gradients of x, lora_A, lora_B, magnitude_row and magnitude_col."""
     needs_S, needs_D = needs.sums(scales, norm_order, detach_norm)
-    acc = u.dtype
-    stand_in = zero_stand_in(x.dtype)
+    acc = accumulation_dtype(dy.dtype)
+    stand_in = zero_stand_in(dy.dtype)
     v = _project(dy, lora_B.T, scales.row_scale, scaling)  # (3)
 
     dx = D = None
     if needs.x or needs_D:
-        low_rank = _dropped(_split_matmul(v.to(x.dtype), lora_A), keep, dropout_p)
-        inner = (_fold(dy, scales.row_scale) @ weight.to(x.dtype)).to(acc) + low_rank
-        dx = _scaled(inner, scales.col_scale, 0.0 if separate_product(x.dtype, None) else stand_in).to(x.dtype)  # (4)
+        low_rank = _dropped(_split_matmul(v.to(dy.dtype), lora_A), keep, dropout_p)
+        inner = _wide_matmul(_fold(dy, scales.row_scale), weight) + low_rank
+        dx = _scaled(inner, scales.col_scale, 0.0 if separate_product(dy.dtype, None) else stand_in).to(dy.dtype)  # (4)
         if needs_D:
             D = (_scaled(inner, scales.col_scale, stand_in) * x).sum(0)  # (5)
     S = (dy.to(acc) * product).sum(0) if needs_S else None  # (5)
@@ -160,7 +160,7 @@ def backward(
     if needs.lora_B:
         dB = _scaled((dy.T @ u.to(dy.dtype)).T.to(acc), scales.row_scale, 0.0).T  # (6)
     if needs.lora_A:
-        dA = _scaled((v.to(x.dtype).T @ _dropped(x, keep, dropout_p)).to(acc), scales.col_scale, 0.0)  # (6)
+        dA = _scaled((v.to(dy.dtype).T @ _dropped(x, keep, dropout_p)).to(acc), scales.col_scale, 0.0)  # (6)
 
     live_row, S_true = _live(magnitude_row, scales.row_norm, scales.row_scale, S, stand_in)
     live_col, D_true = _live(magnitude_col, scales.col_norm, scales.col_scale, D, stand_in)
@@ -271,7 +271,25 @@ def _split_matmul(t: Tensor, f: Tensor) -> Tensor:
         return t @ f.to(acc)
     high = f.to(t.dtype)
     low = (f.to(acc) - high.to(acc)).to(t.dtype)
-    return (t @ high).to(acc) + (t @ low).to(acc)
+    return _wide_matmul(t, high) + _wide_matmul(t, low)
+
+
+def _wide_matmul(t: Tensor, matrix: Tensor) -> Tensor:
+    """t [M, C] · matrix [C, O] in the accumulation dtype: rounded to half precision it would lose small updates.
+
+    CUDA has half-precision products with a float32 result. Elsewhere the matrix is widened in blocks of rows.
+    """
+    acc = accumulation_dtype(t.dtype)
+    if t.dtype not in _DROPPED_BITS:
+        return t @ matrix.to(acc)
+    if t.is_cuda and "dtype" in torch.ops.aten.mm.overloads():
+        return torch.mm(t, matrix.to(t.dtype), out_dtype=acc)
+    out = t.new_zeros(t.shape[0], matrix.shape[1], dtype=acc)
+    step = max(1, _CHUNK_ELEMENTS // matrix.shape[1])
+    for start in range(0, matrix.shape[0], step):
+        rows = slice(start, start + step)
+        out.addmm_(t[:, rows].to(acc), matrix[rows].to(acc))
+    return out
 
 
 def _fold(t: Tensor, scale: Tensor | None) -> Tensor:

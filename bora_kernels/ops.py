@@ -170,10 +170,11 @@ _library.define(
     " Tensor? dropout, float scaling, float dropout_p, bool save_product, str backend) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? magnitude_row,"
+    "backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? magnitude_row,"
     " Tensor? magnitude_col, Tensor? row_norm, Tensor? col_norm, Tensor? row_scale, Tensor? col_scale,"
-    " Tensor? row_product, Tensor? col_product, Tensor product, Tensor u, Tensor? dropout, float scaling, str norm_order, bool detach_norm, float dropout_p, float eps,"
-    " bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " Tensor? row_product, Tensor? col_product, Tensor? product, Tensor? u, Tensor? dropout, float scaling,"
+    " str norm_order, bool detach_norm, float dropout_p, float eps, bool[] needs, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -181,8 +182,14 @@ def _tensors(like: Tensor, *values: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if value is None else value for value in values)
 
 
+def _contiguous(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Kernels read magnitudes and biases without a stride."""
+    return tuple(None if vector is None else vector.contiguous() for vector in vectors)
+
+
 def _scales(weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling, norm_order, eps, backend):
     compute = _implementation(backend).compute_scales
+    magnitude_row, magnitude_col = _contiguous(magnitude_row, magnitude_col)
     with torch.autocast(weight.device.type, enabled=False):
         scales = compute(
             weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling=scaling, norm_order=norm_order, eps=eps
@@ -205,6 +212,7 @@ def _scales_fake(weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling, 
 def _forward(
     x, weight, lora_A, lora_B, row_scale, col_scale, bias, dropout, scaling, dropout_p, save_product, backend
 ):
+    row_scale, col_scale, bias = _contiguous(row_scale, col_scale, bias)
     scales = Scales(row_scale=row_scale, col_scale=col_scale)
     with torch.autocast(x.device.type, enabled=False):
         y, product, u = _implementation(backend).forward(
@@ -227,8 +235,9 @@ def _backward(
     dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, row_norm, col_norm, row_scale, col_scale,
     row_product, col_product, product, u, dropout, scaling, norm_order, detach_norm, dropout_p, eps, needs, backend,
 ):  # fmt: skip
+    magnitude_row, magnitude_col = _contiguous(magnitude_row, magnitude_col)
     scales = Scales(row_norm, col_norm, row_scale, col_scale, row_product, col_product)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(dy.device.type, enabled=False):
         gradients = _implementation(backend).backward(
             dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, dropout,
             scaling=scaling, norm_order=norm_order, detach_norm=detach_norm, dropout_p=dropout_p, eps=eps,
@@ -241,8 +250,10 @@ def _backward_fake(
     dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, row_norm, col_norm, row_scale, col_scale,
     row_product, col_product, product, u, dropout, scaling, norm_order, detach_norm, dropout_p, eps, needs, backend,
 ):  # fmt: skip
-    wanted = zip((x, lora_A, lora_B, magnitude_row, magnitude_col), needs, strict=True)
-    return _tensors(dy, *(torch.empty(t.shape, dtype=t.dtype, device=t.device) if need else None for t, need in wanted))
+    dx = dy.new_empty(dy.shape[0], weight.shape[1]) if needs[0] else None  # x itself may be absent
+    wanted = zip((lora_A, lora_B, magnitude_row, magnitude_col), needs[1:], strict=True)
+    rest = (torch.empty(t.shape, dtype=t.dtype, device=t.device) if need else None for t, need in wanted)
+    return _tensors(dy, dx, *rest)
 
 
 def _without_autocast(operator, device_type: str):

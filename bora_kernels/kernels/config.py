@@ -1,7 +1,8 @@
 """Block sizes, warps and pipeline stages: plain functions of sizes, dtype and architecture.
 
-There is no autotuning: a first call compiles one variant of each kernel. To change a configuration, see
-CONTRIBUTING.md; every one of these is compiled for all supported targets in the tests.
+There is no autotuning: a first call compiles one variant of each kernel. The numbers for half precision were measured
+on an H100 (``benchmarks/NOTES.md``); every configuration is compiled for all supported targets in the tests. To change
+one, see CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -10,15 +11,14 @@ from functools import lru_cache
 
 import torch
 import triton.language as tl
+from torch import Tensor
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-
-@lru_cache
-def target(device_index: int | None) -> tuple[int | str, int]:
-    """Architecture (80, 90, ... or "gfx942") and number of multiprocessors; (0, 4) under Triton's interpreter."""
-    if device_index is None or not torch.cuda.is_available():
+def target(device_index: int) -> tuple[int | str, int]:
+    """Architecture (80, 90, ... or "gfx942") and number of multiprocessors; (0, 4) for Triton's interpreter."""
+    if device_index < 0:
         return 0, 4
     properties = torch.cuda.get_device_properties(device_index)
     if torch.version.hip is not None:
@@ -34,19 +34,32 @@ def is_half(dtype: torch.dtype) -> bool:
     return dtype.itemsize == 2
 
 
+def is_aligned(matrix: Tensor) -> bool:
+    """Whether rows (or columns) start at multiples of 16 bytes, so that a tile is loaded in 16-byte pieces."""
+    stride = max(matrix.stride())
+    return 1 in matrix.stride() and stride * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
 def rank_block(R: int, dtype: torch.dtype) -> int:
     """Ranks in a tile: a power of two of at least 16; float32 products run on ordinary units and hold fewer."""
     return min(64 if is_half(dtype) else 16, max(16, 1 << (R - 1).bit_length()))
 
 
-def moments_config(I: int, J: int, R: int, dtype: torch.dtype, contiguous: bool) -> tuple[int, dict]:
-    """Splits of the axis summed over, and the configuration; ``contiguous`` says which axis of W0 has unit stride."""
-    block_i, block_j = (64, 64) if is_half(dtype) else (32, 32)
+@lru_cache
+def moments_config(I: int, J: int, R: int, dtype: torch.dtype, aligned: bool) -> tuple[int, dict]:
+    """Splits of the axis summed over, and the configuration."""
     block_r = rank_block(R, dtype)
+    if not is_half(dtype):
+        block_i, block_j, stages = 32, 32, 3
+    elif aligned and block_r <= 32:
+        block_i, block_j, stages = 64, 128, 3
+    else:
+        block_i, block_j, stages = 64, 64, 2
     programs = cdiv(I, block_i) * cdiv(R, block_r)
-    splits = max(1, min(cdiv(J, 4 * block_j), cdiv(512, programs), 16))
+    splits = max(1, min(cdiv(J, 4 * block_j), cdiv(256, programs), 16))
     return splits, {
-        "BLOCK_SIZE_I": block_i, "BLOCK_SIZE_J": block_j, "BLOCK_SIZE_R": block_r, "num_warps": 4, "num_stages": 3,
+        "BLOCK_SIZE_I": block_i, "BLOCK_SIZE_J": block_j, "BLOCK_SIZE_R": block_r,
+        "num_warps": 4, "num_stages": stages,
     }  # fmt: skip
 
 
@@ -54,23 +67,39 @@ def finish_config(R: int) -> dict:
     return {"BLOCK_SIZE_I": 32, "BLOCK_SIZE_R": 16, "num_warps": 4}
 
 
-def project_config(M: int, C: int, R: int, dtype: torch.dtype) -> dict:
+@lru_cache
+def project_config(M: int, C: int, R: int, dtype: torch.dtype, aligned: bool) -> dict:
     block_r = rank_block(R, dtype)
-    block_c = 128 if is_half(dtype) and block_r <= 32 else 64 if is_half(dtype) else 32
+    if not is_half(dtype):
+        block_m, block_c, warps, stages = 32, 32, 4, 2
+    elif not aligned:
+        block_m, block_c, warps, stages = 32, 64, 8, 2
+    elif M <= 4096:
+        block_m, block_c, warps, stages = 16, 128, 4, 3
+    elif block_r <= 32:
+        block_m, block_c, warps, stages = 64, 256, 8, 3
+    else:
+        block_m, block_c, warps, stages = 64, 128, 4, 3
     return {
-        "BLOCK_SIZE_M": 32 if M <= 8192 else 64, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": block_r,
-        "num_warps": 4, "num_stages": 3,
+        "BLOCK_SIZE_M": block_m, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": block_r,
+        "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
 
 
-def reduce_config(M: int, C: int, R: int, dtype: torch.dtype) -> tuple[int, dict]:
+@lru_cache
+def reduce_config(M: int, C: int, R: int, dtype: torch.dtype, aligned: bool) -> tuple[int, dict]:
     """Splits of the tokens, and the configuration."""
-    block_c, block_m = (64, 64) if is_half(dtype) else (64, 32)
-    programs = cdiv(C, block_c) * cdiv(R, rank_block(R, dtype))
-    splits = max(1, min(cdiv(M, 4 * block_m), cdiv(1024, programs), 32))
+    block_r = rank_block(R, dtype)
+    if not is_half(dtype):
+        block_m, block_c = 32, 64
+    elif aligned:
+        block_m, block_c = 128, 128
+    else:
+        block_m, block_c = 64, 64
+    programs = cdiv(C, block_c) * cdiv(R, block_r)
+    splits = max(1, min(cdiv(M, block_m), cdiv(448, programs), 32))
     return splits, {
-        "BLOCK_SIZE_M": block_m, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": rank_block(R, dtype),
-        "num_warps": 4, "num_stages": 3,
+        "BLOCK_SIZE_M": block_m, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": block_r, "num_warps": 4, "num_stages": 2,
     }  # fmt: skip
 
 
@@ -78,41 +107,49 @@ def combine_config(R: int) -> dict:
     return {"BLOCK_SIZE_C": 32, "BLOCK_SIZE_R": min(64, 1 << (R - 1).bit_length()), "num_warps": 4}
 
 
+@lru_cache
 def gemm_config(
-    M: int, O: int, C: int, R: int, dtype: torch.dtype, device: torch.device, descriptors_fit: bool
-) -> tuple[int, dict]:
-    """Programs to launch, and the configuration; USE_DESCRIPTORS says whether operands come through TMA."""
-    arch, processors = target(device.index if device.type == "cuda" else None)
-    config = gemm_tile(arch, M, O, processors, dtype, descriptors_fit)
+    M: int, O: int, C: int, dtype: torch.dtype, device_index: int, descriptors_fit: bool, aligned: bool, dropout: bool
+) -> tuple[tuple[int], dict]:
+    """The grid, and the configuration; USE_DESCRIPTORS says whether operands come through TMA."""
+    arch, processors = target(device_index)
+    config = gemm_tile(arch, processors, M, O, dtype, descriptors_fit, aligned, dropout)
     tiles = cdiv(M, config["BLOCK_SIZE_M"]) * cdiv(O, config["BLOCK_SIZE_O"])
     resident = 1 if config["USE_DESCRIPTORS"] else 2
-    return min(tiles, resident * processors), config | {"BLOCK_SIZE_R": 16}
+    return (min(tiles, resident * processors),), config
 
 
 def gemm_tile(
-    arch: int | str, M: int, O: int, processors: int, dtype: torch.dtype, descriptors_fit: bool
+    arch: int | str,
+    processors: int,
+    M: int,
+    O: int,
+    dtype: torch.dtype,
+    descriptors_fit: bool,
+    aligned: bool,
+    dropout: bool,
 ) -> dict:
     """The tile of the base product for one target."""
 
-    def tile(m, o, c, warps, stages, descriptors=False):
+    def tile(m: int, o: int, c: int, warps: int, stages: int, descriptors: bool = False) -> dict:
         return {
-            "BLOCK_SIZE_M": m, "BLOCK_SIZE_O": o, "BLOCK_SIZE_C": c, "GROUP_SIZE_M": 8,
-            "USE_DESCRIPTORS": descriptors, "FLATTEN": descriptors and arch == 90,
-            "num_warps": warps, "num_stages": stages,
+            "BLOCK_SIZE_M": m, "BLOCK_SIZE_O": o, "BLOCK_SIZE_C": c, "BLOCK_SIZE_R": 16, "GROUP_SIZE_M": 8,
+            "USE_DESCRIPTORS": descriptors, "num_warps": warps, "num_stages": stages,
         }  # fmt: skip
+
+    def fills_device(m: int, o: int) -> bool:
+        return cdiv(M, m) * cdiv(O, o) >= processors
 
     if arch == 0:  # the interpreter's cost is by program, so tiles are big; descriptors are right there in float32 only
         return tile(64, 128, 64, 4, 1, descriptors_fit and dtype == torch.float32)
     if dtype == torch.float32:
-        return tile(64, 64, 32, 8, 2)
+        return tile(64, 64, 16, 4, 2)
     if arch in (90, 100, 103) and descriptors_fit:
-        if cdiv(M, 128) * cdiv(O, 256) >= processors:
+        if fills_device(128, 256) and not dropout:
             return tile(128, 256, 64, 8, 3, True)
-        if cdiv(M, 128) * cdiv(O, 128) >= processors // 2:
-            return tile(128, 128, 64, 8, 4, True)
-        return tile(64, 128, 64, 4, 4, True)
+        return tile(128, 128, 64, 8, 4, True) if M > 64 else tile(64, 128, 64, 4, 4, True)
     if isinstance(arch, str):
         return tile(128, 128, 32, 8, 2)
-    if M <= 64 or cdiv(M, 128) * cdiv(O, 128) < processors // 2:
-        return tile(64, 64, 64, 4, 3)
-    return tile(128, 128, 64, 8, 3) if arch in (80, 90, 100, 103) else tile(128, 128, 32, 8, 3)
+    if aligned and not dropout and fills_device(128, 128):
+        return tile(128, 128, 64, 8, 3) if arch in (80, 90, 100, 103) else tile(128, 128, 32, 8, 3)
+    return tile(64, 64, 32, 4, 3)

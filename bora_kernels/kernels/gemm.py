@@ -14,7 +14,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import dot_split, keep_mask, load_matrix, load_vector
-from .config import TRITON_DTYPES, gemm_config
+from .config import TRITON_DTYPES, gemm_config, is_aligned
+from .launch import launch
 
 
 @triton.jit
@@ -35,13 +36,13 @@ def _scaled_gemm_kernel(
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_O: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
     GROUP_SIZE_M: tl.constexpr,
     W_ROWS_ARE_OUTPUTS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    SAVE_PRODUCT: tl.constexpr, USE_DESCRIPTORS: tl.constexpr, FLATTEN: tl.constexpr,
+    SAVE_PRODUCT: tl.constexpr, USE_DESCRIPTORS: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_tiles_m = tl.cdiv(M, BLOCK_SIZE_M)
     num_tiles_o = tl.cdiv(O, BLOCK_SIZE_O)
     group_tiles = GROUP_SIZE_M * num_tiles_o
-    for tile in tl.range(tl.program_id(0), num_tiles_m * num_tiles_o, tl.num_programs(0), flatten=FLATTEN):
+    for tile in range(tl.program_id(0), num_tiles_m * num_tiles_o, tl.num_programs(0)):
         # groups of GROUP_SIZE_M tiles along m share the tiles of w while they are in cache
         first_m = tile // group_tiles * GROUP_SIZE_M
         group_size = tl.minimum(num_tiles_m - first_m, GROUP_SIZE_M)
@@ -66,17 +67,11 @@ def _scaled_gemm_kernel(
             acc = tl.dot(t_tile, w_tile, acc, input_precision=PRECISION)
 
         low_rank = tl.zeros_like(acc) if HAS_DROPOUT else acc
-        if R <= BLOCK_SIZE_R:  # no loop: the tile loop can then be flattened
-            low_rank = _add_low_rank(
-                low_rank, projection_ptr, factor_ptr, offs_m, offs_o, 0, M, O, stride_fr, stride_fo,
-                R, BLOCK_SIZE_R, DTYPE, PRECISION,
-            )  # fmt: skip
-        else:
-            for r in range(0, R, BLOCK_SIZE_R):
-                low_rank = _add_low_rank(
-                    low_rank, projection_ptr, factor_ptr, offs_m, offs_o, r, M, O, stride_fr, stride_fo,
-                    R, BLOCK_SIZE_R, DTYPE, PRECISION,
-                )  # fmt: skip
+        for r in range(0, R, BLOCK_SIZE_R):
+            offs_r = r + tl.arange(0, BLOCK_SIZE_R)
+            projection = load_matrix(projection_ptr, offs_m, offs_r, M, R, R, 1).to(DTYPE)
+            factor = load_matrix(factor_ptr, offs_r, offs_o, R, O, stride_fr, stride_fo).to(tl.float32)
+            low_rank = dot_split(projection, factor, low_rank, PRECISION)
         if HAS_DROPOUT:
             keep = keep_mask(tl.load(seed_ptr), offs_m, offs_o, dropout_p)
             acc += tl.where(keep, low_rank / (1.0 - dropout_p), 0.0)
@@ -92,17 +87,6 @@ def _scaled_gemm_kernel(
         if HAS_BIAS:
             acc += load_vector(bias_ptr, offs_o, O)[None, :]
         _store_tile(out, acc.to(DTYPE), start_m, start_o, offs_m, offs_o, M, O, USE_DESCRIPTORS)
-
-
-@triton.jit
-def _add_low_rank(
-    acc, projection_ptr, factor_ptr, offs_m, offs_o, r, M, O, stride_fr, stride_fo,
-    R: tl.constexpr, BLOCK_SIZE_R: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    offs_r = r + tl.arange(0, BLOCK_SIZE_R)
-    projection = load_matrix(projection_ptr, offs_m, offs_r, M, R, R, 1).to(DTYPE)
-    factor = load_matrix(factor_ptr, offs_r, offs_o, R, O, stride_fr, stride_fo).to(tl.float32)
-    return dot_split(projection, factor, acc, PRECISION)
 
 
 @triton.jit
@@ -138,28 +122,34 @@ def scaled_gemm(
     product = torch.empty_like(out) if save_product else out
     rows_are_outputs = W.stride(1) == 1
     stored_w = W if rows_are_outputs else W.T
-    use_descriptors = W.dtype == t.dtype and all(map(_fits_descriptor, (t, stored_w, out)))
-    grid_size, config = gemm_config(M, O, C, R, t.dtype, t.device, use_descriptors)
-    use_descriptors = config.pop("USE_DESCRIPTORS")
-    t_arg, w_arg, out_arg, product_arg = t, W, out, product
-    if use_descriptors:
+    descriptors_fit = W.dtype == t.dtype and all(map(_fits_descriptor, (t, stored_w, out)))
+    grid, config = gemm_config(M, O, C, t.dtype, W.get_device(), descriptors_fit, is_aligned(t), seed is not None)
+    operands = (t, W, out, product)
+    if config["USE_DESCRIPTORS"]:
         block_m, block_o, block_c = config["BLOCK_SIZE_M"], config["BLOCK_SIZE_O"], config["BLOCK_SIZE_C"]
-        w_block = [block_o, block_c] if rows_are_outputs else [block_c, block_o]
-        t_arg = TensorDescriptor.from_tensor(t, [block_m, block_c])
-        w_arg = TensorDescriptor.from_tensor(stored_w, w_block)
-        out_arg = TensorDescriptor.from_tensor(out, [block_m, block_o])
-        product_arg = TensorDescriptor.from_tensor(product, [block_m, block_o]) if save_product else out_arg
-    _scaled_gemm_kernel[(grid_size,)](
-        t=t_arg, w=w_arg, out=out_arg, product=product_arg,
-        projection_ptr=projection, factor_ptr=factor, scale_ptr=scale, bias_ptr=bias, seed_ptr=seed,
-        M=M, O=O, C=C,
-        stride_tm=t.stride(0), stride_tc=t.stride(1), stride_wo=W.stride(0), stride_wc=W.stride(1),
-        stride_fr=factor.stride(0), stride_fo=factor.stride(1),
-        stand_in=stand_in, out_stand_in=0.0 if save_product else stand_in, dropout_p=dropout_p,
-        R=R, W_ROWS_ARE_OUTPUTS=rows_are_outputs, HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
-        HAS_DROPOUT=seed is not None, SAVE_PRODUCT=save_product and scale is not None,
-        USE_DESCRIPTORS=use_descriptors, DTYPE=TRITON_DTYPES[t.dtype], PRECISION=precision, **config,
-    )  # fmt: skip
+        out_descriptor = TensorDescriptor.from_tensor(out, [block_m, block_o])
+        operands = (
+            TensorDescriptor.from_tensor(t, [block_m, block_c]),
+            TensorDescriptor.from_tensor(stored_w, [block_o, block_c] if rows_are_outputs else [block_c, block_o]),
+            out_descriptor,
+            TensorDescriptor.from_tensor(product, [block_m, block_o]) if save_product else out_descriptor,
+        )
+
+    def prepare():
+        return grid, {
+            "M": M, "O": O, "C": C,
+            "stride_tm": t.stride(0), "stride_tc": t.stride(1), "stride_wo": W.stride(0), "stride_wc": W.stride(1),
+            "stride_fr": factor.stride(0), "stride_fo": factor.stride(1),
+            "stand_in": stand_in, "out_stand_in": 0.0 if save_product else stand_in, "dropout_p": dropout_p,
+            "R": R, "W_ROWS_ARE_OUTPUTS": rows_are_outputs, "HAS_SCALE": scale is not None,
+            "HAS_BIAS": bias is not None, "HAS_DROPOUT": seed is not None,
+            "SAVE_PRODUCT": save_product and scale is not None,
+            "DTYPE": TRITON_DTYPES[t.dtype], "PRECISION": precision, **config,
+        }  # fmt: skip
+
+    key = (M, O, C, R, t.dtype, W.dtype, t.stride(), W.stride(), factor.stride(), descriptors_fit, save_product, stand_in,
+           dropout_p, precision)  # fmt: skip
+    launch(_scaled_gemm_kernel, key, (*operands, projection, factor, scale, bias, seed), prepare)
     return out, product
 
 

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import dot_split, keep_mask, live_magnitude, load_matrix, load_vector, round_with_dither
-from .config import cdiv, combine_config, project_config, reduce_config
+from .config import cdiv, combine_config, is_aligned, project_config, reduce_config
+from .launch import launch
 
 
 @triton.jit
@@ -161,17 +162,22 @@ def project(
     Kept elements are scaled by 1 / (1 − p), which ``scaling`` takes along.
     """
     (M, C), R = t.shape, factor.shape[0]
-    config = project_config(M, C, R, t.dtype)
     scaled = torch.empty((M, C), dtype=t.dtype, device=t.device) if scale is not None else t
     projection = torch.empty((M, R), dtype=torch.float32, device=t.device)
-    grid = (cdiv(M, config["BLOCK_SIZE_M"]), cdiv(R, config["BLOCK_SIZE_R"]))
-    _project_kernel[grid](
-        t_ptr=t, scale_ptr=scale, factor_ptr=factor, scaled_ptr=scaled, projection_ptr=projection, seed_ptr=seed,
-        M=M, C=C,
-        stride_tm=t.stride(0), stride_tc=t.stride(1), stride_fr=factor.stride(0), stride_fc=factor.stride(1),
-        scaling=scaling / (1.0 - dropout_p), dropout_p=dropout_p,
-        R=R, HAS_SCALE=scale is not None, HAS_DROPOUT=seed is not None, PRECISION=precision, **config,
-    )  # fmt: skip
+
+    def prepare():
+        config = project_config(M, C, R, t.dtype, is_aligned(t))
+        grid = (cdiv(M, config["BLOCK_SIZE_M"]), cdiv(R, config["BLOCK_SIZE_R"]))
+        return grid, {
+            "M": M, "C": C,
+            "stride_tm": t.stride(0), "stride_tc": t.stride(1),
+            "stride_fr": factor.stride(0), "stride_fc": factor.stride(1),
+            "scaling": scaling / (1.0 - dropout_p), "dropout_p": dropout_p,
+            "R": R, "HAS_SCALE": scale is not None, "HAS_DROPOUT": seed is not None, "PRECISION": precision, **config,
+        }  # fmt: skip
+
+    key = (M, C, R, t.stride(), factor.stride(), scaling, dropout_p, precision)
+    launch(_project_kernel, key, (t, scale, factor, scaled, projection, seed), prepare)
     return scaled, projection
 
 
@@ -186,22 +192,24 @@ def reduce(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Parts of tᵀ·projection [splits, C, R] and of Σ_m t⊙other [splits, C], one for each split of the tokens."""
     (M, C), R = t.shape, 1 if projection is None else projection.shape[1]
-    splits, config = reduce_config(M, C, R, t.dtype)
-    split_size = cdiv(cdiv(M, splits), config["BLOCK_SIZE_M"]) * config["BLOCK_SIZE_M"]
+    splits, config = reduce_config(M, C, R, t.dtype, is_aligned(t))
     parts = {"dtype": torch.float32, "device": t.device}
     factor_parts = None if projection is None else torch.empty((splits, C, R), **parts)
     total_parts = None if other is None else torch.empty((splits, C), **parts)
-    stride_om, stride_oc = (0, 0) if other is None else other.stride()
-    grid = (cdiv(C, config["BLOCK_SIZE_C"]), splits, cdiv(R, config["BLOCK_SIZE_R"]))
-    _reduce_kernel[grid](
-        t_ptr=t, other_ptr=other, projection_ptr=projection, factor_parts_ptr=factor_parts,
-        total_parts_ptr=total_parts, seed_ptr=seed,
-        M=M, C=C, split_size=split_size,
-        stride_tm=t.stride(0), stride_tc=t.stride(1), stride_om=stride_om, stride_oc=stride_oc,
-        dropout_p=dropout_p,
-        R=R, HAS_FACTOR=projection is not None, HAS_TOTAL=other is not None, HAS_DROPOUT=seed is not None,
-        PRECISION=precision, **config,
-    )  # fmt: skip
+    other_strides = (0, 0) if other is None else other.stride()
+
+    def prepare():
+        return (cdiv(C, config["BLOCK_SIZE_C"]), splits, cdiv(R, config["BLOCK_SIZE_R"])), {
+            "M": M, "C": C, "split_size": cdiv(cdiv(M, splits), config["BLOCK_SIZE_M"]) * config["BLOCK_SIZE_M"],
+            "stride_tm": t.stride(0), "stride_tc": t.stride(1),
+            "stride_om": other_strides[0], "stride_oc": other_strides[1],
+            "dropout_p": dropout_p,
+            "R": R, "HAS_FACTOR": projection is not None, "HAS_TOTAL": other is not None,
+            "HAS_DROPOUT": seed is not None, "PRECISION": precision, **config,
+        }  # fmt: skip
+
+    key = (M, C, R, t.stride(), other_strides, dropout_p, precision)
+    launch(_reduce_kernel, key, (t, other, projection, factor_parts, total_parts, seed), prepare)
     return factor_parts, total_parts
 
 
@@ -224,19 +232,21 @@ def combine(
     parts = factor_parts if factor_parts is not None else total_parts
     splits, C = parts.shape[:2]
     R = 1 if factor_parts is None else factor_parts.shape[2]
-    config = combine_config(R)
     coefficient = d_magnitude = None
     if total_parts is not None:
         coefficient, d_magnitude = torch.empty_like(total_parts[0]), torch.empty_like(total_parts[0])
-    stride_fc, stride_fr = (0, 0) if out is None else out.stride()
-    grid = (cdiv(C, config["BLOCK_SIZE_C"]), cdiv(R, config["BLOCK_SIZE_R"]))
-    _combine_kernel[grid](
-        factor_parts_ptr=factor_parts, total_parts_ptr=total_parts, scale_ptr=scale, norm_ptr=norm,
-        magnitude_ptr=magnitude, factor_ptr=out, coefficient_ptr=coefficient, d_magnitude_ptr=d_magnitude,
-        splits=splits, C=C,
-        stride_fc=stride_fc, stride_fr=stride_fr,
-        multiplier=multiplier, eps=eps, stand_in=stand_in,
-        R=R, HAS_FACTOR=factor_parts is not None, HAS_TOTAL=total_parts is not None, HAS_SCALE=scale is not None,
-        **config,
-    )  # fmt: skip
+    strides = (0, 0) if out is None else out.stride()
+
+    def prepare():
+        config = combine_config(R)
+        return (cdiv(C, config["BLOCK_SIZE_C"]), cdiv(R, config["BLOCK_SIZE_R"])), {
+            "splits": splits, "C": C,
+            "stride_fc": strides[0], "stride_fr": strides[1],
+            "multiplier": multiplier, "eps": eps, "stand_in": stand_in,
+            "R": R, "HAS_FACTOR": factor_parts is not None, "HAS_TOTAL": total_parts is not None,
+            "HAS_SCALE": scale is not None, **config,
+        }  # fmt: skip
+
+    tensors = (factor_parts, total_parts, scale, norm, magnitude, out, coefficient, d_magnitude)
+    launch(_combine_kernel, (splits, C, R, strides, multiplier, eps, stand_in), tensors, prepare)
     return coefficient, d_magnitude

@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import dot_split, live_magnitude, load_matrix, load_vector
-from .config import TRITON_DTYPES, cdiv, finish_config, moments_config
+from .config import TRITON_DTYPES, cdiv, finish_config, is_aligned, moments_config
+from .launch import launch
 
 
 @triton.jit
@@ -207,21 +208,24 @@ def _moments(
 ) -> tuple[Tensor, Tensor | None]:
     """Parts of X and G [splits, I + R, R] and of Σ_j c_j·W_ij² [splits, I]."""
     (I, J), R = W.shape, Z.shape[1]
-    splits, config = moments_config(I, J, R, W.dtype, contiguous=W.stride(1) == 1)
-    split_size = cdiv(cdiv(J, splits), config["BLOCK_SIZE_J"]) * config["BLOCK_SIZE_J"]
+    splits, config = moments_config(I, J, R, W.dtype, is_aligned(W))
+    block_i, block_j, block_r = config["BLOCK_SIZE_I"], config["BLOCK_SIZE_J"], config["BLOCK_SIZE_R"]
     parts = {"dtype": torch.float32, "device": W.device}
     products = torch.empty((splits, I + R, R), **parts)
     squares = torch.empty((splits, I), **parts) if squares_needed else None
-    block_i = config["BLOCK_SIZE_I"]
-    # float16 has not the range of κ and λ, so its products are those of TF32
-    operand = torch.bfloat16 if W.dtype == torch.bfloat16 else torch.float32
-    _moments_kernel[(cdiv(I, block_i) + cdiv(R, block_i), splits, cdiv(R, config["BLOCK_SIZE_R"]))](
-        w_ptr=W, z_ptr=Z, coefficient_ptr=coefficient, products_ptr=products, squares_ptr=squares,
-        I=I, J=J, split_size=split_size,
-        stride_wi=W.stride(0), stride_wj=W.stride(1), stride_zj=Z.stride(0), stride_zr=Z.stride(1),
-        R=R, HAS_COEFFICIENT=coefficient is not None, HAS_SQUARES=squares_needed,
-        DTYPE=TRITON_DTYPES[operand], PRECISION=precision, **config,
-    )  # fmt: skip
+
+    def prepare():
+        # float16 has not the range of κ and λ, so its products are those of TF32
+        operand = torch.bfloat16 if W.dtype == torch.bfloat16 else torch.float32
+        return (cdiv(I, block_i) + cdiv(R, block_i), splits, cdiv(R, block_r)), {
+            "I": I, "J": J, "split_size": cdiv(cdiv(J, splits), block_j) * block_j,
+            "stride_wi": W.stride(0), "stride_wj": W.stride(1), "stride_zj": Z.stride(0), "stride_zr": Z.stride(1),
+            "R": R, "HAS_COEFFICIENT": coefficient is not None, "HAS_SQUARES": squares_needed,
+            "DTYPE": TRITON_DTYPES[operand], "PRECISION": precision, **config,
+        }  # fmt: skip
+
+    key = (I, J, R, W.stride(), Z.stride(), precision)
+    launch(_moments_kernel, key, (W, Z, coefficient, products, squares), prepare)
     return products, squares
 
 
@@ -245,15 +249,18 @@ def norm(
     vector = {"dtype": torch.float32, "device": W.device}
     norms, scale, scale_squared = (torch.empty(I, **vector) for _ in range(3))
     kept = torch.empty((I, R), **vector)
-    config = finish_config(R)
-    _finish_norm_kernel[(cdiv(I, config["BLOCK_SIZE_I"]),)](
-        products_ptr=products, squares_ptr=squares, p_ptr=P, magnitude_ptr=magnitude,
-        norm_ptr=norms, scale_ptr=scale, coefficient_ptr=scale_squared, kept_ptr=kept,
-        splits=len(products), I=I,
-        stride_pi=P.stride(0), stride_pr=P.stride(1),
-        scaling=scaling, eps=eps,
-        R=R, PRECISION=precision, **config,
-    )  # fmt: skip
+
+    def prepare():
+        config = finish_config(R)
+        return (cdiv(I, config["BLOCK_SIZE_I"]),), {
+            "splits": len(products), "I": I,
+            "stride_pi": P.stride(0), "stride_pr": P.stride(1),
+            "scaling": scaling, "eps": eps,
+            "R": R, "PRECISION": precision, **config,
+        }  # fmt: skip
+
+    tensors = (products, squares, P, magnitude, norms, scale, scale_squared, kept)
+    launch(_finish_norm_kernel, (products.shape, P.stride(), scaling, eps, precision), tensors, prepare)
     return norms, scale, scale_squared, kept
 
 
@@ -286,14 +293,19 @@ def add_norm_path(
     products = squares = None
     if z_coefficient is not None:
         products, squares = _moments(W, Z, z_coefficient, precision, squares_needed=first)
-    config = finish_config(R)
-    stride_di, stride_dr = (0, 0) if d_factor is None else d_factor.stride()
-    _finish_path_kernel[(cdiv(I, config["BLOCK_SIZE_I"]),)](
-        products_ptr=products, squares_ptr=squares, p_ptr=P, norm_ptr=norm, scale_ptr=scale, magnitude_ptr=magnitude,
-        coefficient_ptr=coefficient, kept_ptr=kept, d_magnitude_ptr=d_magnitude, d_factor_ptr=d_factor,
-        splits=0 if products is None else len(products), I=I,
-        stride_pi=P.stride(0), stride_pr=P.stride(1), stride_di=stride_di, stride_dr=stride_dr,
-        scaling=scaling, eps=eps, stand_in=stand_in,
-        R=R, FIRST=first, HAS_PRODUCTS=products is not None, HAS_KEPT=coefficient is not None,
-        HAS_FACTOR=d_factor is not None, PRECISION=precision, **config,
-    )  # fmt: skip
+    splits = 0 if products is None else len(products)
+    strides = (0, 0) if d_factor is None else d_factor.stride()
+
+    def prepare():
+        config = finish_config(R)
+        return (cdiv(I, config["BLOCK_SIZE_I"]),), {
+            "splits": splits, "I": I,
+            "stride_pi": P.stride(0), "stride_pr": P.stride(1), "stride_di": strides[0], "stride_dr": strides[1],
+            "scaling": scaling, "eps": eps, "stand_in": stand_in,
+            "R": R, "FIRST": first, "HAS_PRODUCTS": products is not None, "HAS_KEPT": coefficient is not None,
+            "HAS_FACTOR": d_factor is not None, "PRECISION": precision, **config,
+        }  # fmt: skip
+
+    key = (splits, I, R, P.stride(), strides, first, scaling, eps, stand_in, precision)
+    tensors = (products, squares, P, norm, scale, magnitude, coefficient, kept, d_magnitude, d_factor)
+    launch(_finish_path_kernel, key, tensors, prepare)
