@@ -235,6 +235,13 @@ def _backward(
     dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, row_norm, col_norm, row_scale, col_scale,
     row_product, col_product, product, u, dropout, scaling, norm_order, detach_norm, dropout_p, eps, needs, backend,
 ):  # fmt: skip
+    if dy.shape[0] == 0:  # no token, no gradient, and nothing that a kernel could be launched on
+        gradients = _backward_fake(
+            dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, row_norm, col_norm, row_scale, col_scale,
+            row_product, col_product, product, u, dropout, scaling, norm_order, detach_norm, dropout_p, eps, needs,
+            backend,
+        )  # fmt: skip
+        return tuple(gradient.zero_() for gradient in gradients)
     magnitude_row, magnitude_col = _contiguous(magnitude_row, magnitude_col)
     scales = Scales(row_norm, col_norm, row_scale, col_scale, row_product, col_product)
     with torch.autocast(dy.device.type, enabled=False):

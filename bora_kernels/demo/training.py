@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import tempfile
@@ -44,8 +45,8 @@ def train(
 ) -> TrainingLog:
     """AdamW without weight decay; the learning rate rises over the first tenth and then falls linearly to 0.
 
-    The encoder's own dropout stays off: a short run on few examples has no need of it, and all methods then see the
-    same computation. ``seed`` fixes the order of the data.
+    The encoder's own dropout stays off: so short a run has no need of it, and it would make runs noisier to
+    compare. ``seed`` fixes the order of the data.
     """
     classifier.eval()
     generator = torch.Generator().manual_seed(seed)
@@ -82,14 +83,15 @@ def predict(
 
 
 def step_memory(classifier: nn.Module, batch: Batch, autocast: torch.dtype | None = None) -> int:
-    """Peak bytes of tensors that one training step adds to the model: activations, gradients, optimizer state, scratch.
+    """Peak bytes that one training step adds to the model: activations, gradients, optimizer state, scratch.
 
-    Read from PyTorch's own allocators: ``max_memory_allocated`` on CUDA, the profiler's record of every allocation and
-    release on the CPU. The step changes the classifier, so give it one that is not needed any more.
+    As PyTorch's allocators see it: ``max_memory_allocated`` on CUDA, the profiler's record of all allocations
+    and releases on the CPU. The step changes the classifier, so give it one that is not needed any more.
     """
     classifier.eval()
     optimizer = _optimizer(classifier, learning_rate=1e-6)
     batch = _to_device(batch, classifier)
+    gc.collect()  # nothing of an earlier model may be released during the step
     if batch.labels.is_cuda:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -102,7 +104,9 @@ def step_memory(classifier: nn.Module, batch: Batch, autocast: torch.dtype | Non
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    changes = sorted((e["ts"], e["args"]["Ev Idx"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    changes = sorted(
+        (e["ts"], e["args"]["Ev Idx"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]"
+    )
     held = peak = 0
     for _, _, change in changes:
         held += change
@@ -132,7 +136,9 @@ def _optimizer(classifier: nn.Module, learning_rate: float) -> torch.optim.Optim
 
 def _to_device(batch: Batch, classifier: nn.Module) -> Batch:
     device = next(classifier.parameters()).device
-    return replace(batch, **{name: getattr(batch, name).to(device) for name in ("input_ids", "attention_mask", "labels")})
+    return replace(
+        batch, **{name: getattr(batch, name).to(device) for name in ("input_ids", "attention_mask", "labels")}
+    )
 
 
 @contextlib.contextmanager

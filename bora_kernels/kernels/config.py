@@ -16,6 +16,7 @@ from torch import Tensor
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
+@lru_cache
 def target(device_index: int) -> tuple[int | str, int]:
     """Architecture (80, 90, ... or "gfx942") and number of multiprocessors; (0, 4) for Triton's interpreter."""
     if device_index < 0:
@@ -45,16 +46,21 @@ def rank_block(R: int, dtype: torch.dtype) -> int:
     return min(64 if is_half(dtype) else 16, max(16, 1 << (R - 1).bit_length()))
 
 
+def _roomy(arch: int | str, aligned: bool) -> bool:
+    """Whether large tiles fit: shared memory for them, and loads in few registers."""
+    return aligned and arch in (90, 100, 103)
+
+
 @lru_cache
-def moments_config(I: int, J: int, R: int, dtype: torch.dtype, aligned: bool) -> tuple[int, dict]:
+def moments_config(arch: int | str, I: int, J: int, R: int, dtype: torch.dtype, aligned: bool) -> tuple[int, dict]:
     """Splits of the axis summed over, and the configuration."""
     block_r = rank_block(R, dtype)
     if not is_half(dtype):
         block_i, block_j, stages = 32, 32, 3
-    elif aligned and block_r <= 32:
+    elif _roomy(arch, aligned) and block_r <= 32:
         block_i, block_j, stages = 64, 128, 3
     else:
-        block_i, block_j, stages = 64, 64, 2
+        block_i, block_j, stages = 32, 64 if block_r <= 32 else 32, 2
     programs = cdiv(I, block_i) * cdiv(R, block_r)
     splits = max(1, min(cdiv(J, 4 * block_j), cdiv(256, programs), 16))
     return splits, {
@@ -68,18 +74,16 @@ def finish_config(R: int) -> dict:
 
 
 @lru_cache
-def project_config(M: int, C: int, R: int, dtype: torch.dtype, aligned: bool) -> dict:
+def project_config(arch: int | str, M: int, C: int, R: int, dtype: torch.dtype, aligned: bool) -> dict:
     block_r = rank_block(R, dtype)
     if not is_half(dtype):
         block_m, block_c, warps, stages = 32, 32, 4, 2
-    elif not aligned:
-        block_m, block_c, warps, stages = 32, 64, 8, 2
+    elif not _roomy(arch, aligned) or block_r > 32:
+        block_m, block_c, warps, stages = 32, 64, 4, 2
     elif M <= 4096:
         block_m, block_c, warps, stages = 16, 128, 4, 3
-    elif block_r <= 32:
-        block_m, block_c, warps, stages = 64, 256, 8, 3
     else:
-        block_m, block_c, warps, stages = 64, 128, 4, 3
+        block_m, block_c, warps, stages = 64, 256, 8, 3
     return {
         "BLOCK_SIZE_M": block_m, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": block_r,
         "num_warps": warps, "num_stages": stages,
@@ -87,12 +91,14 @@ def project_config(M: int, C: int, R: int, dtype: torch.dtype, aligned: bool) ->
 
 
 @lru_cache
-def reduce_config(M: int, C: int, R: int, dtype: torch.dtype, aligned: bool) -> tuple[int, dict]:
+def reduce_config(
+    arch: int | str, M: int, C: int, R: int, dtype: torch.dtype, aligned: bool, dropout: bool
+) -> tuple[int, dict]:
     """Splits of the tokens, and the configuration."""
     block_r = rank_block(R, dtype)
-    if not is_half(dtype):
+    if not is_half(dtype) or dropout:
         block_m, block_c = 32, 64
-    elif aligned:
+    elif _roomy(arch, aligned):
         block_m, block_c = 128, 128
     else:
         block_m, block_c = 64, 64
@@ -143,13 +149,13 @@ def gemm_tile(
     if arch == 0:  # the interpreter's cost is by program, so tiles are big; descriptors are right there in float32 only
         return tile(64, 128, 64, 4, 1, descriptors_fit and dtype == torch.float32)
     if dtype == torch.float32:
-        return tile(64, 64, 16, 4, 2)
+        return tile(64, 64, 16, 8, 2)
     if arch in (90, 100, 103) and descriptors_fit:
         if fills_device(128, 256) and not dropout:
             return tile(128, 256, 64, 8, 3, True)
-        return tile(128, 128, 64, 8, 4, True) if M > 64 else tile(64, 128, 64, 4, 4, True)
+        return tile(128, 128, 64, 8, 4, True) if M > 64 and not dropout else tile(64, 128, 64, 8, 4, True)
     if isinstance(arch, str):
         return tile(128, 128, 32, 8, 2)
     if aligned and not dropout and fills_device(128, 128):
         return tile(128, 128, 64, 8, 3) if arch in (80, 90, 100, 103) else tile(128, 128, 32, 8, 3)
-    return tile(64, 64, 32, 4, 3)
+    return tile(64, 64, 32, 8, 3)

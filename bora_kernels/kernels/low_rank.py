@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import dot_split, keep_mask, live_magnitude, load_matrix, load_vector, round_with_dither
-from .config import cdiv, combine_config, is_aligned, project_config, reduce_config
+from .config import cdiv, combine_config, is_aligned, project_config, reduce_config, target
 from .launch import launch
 
 
@@ -166,7 +166,7 @@ def project(
     projection = torch.empty((M, R), dtype=torch.float32, device=t.device)
 
     def prepare():
-        config = project_config(M, C, R, t.dtype, is_aligned(t))
+        config = project_config(target(t.get_device())[0], M, C, R, t.dtype, is_aligned(t))
         grid = (cdiv(M, config["BLOCK_SIZE_M"]), cdiv(R, config["BLOCK_SIZE_R"]))
         return grid, {
             "M": M, "C": C,
@@ -192,7 +192,8 @@ def reduce(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Parts of tᵀ·projection [splits, C, R] and of Σ_m t⊙other [splits, C], one for each split of the tokens."""
     (M, C), R = t.shape, 1 if projection is None else projection.shape[1]
-    splits, config = reduce_config(M, C, R, t.dtype, is_aligned(t))
+    arch, _ = target(t.get_device())
+    splits, config = reduce_config(arch, M, C, R, t.dtype, is_aligned(t), seed is not None)
     parts = {"dtype": torch.float32, "device": t.device}
     factor_parts = None if projection is None else torch.empty((splits, C, R), **parts)
     total_parts = None if other is None else torch.empty((splits, C), **parts)

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import dot_split, live_magnitude, load_matrix, load_vector
-from .config import TRITON_DTYPES, cdiv, finish_config, is_aligned, moments_config
+from .config import TRITON_DTYPES, cdiv, finish_config, is_aligned, moments_config, target
 from .launch import launch
 
 
@@ -208,7 +208,8 @@ def _moments(
 ) -> tuple[Tensor, Tensor | None]:
     """Parts of X and G [splits, I + R, R] and of Σ_j c_j·W_ij² [splits, I]."""
     (I, J), R = W.shape, Z.shape[1]
-    splits, config = moments_config(I, J, R, W.dtype, is_aligned(W))
+    arch, _ = target(W.get_device())
+    splits, config = moments_config(arch, I, J, R, W.dtype, is_aligned(W))
     block_i, block_j, block_r = config["BLOCK_SIZE_I"], config["BLOCK_SIZE_J"], config["BLOCK_SIZE_R"]
     parts = {"dtype": torch.float32, "device": W.device}
     products = torch.empty((splits, I + R, R), **parts)

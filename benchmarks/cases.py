@@ -1,0 +1,118 @@
+"""What is measured: shapes, tokens, ranks, dtypes and modes, by default and by the options of the command line."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+LEVELS = ("layer", "model")
+MODES = ("step", "forward", "inference")  # a workload's references are made once, in its first mode
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload in one mode; all providers run it.
+
+    ``shape`` is "NxK" (out_features x in_features) for a layer and the name of a stack in ``models`` for a model.
+    Modes: "step" is forward and backward (gradients of the input and of the adapters), "forward" is a forward that
+    records a graph, "inference" a forward under ``torch.no_grad``.
+    """
+
+    level: str
+    mode: str
+    shape: str
+    batch: int
+    length: int
+    rank: int
+    dtype: str
+    checkpointing: bool = False
+    main_only: bool = False  # a point of a chart: only the providers that charts show
+
+    def __str__(self) -> str:
+        parts = [self.mode, self.shape, f"{self.batch}x{self.length}", f"r{self.rank}", self.dtype]
+        return "-".join(parts + ["checkpointed"] * self.checkpointing)
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def workload(self) -> tuple:
+        """What inputs and references depend on."""
+        return (self.level, self.shape, self.batch, self.length, self.rank, self.dtype)
+
+
+# (N x K, tokens, rank, modes); the first is the one of --quick
+_ALL, _STEP = MODES, ("step",)
+_CUDA_LAYERS = [
+    ("4096x4096", 8192, 16, _ALL),
+    ("14336x4096", 8192, 16, _ALL),
+    ("4096x14336", 8192, 16, _STEP),
+    ("4096x4096", 2048, 16, _ALL),
+    ("1024x4096", 8192, 16, _STEP),
+    *(("4096x4096", 8192, rank, _STEP) for rank in (8, 64, 256)),
+]
+_CUDA_POINTS = [("4096x4096", 512), ("4096x4096", 32768), ("2048x2048", 8192), ("8192x8192", 8192)]
+_CPU_LAYERS = [
+    ("1024x1024", 512, 16, _ALL),
+    ("2816x1024", 512, 16, _STEP),
+    ("1024x2816", 512, 16, _STEP),
+    ("1024x1024", 128, 16, _STEP),
+    ("1024x1024", 512, 64, _STEP),
+]
+_CPU_POINTS = [("1024x1024", 1024), ("512x512", 512), ("2048x2048", 512)]
+_MODELS = {"cuda": ("llama3-8b", [(4, 2048), (1, 1024)]), "cpu": ("tiny", [(4, 128), (1, 64)])}
+
+
+def layer_cases(
+    device: str,
+    *,
+    shapes: list[str] | None = None,
+    tokens: list[int] | None = None,
+    ranks: list[int] | None = None,
+    dtypes: list[str] | None = None,
+    modes: list[str] | None = None,
+    quick: bool = False,
+) -> list[Case]:
+    """The layer's cases for "cuda" or "cpu"; any of shapes, tokens and ranks replaces the default list by a product."""
+    layers, points = (_CUDA_LAYERS, _CUDA_POINTS) if device == "cuda" else (_CPU_LAYERS, _CPU_POINTS)
+    dtypes = dtypes or ["bf16" if device == "cuda" else "fp32"]
+    shape, length, rank, _ = layers[0]
+    if shapes or tokens or ranks:
+        rows = itertools.product(shapes or [shape], tokens or [length], ranks or [rank])
+        chosen = [(*row, modes or _ALL, False) for row in rows]
+    else:
+        chosen = [(*layer, False) for layer in (layers[:1] if quick else layers)]
+        chosen += [] if quick else [(*point, rank, _STEP, True) for point in points]
+    return [
+        Case("layer", mode, shape, 1, length, rank, dtype, main_only=main_only)
+        for dtype in dtypes
+        for shape, length, rank, row_modes, main_only in chosen
+        for mode in row_modes
+        if mode in (modes or _ALL)
+    ]
+
+
+def model_cases(
+    device: str,
+    *,
+    ranks: list[int] | None = None,
+    dtypes: list[str] | None = None,
+    modes: list[str] | None = None,
+    quick: bool = False,
+) -> list[Case]:
+    """The model's cases: every batch with a training step with and without checkpointing, and inference."""
+    shape, batches = _MODELS["cuda" if device == "cuda" else "cpu"]
+    dtypes = dtypes or ["bf16" if device == "cuda" else "fp32"]
+    runs = [("step", False), ("step", True), ("inference", False)]
+    return [
+        Case("model", mode, shape, batch, length, rank, dtype, checkpointing)
+        for dtype in dtypes
+        for rank in ranks or [16]
+        for batch, length in (batches[-1:] if quick else batches)
+        for mode, checkpointing in runs
+        if mode in (modes or MODES)
+    ]

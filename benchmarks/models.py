@@ -1,0 +1,155 @@
+"""What the adapters are put into: one linear layer, or a Llama-shaped stack with random weights."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .cases import DTYPES, Case
+
+_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
+
+
+@dataclass(frozen=True)
+class StackShape:
+    """Sizes of a Llama stack."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    layers: int = 4
+
+
+STACKS = {"llama3-8b": StackShape(4096, 14336, 32, 8), "tiny": StackShape(256, 704, 8, 2)}
+
+
+class Workload:
+    """A case's base model, its input x and the gradient dy of its output; the same values on every run.
+
+    ``targets`` names the linear layers that get an adapter.
+    """
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        dtype = DTYPES[case.dtype]
+        torch.manual_seed(0)
+        with torch.device(device):
+            if case.level == "layer":
+                out_features, in_features = (int(size) for size in case.shape.split("x"))
+                self.root: nn.Module = _Layer(in_features, out_features, dtype)
+                width = (in_features, out_features)
+                self.targets = ["linear"]
+            else:
+                stack = STACKS[case.shape]
+                self.root = (_TransformersStack if HAS_TRANSFORMERS else _PlainStack)(stack, dtype)
+                width = (stack.hidden, stack.hidden)
+                names = (name for name, _ in self.root.named_modules())
+                self.targets = [name for name in names if name.endswith(_LINEARS)]
+            self.x, self.dy = (torch.randn(case.batch, case.length, size, dtype=dtype) for size in width)
+        self.root.requires_grad_(False)
+        self.is_layer = case.level == "layer"
+        weights = (self.root.get_submodule(name).weight for name in self.targets)
+        self.forward_flop = 2 * case.tokens * sum(weight.numel() for weight in weights)
+
+    def copy(self, *, share: bool) -> nn.Module:
+        """A new module tree, with the same weights (``share``) or copies of them."""
+        tensors = (*self.root.parameters(), *self.root.buffers()) if share else ()
+        return copy.deepcopy(self.root, {id(tensor): tensor for tensor in tensors})
+
+    def callable(self, root: nn.Module) -> nn.Module:
+        """What is called in a step: the layer itself, without a wrapper around it, or the stack."""
+        return root.linear if self.is_layer else root
+
+    def set_mode(self, root: nn.Module, *, training: bool, checkpointing: bool) -> None:
+        root.train(training)
+        if not self.is_layer:
+            root.set_checkpointing(checkpointing)
+
+
+class _Layer(nn.Module):
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, bias=False, dtype=dtype)
+        nn.init.normal_(self.linear.weight, std=in_features**-0.5)
+
+
+class _TransformersStack(nn.Module):
+    """``transformers.LlamaModel`` on embeddings, with the attention of ``scaled_dot_product_attention``."""
+
+    def __init__(self, shape: StackShape, dtype: torch.dtype) -> None:
+        super().__init__()
+        from transformers import LlamaConfig, LlamaModel
+
+        config = LlamaConfig(
+            vocab_size=8,  # embeddings are given: the table is not used
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            num_hidden_layers=shape.layers,
+            pad_token_id=None,
+            attn_implementation="sdpa",
+        )
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            self.model = LlamaModel(config)
+        finally:
+            torch.set_default_dtype(default)
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        if enabled:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.model.gradient_checkpointing_disable()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(inputs_embeds=x, use_cache=False).last_hidden_state
+
+
+class _PlainStack(nn.Module):
+    """The same products without transformers: RMS norms, grouped causal attention (no rotation), SwiGLU."""
+
+    def __init__(self, shape: StackShape, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_PlainBlock(shape, dtype) for _ in range(shape.layers))
+        self.norm = nn.RMSNorm(shape.hidden, eps=1e-6, dtype=dtype)
+        self.checkpointing = False
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        self.checkpointing = enabled
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointing else layer(x)
+        return self.norm(x)
+
+
+class _PlainBlock(nn.Module):
+    def __init__(self, shape: StackShape, dtype: torch.dtype) -> None:
+        super().__init__()
+        kv_width = shape.hidden // shape.heads * shape.kv_heads
+        widths = (shape.hidden, kv_width, kv_width, shape.hidden, shape.intermediate, shape.intermediate, shape.hidden)
+        for name, out_features in zip(_LINEARS, widths, strict=True):
+            in_features = shape.intermediate if name == "down_proj" else shape.hidden
+            linear = nn.Linear(in_features, out_features, bias=False, dtype=dtype)
+            nn.init.normal_(linear.weight, std=0.02)
+            setattr(self, name, linear)
+        self.attention_norm = nn.RMSNorm(shape.hidden, eps=1e-6, dtype=dtype)
+        self.mlp_norm = nn.RMSNorm(shape.hidden, eps=1e-6, dtype=dtype)
+        self.head_width = shape.hidden // shape.heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.attention_norm(x)
+        heads = (p(h).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        attended = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+        x = x + self.o_proj(attended.transpose(1, 2).flatten(2))
+        h = self.mlp_norm(x)
+        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))

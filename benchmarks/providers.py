@@ -1,0 +1,214 @@
+"""The implementations that are compared, and the adapter values that all of them get."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import bora_kernels
+from bora_kernels import FusedBoraLinear, FusedDoraLinear, reference
+
+from .cases import DTYPES, LEVELS, MODES, Case
+
+Adapter = dict[str, nn.Parameter]  # "lora_A" [R, K], "lora_B" [N, R], "magnitude_row" [N], "magnitude_col" [K]
+KINDS = {
+    "none": (),
+    "lora": ("lora_A", "lora_B"),
+    "dora": ("lora_A", "lora_B", "magnitude_row"),
+    "bora": ("lora_A", "lora_B", "magnitude_row", "magnitude_col"),
+}
+SCALING = 2.0  # alpha = 2 r at every rank
+
+
+@dataclass(frozen=True)
+class Formula:
+    """What a provider computes: the member of the family and whether norms are constants in backward."""
+
+    member: str
+    detach_norm: bool = False
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation. ``adapt(root, targets, rank, adapter_dtype)`` puts it into a model's named linear layers
+    and returns their adapters."""
+
+    name: str
+    title: str
+    formula: Formula
+    adapt: Callable[[nn.Module, list[str], int, torch.dtype], list[Adapter]]
+    ours: bool = False  # held to the package's own accuracy rule
+    half: bool = False  # adapters in the base's dtype instead of float32
+    charted: bool = False
+    graphed: bool = False  # timed in a CUDA graph as well
+    levels: tuple[str, ...] = LEVELS
+    modes: tuple[str, ...] = MODES
+    library: str | None = None
+    compiled: bool = False
+    merged: bool = False
+    scope: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+    def adapter_dtype(self, case: Case) -> torch.dtype:
+        return DTYPES[case.dtype] if self.half else torch.float32
+
+    def runs(self, case: Case) -> bool:
+        """Whether the provider has a place in the case at all."""
+        same = self.half and case.dtype == "fp32"  # as the provider with float32 adapters
+        return case.level in self.levels and case.mode in self.modes and not same and (self.charted or not case.main_only)
+
+    def problem(self, device: torch.device) -> str | None:
+        """Why it cannot run here, or None."""
+        if self.library is not None and importlib.util.find_spec(self.library) is None:
+            return f"{self.library} is not installed"
+        if self.compiled and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+            return "torch.compile needs a C++ compiler on the CPU"
+        return None
+
+
+def adapter_values(weight: Tensor, rank: int, seed: int) -> dict[str, Tensor]:
+    """Values of a trained adapter: B not zero, magnitudes up to 20 % off the norms of the weight.
+
+    All are representable in bfloat16, so that every adapter dtype holds the same.
+    """
+    out_features, in_features = weight.shape
+    generator = torch.Generator(weight.device).manual_seed(seed)
+
+    def random(draw: Callable, *shape: int) -> Tensor:
+        return draw(*shape, generator=generator, device=weight.device)
+
+    values = {
+        "lora_A": random(torch.randn, rank, in_features) * in_features**-0.5,
+        "lora_B": random(torch.randn, out_features, rank) * 0.02,
+        "magnitude_row": weight.float().norm(dim=1) * (0.8 + 0.4 * random(torch.rand, out_features)),
+        "magnitude_col": weight.float().norm(dim=0) * (0.8 + 0.4 * random(torch.rand, in_features)),
+    }
+    return {kind: value.bfloat16() for kind, value in values.items()}
+
+
+@torch.no_grad()
+def install(adapt: Callable, root: nn.Module, targets: list[str], rank: int, adapter_dtype: torch.dtype) -> list[Adapter]:
+    """Adapt the root's targets and give every adapter its values; only they are trained."""
+    weights = [root.get_submodule(name).weight for name in targets]
+    adapters = adapt(root, targets, rank, adapter_dtype)
+    root.requires_grad_(False)
+    for seed, (weight, adapter) in enumerate(zip(weights, adapters, strict=True)):
+        values = adapter_values(weight, rank, seed)
+        for kind, parameter in adapter.items():
+            parameter.copy_(values[kind])
+            parameter.requires_grad_(True)
+    return adapters
+
+
+class DenseLinear(nn.Module):
+    """The package's reference as a layer: the dense effective weight, differentiated by autograd."""
+
+    def __init__(self, linear: nn.Linear, formula: Formula, rank: int, adapter_dtype: torch.dtype, compiled: bool) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        (N, K), options = linear.weight.shape, {"device": linear.weight.device, "dtype": adapter_dtype}
+        shapes = {"lora_A": (rank, K), "lora_B": (N, rank), "magnitude_row": (N,), "magnitude_col": (K,)}
+        for kind, shape in shapes.items():
+            present = kind in KINDS[formula.member]
+            setattr(self, kind, nn.Parameter(torch.empty(shape, **options)) if present else None)
+        self.detach_norm = formula.detach_norm
+        self.function = _compiled_reference() if compiled else reference.bora_linear_ref
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(
+            x,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            self.magnitude_row,
+            self.magnitude_col,
+            scaling=SCALING,
+            detach_norm=self.detach_norm,
+        )
+
+
+def _compiled_reference() -> Callable:
+    torch._dynamo.reset()  # earlier shapes would count against the limit of recompilations
+    return torch.compile(reference.bora_linear_ref, dynamic=False)
+
+
+def dense(formula: Formula, compiled: bool = False) -> Callable:
+    """``adapt`` of the dense reference."""
+
+    def adapt(root: nn.Module, targets: list[str], rank: int, adapter_dtype: torch.dtype) -> list[Adapter]:
+        if formula.member == "none":
+            return [{} for _ in targets]
+        for name in targets:
+            layer = DenseLinear(root.get_submodule(name), formula, rank, adapter_dtype, compiled)
+            root.set_submodule(name, layer)
+        return [_parameters(root.get_submodule(name), formula.member) for name in targets]
+
+    return adapt
+
+
+def _fused(layer_type: type[FusedBoraLinear], detach_norm: bool) -> Callable:
+    def adapt(root: nn.Module, targets: list[str], rank: int, adapter_dtype: torch.dtype) -> list[Adapter]:
+        for name in targets:
+            layer = layer_type.from_linear(
+                root.get_submodule(name), rank, SCALING * rank, detach_norm=detach_norm, adapter_dtype=adapter_dtype
+            )
+            root.set_submodule(name, layer)
+        member = "dora" if layer_type is FusedDoraLinear else "bora"
+        return [_parameters(root.get_submodule(name), member) for name in targets]
+
+    return adapt
+
+
+def _parameters(layer: nn.Module, member: str) -> Adapter:
+    return {kind: getattr(layer, kind) for kind in KINDS[member]}
+
+
+def _peft(use_dora: bool) -> Callable:
+    def adapt(root: nn.Module, targets: list[str], rank: int, adapter_dtype: torch.dtype) -> list[Adapter]:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=rank, lora_alpha=SCALING * rank, target_modules=targets, use_dora=use_dora, lora_dropout=0.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on models without a configuration
+            get_peft_model(root, config, autocast_adapter_dtype=adapter_dtype == torch.float32)
+        adapters = []
+        for name in targets:
+            layer = root.get_submodule(name)
+            adapter = {"lora_A": layer.lora_A["default"].weight, "lora_B": layer.lora_B["default"].weight}
+            if use_dora:
+                adapter["magnitude_row"] = layer.lora_magnitude_vector["default"].weight
+            adapters.append(adapter)
+        return adapters
+
+    return adapt
+
+
+_LORA, _DORA, _BORA = Formula("lora"), Formula("dora", True), Formula("bora")
+_BORA_DETACHED = Formula("bora", True)
+_LAYER = ("layer",)
+
+PROVIDERS = [
+    Provider("frozen", "frozen nn.Linear", Formula("none"), dense(Formula("none")), charted=True, graphed=True),
+    Provider("peft-lora", "PEFT LoRA", _LORA, _peft(False), charted=True, library="peft"),
+    Provider("peft-lora-half", "PEFT LoRA, adapters in the base's dtype", _LORA, _peft(False), half=True, charted=True, library="peft"),
+    Provider("peft-dora", "PEFT DoRA", _DORA, _peft(True), charted=True, library="peft"),
+    Provider("peft-dora-half", "PEFT DoRA, adapters in the base's dtype", _DORA, _peft(True), half=True, charted=True, library="peft"),
+    Provider("dense-dora", "dense DoRA reference", _DORA, dense(_DORA), levels=_LAYER),
+    Provider("dense-bora", "dense BoRA reference", _BORA, dense(_BORA)),
+    Provider("dense-bora-compiled", "dense BoRA reference, torch.compile", _BORA, dense(_BORA, True), levels=_LAYER, compiled=True),
+    Provider("fused-dora", "FusedDoraLinear, detached", _DORA, _fused(FusedDoraLinear, True), ours=True, graphed=True),
+    Provider("fused-bora", "FusedBoraLinear", _BORA, _fused(FusedBoraLinear, False), ours=True, charted=True, graphed=True),
+    Provider("fused-bora-detached", "FusedBoraLinear, detached", _BORA_DETACHED, _fused(FusedBoraLinear, True), ours=True, graphed=True),
+    Provider("fused-bora-merged", "FusedBoraLinear, merged", _BORA, _fused(FusedBoraLinear, False), ours=True, graphed=True, modes=("inference",), merged=True),
+]  # fmt: skip
+if hasattr(bora_kernels, "reuse_scales"):  # a step after another one with the same adapter
+    PROVIDERS += [
+        Provider("fused-bora-reused", "FusedBoraLinear, scales reused", _BORA, _fused(FusedBoraLinear, False), ours=True, graphed=True, modes=("step", "inference"), scope=bora_kernels.reuse_scales),
+        Provider("fused-dora-reused", "FusedDoraLinear, detached, scales reused", _DORA, _fused(FusedDoraLinear, True), ours=True, graphed=True, modes=("step", "inference"), scope=bora_kernels.reuse_scales),
+    ]  # fmt: skip

@@ -1,0 +1,3 @@
+from setuptools import setup
+
+setup()  # the metadata lives in pyproject.toml
