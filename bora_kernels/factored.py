@@ -265,7 +265,7 @@ def _project(t: Tensor, factor: Tensor, scale: Tensor | None, scaling: float) ->
 
 
 def _split_matmul(t: Tensor, f: Tensor) -> Tensor:
-    """t·f in the accumulation dtype, with f as two half-precision terms, so that no small update of f is rounded away."""
+    """t·f in the accumulation dtype, with f as two half-precision terms, so that no small update of f is lost."""
     acc = accumulation_dtype(t.dtype)
     if t.dtype not in _DROPPED_BITS:
         return t @ f.to(acc)

@@ -1,7 +1,7 @@
 """The layer on Triton kernels: the "triton" backend. Equations and their numbers are those of ``factored``.
 
-Launches: ``compute_scales`` 4 (2 for DoRA, none for LoRA), ``forward`` 2, ``backward`` 6 with detached norms and 10 with
-exact ones. All sums are made in two stages in a fixed order, so results are the same bits from run to run.
+Launches: ``compute_scales`` 4 (2 for DoRA, none for LoRA), ``forward`` 2, ``backward`` 6 with detached norms and 10
+with exact ones. All sums are made in two stages in a fixed order, so results are the same bits from run to run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .kernels.gemm import scaled_gemm
 from .kernels.low_rank import combine, project, reduce
-from .kernels.moments import add_norm_path, norm
+from .kernels.moments import Axis, add_norm_path, norm
 from .plan import Needs, Scales, separate_product, zero_stand_in
 
 
@@ -34,16 +34,10 @@ def compute_scales(
         row_norm, row_scale, coefficient, row_product = norm(weight, lora_B, lora_A.T, magnitude_row, None, **options)
         if magnitude_col is None:
             return Scales(row_norm, None, row_scale, None, row_product, None)
-        col_norm, col_scale, _, col_product = norm(
-            weight.T, lora_A.T, lora_B, magnitude_col, coefficient, **options
-        )
+        col_norm, col_scale, _, col_product = norm(weight.T, lora_A.T, lora_B, magnitude_col, coefficient, **options)
     else:
-        col_norm, col_scale, coefficient, col_product = norm(
-            weight.T, lora_A.T, lora_B, magnitude_col, None, **options
-        )
-        row_norm, row_scale, _, row_product = norm(
-            weight, lora_B, lora_A.T, magnitude_row, coefficient, **options
-        )
+        col_norm, col_scale, coefficient, col_product = norm(weight.T, lora_A.T, lora_B, magnitude_col, None, **options)
+        row_norm, row_scale, _, row_product = norm(weight, lora_B, lora_A.T, magnitude_row, coefficient, **options)
     return Scales(row_norm, col_norm, row_scale, col_scale, row_product, col_product)
 
 
@@ -135,15 +129,19 @@ def backward(
         )  # (5), (6), (7)  # fmt: skip
 
     if needs.norm_paths(scales, norm_order, detach_norm):
-        row = (weight, lora_B, scales.row_norm, scales.row_scale, magnitude_row, row_coefficient, scales.row_product)
-        col = (weight.T, lora_A.T, scales.col_norm, scales.col_scale, magnitude_col, col_coefficient, scales.col_product)
-        first, second = (*row, dm_row, dB), (*col, dm_col, None if dA is None else dA.T)
-        if norm_order == "col_row" and magnitude_col is not None:
-            first, second = second, first
+        row = Axis(
+            weight, lora_B, scales.row_norm, scales.row_scale, magnitude_row,
+            row_coefficient, scales.row_product, dm_row, dB,
+        )  # fmt: skip
+        col = Axis(
+            weight.T, lora_A.T, scales.col_norm, scales.col_scale, magnitude_col,
+            col_coefficient, scales.col_product, dm_col, None if dA is None else dA.T,
+        )  # fmt: skip
+        first, second = (row, col) if norm_order == "row_col" or magnitude_col is None else (col, row)
         options = {"scaling": scaling, "eps": eps, "stand_in": stand_in, "precision": _precision(weight.dtype)}
-        add_norm_path(*first, second[1], second[5], first=True, **options)  # (8), (9), (10)
-        if second[-1] is not None:
-            add_norm_path(*second, first[1], first[5], first=False, **options)  # (11)
+        add_norm_path(first, second, first=True, **options)  # (8), (9), (10)
+        if second.d_factor is not None:
+            add_norm_path(second, first, first=False, **options)  # (11)
 
     return (
         dx if needs.x else None,
@@ -155,7 +153,7 @@ def backward(
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied: as PyTorch's own float32 products are, and TF32 beside a half-precision weight."""
+    """How float32 operands are multiplied: as PyTorch multiplies them, and in TF32 beside a half-precision tensor."""
     if dtype != torch.float32:
         return "tf32"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

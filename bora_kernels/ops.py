@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
@@ -66,6 +67,15 @@ def _implementation(backend: str) -> ModuleType:
     return fused
 
 
+def _context(backend: str, tensor: Tensor) -> AbstractContextManager:
+    """What a backend runs in: PyTorch operations without autocast, kernels on the tensor's device."""
+    if backend == "torch":
+        return torch.autocast(tensor.device.type, enabled=False)
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
 def draw_dropout(x: Tensor, dropout_p: float, backend: str) -> Tensor:
     """What the backend's dropout is a function of: a seed [1] for "triton", the keep mask [M, K] for "torch"."""
     if backend == "triton":
@@ -96,7 +106,7 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
         from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
         if is_traceable_wrapper_subclass(weight):
-            raise TypeError(f"{name} must be a plain dense tensor, got a {type(weight).__name__} (sharded or quantized)")
+            raise TypeError(f"{name} must be a plain tensor, got a {type(weight).__name__} (sharded or quantized)")
     if weight.dtype not in _FLOAT_DTYPES:
         raise TypeError(
             f"{name} must be float32, bfloat16, float16 or float64, got {weight.dtype} "
@@ -190,7 +200,7 @@ def _contiguous(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:
 def _scales(weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling, norm_order, eps, backend):
     compute = _implementation(backend).compute_scales
     magnitude_row, magnitude_col = _contiguous(magnitude_row, magnitude_col)
-    with torch.autocast(weight.device.type, enabled=False):
+    with _context(backend, weight):
         scales = compute(
             weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling=scaling, norm_order=norm_order, eps=eps
         )
@@ -209,12 +219,10 @@ def _scales_fake(weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling, 
     return _tensors(lora_A, *pairs, *[None] * (6 - len(pairs)))
 
 
-def _forward(
-    x, weight, lora_A, lora_B, row_scale, col_scale, bias, dropout, scaling, dropout_p, save_product, backend
-):
+def _forward(x, weight, lora_A, lora_B, row_scale, col_scale, bias, dropout, scaling, dropout_p, save_product, backend):
     row_scale, col_scale, bias = _contiguous(row_scale, col_scale, bias)
     scales = Scales(row_scale=row_scale, col_scale=col_scale)
-    with torch.autocast(x.device.type, enabled=False):
+    with _context(backend, x):
         y, product, u = _implementation(backend).forward(
             x, weight, lora_A, lora_B, scales, bias, dropout,
             scaling=scaling, dropout_p=dropout_p, save_product=save_product,

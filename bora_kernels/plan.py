@@ -1,4 +1,4 @@
-"""What the two fused backends agree on: the scales, which gradients are asked for, and the stand-in for zero magnitudes."""
+"""What the two fused backends agree on: scales, which gradients are asked for, the stand-in for zero magnitudes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Needs(NamedTuple):
     magnitude_col: bool
 
     def norm_paths(self, scales: Scales, norm_order: str, detach_norm: bool) -> bool:
-        """Whether gradients flow through the norms: to the factors, and to the magnitude of the axis normalized first."""
+        """Whether gradients flow through the norms: to the factors, and to the first-normalized axis's magnitude."""
         if detach_norm or scales.row_norm is None:
             return False
         first = self.magnitude_row if norm_order == "row_col" else self.magnitude_col

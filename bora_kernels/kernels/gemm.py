@@ -147,8 +147,8 @@ def scaled_gemm(
             "DTYPE": TRITON_DTYPES[t.dtype], "PRECISION": precision, **config,
         }  # fmt: skip
 
-    key = (M, O, C, R, t.dtype, W.dtype, t.stride(), W.stride(), factor.stride(), descriptors_fit, save_product, stand_in,
-           dropout_p, precision)  # fmt: skip
+    key = (M, O, C, R, t.dtype, W.dtype, t.stride(), W.stride(), factor.stride(), descriptors_fit, save_product,
+           stand_in, dropout_p, precision)  # fmt: skip
     launch(_scaled_gemm_kernel, key, (*operands, projection, factor, scale, bias, seed), prepare)
     return out, product
 

@@ -20,16 +20,16 @@ def launch(kernel, key: tuple, tensors: tuple, prepare: Callable[[], tuple[tuple
     ``prepare()`` returns the grid and the remaining arguments by name, in the kernel's order, and then the options;
     ``key`` must determine both, together with the kernel and the tensors' device, dtypes and alignments.
     """
-    addresses, kinds = [], []
+    addresses, kinds, device = [], [], -1
     for tensor in tensors:
         if isinstance(tensor, Tensor):
             address = tensor.data_ptr()
             addresses.append(address)
             kinds.append((tensor.dtype, address & 15))
+            device = tensor.get_device()
         else:
             addresses.append(tensor)
             kinds.append(None)
-    device = next(tensor.get_device() for tensor in tensors if isinstance(tensor, Tensor))
     full_key = (kernel, key, device, *kinds)
     known = _launches.get(full_key)
     if known is not None:

@@ -1,13 +1,13 @@
 """The passes over tokens that meet the low-rank factors.
 
-    ``project``     folds a scale into a token matrix and projects it onto a factor, in one read:
-                    t_scaled = t⊙scale          projection = s·(drop(t)⊙scale)·factorᵀ
-                    t = x gives u, t = dy gives v: (1) and (3) of ``factored``
-    ``reduce``      sums over tokens, in one read of t and other:
-                    d_factor = tᵀ·projection    total = Σ_m t⊙other
-                    t = dy gives dB and S, t = x gives dA and D: (5) and (6)
-    ``combine``     adds the parts that ``reduce`` left for each split of the tokens, in a fixed
-                    order, and takes the magnitude gradient: (7)
+``project``     folds a scale into a token matrix and projects it onto a factor, in one read:
+                t_scaled = t⊙scale          projection = s·(drop(t)⊙scale)·factorᵀ
+                t = x gives u, t = dy gives v: (1) and (3) of ``factored``
+``reduce``      sums over tokens, in one read of t and other:
+                d_factor = tᵀ·projection    total = Σ_m t⊙other
+                t = dy gives dB and S, t = x gives dA and D: (5) and (6)
+``combine``     adds the parts that ``reduce`` left for each split of the tokens, in a fixed
+                order, and takes the magnitude gradient: (7)
 """
 
 import torch

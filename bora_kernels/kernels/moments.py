@@ -18,6 +18,8 @@ order. Over the other axis it is the same kernel on the transposed view. The fou
     second axis, c = λ               (11)
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -265,35 +267,33 @@ def norm(
     return norms, scale, scale_squared, kept
 
 
-def add_norm_path(
-    W: Tensor,
-    P: Tensor,
-    norm: Tensor | None,
-    scale: Tensor | None,
-    magnitude: Tensor | None,
-    coefficient: Tensor | None,
-    kept: Tensor | None,
-    d_magnitude: Tensor | None,
-    d_factor: Tensor | None,
-    Z: Tensor,
-    z_coefficient: Tensor | None,
-    *,
-    first: bool,
-    scaling: float,
-    eps: float,
-    stand_in: float,
-    precision: str,
-) -> None:
-    """Adds the paths through the norms to d_factor [I, R] and, on the first axis, to d_magnitude [I].
+class Axis(NamedTuple):
+    """What the path through one axis's norms is made of; None for what is absent or not needed."""
 
-    W is [I, J] and P [I, R] its factor along this axis; norm to d_factor belong to this axis, Z [J, R] to the other.
-    On the first axis (equations (8) to (10)) z_coefficient is κ, None for DoRA, and the coefficient −S / norm² becomes
-    λ in place. On the second (equation (11)) z_coefficient is λ and the coefficient κ, None for DoRA.
+    W: Tensor  # [I, J], this axis first
+    P: Tensor  # [I, R]
+    norm: Tensor | None  # [I]
+    scale: Tensor | None  # [I]
+    magnitude: Tensor | None  # [I]
+    coefficient: Tensor | None  # [I]: −S / norm²
+    kept: Tensor | None  # [I, R]: what ``norm`` left over
+    d_magnitude: Tensor | None  # [I], added to
+    d_factor: Tensor | None  # [I, R], added to
+
+
+def add_norm_path(
+    axis: Axis, other: Axis, *, first: bool, scaling: float, eps: float, stand_in: float, precision: str
+) -> None:
+    """Adds the path through the norms to the axis's d_factor and, if it is the first, to its d_magnitude.
+
+    First, equations (8) to (10): other.coefficient is κ (None for DoRA), and axis.coefficient becomes λ in place.
+    Second, equation (11): other.coefficient is λ and axis.coefficient κ (None for DoRA).
     """
+    W, P, norm, scale, magnitude, coefficient, kept, d_magnitude, d_factor = axis
     I, R = P.shape
     products = squares = None
-    if z_coefficient is not None:
-        products, squares = _moments(W, Z, z_coefficient, precision, squares_needed=first)
+    if other.coefficient is not None:
+        products, squares = _moments(W, other.P, other.coefficient, precision, squares_needed=first)
     splits = 0 if products is None else len(products)
     strides = (0, 0) if d_factor is None else d_factor.stride()
 
