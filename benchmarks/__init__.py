@@ -1,1 +1,1 @@
-"""Benchmarks of the layer beside its peers: ``pytest benchmarks``, then ``python -m benchmarks.report RESULT.json``."""
+"""The layer beside its peers: ``pytest benchmarks``, then ``python -m benchmarks.report RESULT.json``."""

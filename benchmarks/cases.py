@@ -1,4 +1,4 @@
-"""What is measured: shapes, tokens, ranks, dtypes and modes, by default and by the options of the command line."""
+"""What is measured: shapes, tokens, ranks, dtypes and modes, by default and by the command line's options."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Case:
     """One workload in one mode; all providers run it.
 
-    ``shape`` is "NxK" (out_features x in_features) for a layer and the name of a stack in ``models`` for a model.
-    Modes: "step" is forward and backward (gradients of the input and of the adapters), "forward" is a forward that
-    records a graph, "inference" a forward under ``torch.no_grad``.
+    ``shape`` is "NxK" (out_features x in_features) for a layer and the name of a stack in ``models`` for a
+    model. Modes: "step" is forward and backward (gradients of the input and of the adapters), "forward" is a
+    forward that records a graph, "inference" a forward under ``torch.no_grad``.
     """
 
     level: str
@@ -77,7 +77,10 @@ def layer_cases(
     modes: list[str] | None = None,
     quick: bool = False,
 ) -> list[Case]:
-    """The layer's cases for "cuda" or "cpu"; any of shapes, tokens and ranks replaces the default list by a product."""
+    """The layer's cases for "cuda" or "cpu".
+
+    Any of shapes, tokens and ranks replaces the list of the device by their product.
+    """
     layers, points = (_CUDA_LAYERS, _CUDA_POINTS) if device == "cuda" else (_CPU_LAYERS, _CPU_POINTS)
     dtypes = dtypes or ["bf16" if device == "cuda" else "fp32"]
     shape, length, rank, _ = layers[0]

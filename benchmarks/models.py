@@ -105,10 +105,12 @@ class _TransformersStack(nn.Module):
             torch.set_default_dtype(default)
 
     def set_checkpointing(self, enabled: bool) -> None:
+        name = "activation_checkpointing" if hasattr(self.model, "activation_checkpointing_enable") else None
+        name = name or "gradient_checkpointing"  # before transformers 5.20 or so
         if enabled:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            getattr(self.model, f"{name}_enable")({"use_reentrant": False})
         else:
-            self.model.gradient_checkpointing_disable()
+            getattr(self.model, f"{name}_disable")()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(inputs_embeds=x, use_cache=False).last_hidden_state
@@ -136,7 +138,15 @@ class _PlainBlock(nn.Module):
     def __init__(self, shape: StackShape, dtype: torch.dtype) -> None:
         super().__init__()
         kv_width = shape.hidden // shape.heads * shape.kv_heads
-        widths = (shape.hidden, kv_width, kv_width, shape.hidden, shape.intermediate, shape.intermediate, shape.hidden)
+        widths = (
+            shape.hidden,
+            kv_width,
+            kv_width,
+            shape.hidden,
+            shape.intermediate,
+            shape.intermediate,
+            shape.hidden,
+        )
         for name, out_features in zip(_LINEARS, widths, strict=True):
             in_features = shape.intermediate if name == "down_proj" else shape.hidden
             linear = nn.Linear(in_features, out_features, bias=False, dtype=dtype)
@@ -148,7 +158,9 @@ class _PlainBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.attention_norm(x)
-        heads = (p(h).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        heads = (
+            p(h).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         attended = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
         x = x + self.o_proj(attended.transpose(1, 2).flatten(2))
         h = self.mlp_norm(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import shutil
 import warnings
@@ -37,8 +38,11 @@ class Formula:
 
 @dataclass(frozen=True)
 class Provider:
-    """One implementation. ``adapt(root, targets, rank, adapter_dtype)`` puts it into a model's named linear layers
-    and returns their adapters."""
+    """One implementation.
+
+    ``adapt(root, targets, rank, adapter_dtype)`` puts it into the root's named linear layers and returns their
+    adapters. ``scope`` is open around everything that is run.
+    """
 
     name: str
     title: str
@@ -61,7 +65,9 @@ class Provider:
     def runs(self, case: Case) -> bool:
         """Whether the provider has a place in the case at all."""
         same = self.half and case.dtype == "fp32"  # as the provider with float32 adapters
-        return case.level in self.levels and case.mode in self.modes and not same and (self.charted or not case.main_only)
+        return (
+            case.level in self.levels and case.mode in self.modes and not same and (self.charted or not case.main_only)
+        )
 
     def problem(self, device: torch.device) -> str | None:
         """Why it cannot run here, or None."""
@@ -93,7 +99,9 @@ def adapter_values(weight: Tensor, rank: int, seed: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def install(adapt: Callable, root: nn.Module, targets: list[str], rank: int, adapter_dtype: torch.dtype) -> list[Adapter]:
+def install(
+    adapt: Callable, root: nn.Module, targets: list[str], rank: int, adapter_dtype: torch.dtype
+) -> list[Adapter]:
     """Adapt the root's targets and give every adapter its values; only they are trained."""
     weights = [root.get_submodule(name).weight for name in targets]
     adapters = adapt(root, targets, rank, adapter_dtype)
@@ -109,7 +117,9 @@ def install(adapt: Callable, root: nn.Module, targets: list[str], rank: int, ada
 class DenseLinear(nn.Module):
     """The package's reference as a layer: the dense effective weight, differentiated by autograd."""
 
-    def __init__(self, linear: nn.Linear, formula: Formula, rank: int, adapter_dtype: torch.dtype, compiled: bool) -> None:
+    def __init__(
+        self, linear: nn.Linear, formula: Formula, rank: int, adapter_dtype: torch.dtype, compiled: bool
+    ) -> None:
         super().__init__()
         self.weight = linear.weight
         (N, K), options = linear.weight.shape, {"device": linear.weight.device, "dtype": adapter_dtype}
@@ -118,7 +128,7 @@ class DenseLinear(nn.Module):
             present = kind in KINDS[formula.member]
             setattr(self, kind, nn.Parameter(torch.empty(shape, **options)) if present else None)
         self.detach_norm = formula.detach_norm
-        self.function = _compiled_reference() if compiled else reference.bora_linear_ref
+        self.function = _compiled_reference(N, K, rank, adapter_dtype) if compiled else reference.bora_linear_ref
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(
@@ -133,8 +143,9 @@ class DenseLinear(nn.Module):
         )
 
 
-def _compiled_reference() -> Callable:
-    torch._dynamo.reset()  # earlier shapes would count against the limit of recompilations
+@functools.lru_cache(maxsize=1)
+def _compiled_reference(*shape) -> Callable:
+    torch._dynamo.reset()  # what was compiled for other shapes counts against the limit of recompilations
     return torch.compile(reference.bora_linear_ref, dynamic=False)
 
 
@@ -156,7 +167,11 @@ def _fused(layer_type: type[FusedBoraLinear], detach_norm: bool) -> Callable:
     def adapt(root: nn.Module, targets: list[str], rank: int, adapter_dtype: torch.dtype) -> list[Adapter]:
         for name in targets:
             layer = layer_type.from_linear(
-                root.get_submodule(name), rank, SCALING * rank, detach_norm=detach_norm, adapter_dtype=adapter_dtype
+                root.get_submodule(name),
+                rank,
+                SCALING * rank,
+                detach_norm=detach_norm,
+                adapter_dtype=adapter_dtype,
             )
             root.set_submodule(name, layer)
         member = "dora" if layer_type is FusedDoraLinear else "bora"
@@ -173,7 +188,9 @@ def _peft(use_dora: bool) -> Callable:
     def adapt(root: nn.Module, targets: list[str], rank: int, adapter_dtype: torch.dtype) -> list[Adapter]:
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=rank, lora_alpha=SCALING * rank, target_modules=targets, use_dora=use_dora, lora_dropout=0.0)
+        config = LoraConfig(
+            r=rank, lora_alpha=SCALING * rank, target_modules=targets, use_dora=use_dora, lora_dropout=0.0
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on models without a configuration
             get_peft_model(root, config, autocast_adapter_dtype=adapter_dtype == torch.float32)
@@ -189,26 +206,31 @@ def _peft(use_dora: bool) -> Callable:
     return adapt
 
 
-_LORA, _DORA, _BORA = Formula("lora"), Formula("dora", True), Formula("bora")
+_NONE, _LORA, _DORA, _BORA = Formula("none"), Formula("lora"), Formula("dora", True), Formula("bora")
 _BORA_DETACHED = Formula("bora", True)
-_LAYER = ("layer",)
+_fused_dora, _fused_bora = _fused(FusedDoraLinear, True), _fused(FusedBoraLinear, False)
+_HALF = "adapters in the base's dtype"
+_peer = functools.partial(Provider, charted=True, library="peft")
+_layer = functools.partial(Provider, levels=("layer",))
+_ours = functools.partial(Provider, ours=True, graphed=True)
 
 PROVIDERS = [
-    Provider("frozen", "frozen nn.Linear", Formula("none"), dense(Formula("none")), charted=True, graphed=True),
-    Provider("peft-lora", "PEFT LoRA", _LORA, _peft(False), charted=True, library="peft"),
-    Provider("peft-lora-half", "PEFT LoRA, adapters in the base's dtype", _LORA, _peft(False), half=True, charted=True, library="peft"),
-    Provider("peft-dora", "PEFT DoRA", _DORA, _peft(True), charted=True, library="peft"),
-    Provider("peft-dora-half", "PEFT DoRA, adapters in the base's dtype", _DORA, _peft(True), half=True, charted=True, library="peft"),
-    Provider("dense-dora", "dense DoRA reference", _DORA, dense(_DORA), levels=_LAYER),
-    Provider("dense-bora", "dense BoRA reference", _BORA, dense(_BORA)),
-    Provider("dense-bora-compiled", "dense BoRA reference, torch.compile", _BORA, dense(_BORA, True), levels=_LAYER, compiled=True),
-    Provider("fused-dora", "FusedDoraLinear, detached", _DORA, _fused(FusedDoraLinear, True), ours=True, graphed=True),
-    Provider("fused-bora", "FusedBoraLinear", _BORA, _fused(FusedBoraLinear, False), ours=True, charted=True, graphed=True),
-    Provider("fused-bora-detached", "FusedBoraLinear, detached", _BORA_DETACHED, _fused(FusedBoraLinear, True), ours=True, graphed=True),
-    Provider("fused-bora-merged", "FusedBoraLinear, merged", _BORA, _fused(FusedBoraLinear, False), ours=True, graphed=True, modes=("inference",), merged=True),
-]  # fmt: skip
+    Provider("frozen", "frozen nn.Linear", _NONE, dense(_NONE), charted=True, graphed=True),
+    _peer("peft-lora", "PEFT LoRA", _LORA, _peft(False)),
+    _peer("peft-lora-half", f"PEFT LoRA, {_HALF}", _LORA, _peft(False), half=True),
+    _peer("peft-dora", "PEFT DoRA", _DORA, _peft(True)),
+    _peer("peft-dora-half", f"PEFT DoRA, {_HALF}", _DORA, _peft(True), half=True),
+    _layer("dense-dora", "dense DoRA", _DORA, dense(_DORA)),
+    Provider("dense-bora", "dense BoRA", _BORA, dense(_BORA)),
+    _layer("dense-bora-compiled", "dense BoRA, torch.compile", _BORA, dense(_BORA, True), compiled=True),
+    _ours("fused-dora", "FusedDoraLinear, detached", _DORA, _fused_dora),
+    _ours("fused-bora", "FusedBoraLinear", _BORA, _fused_bora, charted=True),
+    _ours("fused-bora-detached", "FusedBoraLinear, detached", _BORA_DETACHED, _fused(FusedBoraLinear, True)),
+    _ours("fused-bora-merged", "FusedBoraLinear, merged", _BORA, _fused_bora, modes=("inference",), merged=True),
+]
 if hasattr(bora_kernels, "reuse_scales"):  # a step after another one with the same adapter
+    _reusing = functools.partial(_ours, modes=("step", "inference"), scope=bora_kernels.reuse_scales)
     PROVIDERS += [
-        Provider("fused-bora-reused", "FusedBoraLinear, scales reused", _BORA, _fused(FusedBoraLinear, False), ours=True, graphed=True, modes=("step", "inference"), scope=bora_kernels.reuse_scales),
-        Provider("fused-dora-reused", "FusedDoraLinear, detached, scales reused", _DORA, _fused(FusedDoraLinear, True), ours=True, graphed=True, modes=("step", "inference"), scope=bora_kernels.reuse_scales),
-    ]  # fmt: skip
+        _reusing("fused-dora-reused", "FusedDoraLinear, detached, scales reused", _DORA, _fused_dora),
+        _reusing("fused-bora-reused", "FusedBoraLinear, scales reused", _BORA, _fused_bora),
+    ]

@@ -117,19 +117,15 @@ def test_function_accepts_what_the_errors_are_about():
 # ---- where Triton cannot run ----
 
 
-@pytest.fixture
-def no_interpreter(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-
-
 def test_triton_without_triton(monkeypatch):
     monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match='backend="triton" cannot run here: triton is not installed'):
         bora_linear(**arguments(backend="triton"))
 
 
-def test_triton_without_a_device(no_interpreter):
+def test_triton_without_a_device(monkeypatch):
     pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(
         ValueError, match='backend="triton" cannot run here: it needs a CUDA device .* got cpu'
     ):
@@ -189,13 +185,9 @@ class Wrapped(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        def unwrap(value):
-            return value.inner if isinstance(value, Wrapped) else value
-
-        out = function(*map(unwrap, args), **(kwargs or {}))
-        if function is torch.ops.aten.detach.default:
-            return return_and_correct_aliasing(function, args, kwargs or {}, Wrapped(out))
-        return out
+        if function is not torch.ops.aten.detach.default:  # what nn.Parameter calls
+            raise NotImplementedError(function)
+        return return_and_correct_aliasing(function, args, kwargs or {}, Wrapped(args[0].inner))
 
 
 def linear_with(weight):
@@ -246,12 +238,11 @@ MODULE_ERRORS = {
 @pytest.mark.parametrize("cls", [FusedBoraLinear, FusedDoraLinear])
 def test_from_linear_refuses_and_changes_nothing(cls, linear, options, error, message):
     weight, bias = linear.weight, linear.bias
-    before = [(p, p.requires_grad, p._version) for p in linear.parameters()]
+    before = [(p.requires_grad, p._version) for p in linear.parameters()]
     with pytest.raises(error, match=message):
         cls.from_linear(linear, **options)
-    assert linear.weight is weight and linear.bias is bias
-    assert [(p, p.requires_grad, p._version) for p in linear.parameters()] == before
-    assert dict(linear.named_children()) == {} and set(dict(linear.named_parameters())) == {"weight", "bias"}
+    assert [id(p) for p in linear.parameters()] == [id(weight), id(bias)]
+    assert [(p.requires_grad, p._version) for p in linear.parameters()] == before
 
 
 def test_from_linear_wants_a_linear():

@@ -1,0 +1,138 @@
+"""One measurement: adapt, check, time, weigh; and the record of a session."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import measure
+from .cases import DTYPES, Case
+from .models import Workload
+from .providers import Provider, install
+from .verify import References, make_step, named
+
+
+class Harness:
+    """A session: the device, the present workload, and a record for each case and provider."""
+
+    def __init__(self, device: torch.device, budget: float, least_rounds: int, commit: str | None) -> None:
+        self.device, self.budget, self.least_rounds, self.commit = device, budget, least_rounds, commit
+        self.records: list[dict] = []
+        self.gemm: dict[str, float] = {}
+        self._key: tuple | None = None
+        self._workload: Workload | None = None
+        self._references: References | None = None
+        self._prepare = None
+
+    def measure(self, case: Case, provider: Provider, benchmark) -> None:
+        """Check the provider on the case, time it with the benchmark fixture, and record what came out.
+
+        A provider that cannot run here is skipped; one that gives a wrong result fails and is not timed.
+        """
+        with self.recording(case, provider.name, provider.title) as record:
+            if problem := provider.problem(self.device):
+                record["status"], record["reason"] = "skipped", problem
+                benchmark.skipped = True
+                pytest.skip(problem)
+            self._measure(case, provider, benchmark, record)
+
+    @contextlib.contextmanager
+    def recording(self, case: Case, provider: str, title: str) -> Iterator[dict]:
+        """A new record, which says in the end whether it was measured."""
+        record = {**asdict(case), "provider": provider, "title": title, "status": "failed"}
+        self.records.append(record)
+        try:
+            yield record
+            record["status"] = "measured"
+        except Exception as error:
+            record["reason"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise
+        finally:
+            gc.collect()  # the step is gone, its modules may be in cycles
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _measure(self, case: Case, provider: Provider, benchmark, record: dict) -> None:
+        workload, references = self._load(case)
+        root = workload.copy(share=True)
+        adapters = install(provider.adapt, root, workload.targets, case.rank, provider.adapter_dtype(case))
+        workload.set_mode(root, training=case.mode != "inference", checkpointing=case.checkpointing)
+        if provider.merged:
+            for name in workload.targets:
+                root.get_submodule(name).merge()
+        module, x, dy = workload.callable(root), workload.x.detach().requires_grad_(), workload.dy
+        step = make_step(module, x, dy, adapters, case.mode)
+
+        with provider.scope():
+            step()
+            result = named(step(), adapters)
+            record["error_ratio"] = round(references.check(result, provider, provider.adapter_dtype(case)), 3)
+            del result
+            self._time(benchmark, step, record)
+            record["peak_bytes"] = measure.peak_bytes(step, self.device)
+            if provider.graphed and workload.is_layer and self.device.type == "cuda":
+                self._time_graph(step, record)
+        record["flop"] = workload.forward_flop * (2 if case.mode == "step" else 1)
+        record["adapter_dtype"] = str(provider.adapter_dtype(case)).removeprefix("torch.")
+        benchmark.extra_info.update({name: record[name] for name in ("peak_bytes", "error_ratio", "flop")})
+
+    def _load(self, case: Case) -> tuple[Workload, References]:
+        if self._key != case.workload:
+            self._workload = self._references = None  # free them before the next ones are made
+            self._workload = Workload(case, self.device)
+            self._references = References(self._workload, case.rank)
+            self._key = case.workload
+            if case.dtype not in self.gemm:
+                self.gemm[case.dtype] = round(measure.gemm_tflops(self.device, DTYPES[case.dtype]), 3)
+        return self._workload, self._references
+
+    def _time(self, benchmark, step, record: dict) -> None:
+        if self._prepare is None:
+            self._prepare = measure.prepare(self.device)
+        seconds = measure.warm_up(step, self.device, self._prepare)
+        rounds = measure.rounds_for(seconds, self.budget, self.least_rounds)
+        benchmark.pedantic(step, setup=self._prepare, rounds=rounds)
+        if benchmark.stats is not None:  # None under --benchmark-disable
+            stats = benchmark.stats.stats
+            names = ("median", "min", "q1", "q3", "rounds")
+            record.update({name: _significant(getattr(stats, name)) for name in names})
+
+    def _time_graph(self, step, record: dict) -> None:
+        try:
+            seconds = measure.graph_seconds(step, self.device, self._prepare, self.budget / 2)
+            record["graph_median"] = _significant(seconds)
+        except RuntimeError as error:  # what cannot be captured is no reason to lose the eager time
+            record["graph_error"] = str(error).splitlines()[0][:200]
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.synchronize(self.device)
+
+    def write(self, folder: Path) -> Path | None:
+        """Write the session to a new file in the folder, a line for each record; None if there is nothing."""
+        if not self.records:
+            return None
+        environment = measure.environment(self.device, self.commit)
+        name = re.sub(r"[^a-z0-9]+", "-", str(environment["device"]).lower()).strip("-")
+        stamp = re.sub(r"[^0-9]+", "-", str(environment["date"])).strip("-")
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{stamp}-{name}.json"
+        for number in range(2, 100):
+            if not path.exists():
+                break
+            path = folder / f"{stamp}-{name}-{number}.json"
+        head = json.dumps({"environment": environment, "gemm_tflops": self.gemm}, indent=1)
+        lines = ",\n".join("  " + json.dumps(record, separators=(",", ":")) for record in self.records)
+        text = f'{head.removesuffix("}").rstrip()},\n "records": [\n{lines}\n ]\n}}\n'
+        path.write_text(text, encoding="utf-8")
+        return path
+
+
+def _significant(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.5g}")

@@ -1,0 +1,199 @@
+"""Tables and charts of a result: ``python -m benchmarks.report RESULT.json [--output DIR]``.
+
+Writes ``report.md`` and, with matplotlib, PNG charts of time and memory; the tables are printed as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+CASE_FIELDS = ("level", "mode", "shape", "batch", "length", "rank", "dtype", "checkpointing")
+PEERS = {  # what ratios are to: of several, the fastest (for memory the smallest) of those that were measured
+    "frozen": [("frozen",)],
+    "LoRA": [("peft-lora", "peft-lora-half")],
+    "DoRA": [("peft-dora", "peft-dora-half"), ("dense-dora",)],
+}
+SUMMARY = (
+    "frozen",
+    "peft-lora",
+    "peft-lora-half",
+    "peft-dora",
+    "peft-dora-half",
+    "dense-bora",
+    "dense-bora-compiled",
+)
+SUMMARY += ("fused-dora", "fused-bora")
+_NOTES = """\
+Time: median of single steps; the clock: {clock}.
+"step" is forward and backward, with the gradients of the input and of the adapter; "forward" records a graph;
+"inference" runs under `torch.no_grad`. "graph" is the same step as a CUDA graph.
+TFLOP/s counts the frozen layer's own products alone, for every provider; "of GEMM" is their share of one
+square product measured in the session ({gemm}).
+Memory: the most that was allocated at once over what was there before the step (weights, adapter, input and
+the output's gradient); gradients are new tensors of the step for every provider.
+Ratios: time (memory) over that of the frozen layer, of PEFT's LoRA and of PEFT's DoRA, of two adapter dtypes
+the better one{dense}. "error" is the largest error against the exact result over that of the dense reference
+in the same dtypes; it has to be at most about 2 for this package and 8 for peers, or there is no time."""
+
+
+def load(path: Path) -> dict:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if not {"environment", "gemm_tflops", "records"} <= result.keys():
+        raise ValueError(f"{path} is not a result of pytest benchmarks")
+    return result
+
+
+def by_case(records: list[dict]) -> dict[tuple, dict[str, dict]]:
+    """Records of each case by provider, in the order in which they were measured."""
+    cases: dict[tuple, dict[str, dict]] = {}
+    for record in records:
+        cases.setdefault(tuple(record[field] for field in CASE_FIELDS), {})[record["provider"]] = record
+    return cases
+
+
+def ratio(record: dict, case: dict[str, dict], peer: str, field: str = "median") -> float | None:
+    """A record's time (or ``peak_bytes``) over that of a peer in its case; None where either is missing."""
+    for names in PEERS[peer]:
+        values = [case[name][field] for name in names if case.get(name, {}).get(field)]
+        if values:
+            return record[field] / min(values) if record.get(field) else None
+    return None
+
+
+def title(key: tuple) -> str:
+    """A case in words."""
+    level, mode, shape, batch, length, rank, dtype, checkpointing = key
+    tokens = f"{batch * length} tokens" if level == "layer" else f"{batch}×{length} tokens"
+    parts = [shape.replace("x", "×") if level == "layer" else shape, tokens, f"r = {rank}", dtype]
+    return f"{level}, {mode}: " + ", ".join(parts + ["checkpointed"] * checkpointing)
+
+
+def details(key: tuple, case: dict[str, dict], gemm: dict[str, float]) -> str:
+    """The table of one case: a row for each provider, also for those that failed or were skipped."""
+    header = ["provider", "ms", "graph ms", "ktokens/s", "TFLOP/s", "of GEMM", "peak MiB"]
+    header += [f"× {peer}" for peer in PEERS] + [f"memory × {peer}" for peer in PEERS] + ["error"]
+    rows = []
+    for record in case.values():
+        if not record.get("median"):
+            rows.append([record["title"], f"{record['status']}: {record.get('reason', 'not timed')}"])
+            continue
+        seconds, speed = record["median"], record.get("flop", 0) / record["median"] / 1e12
+        rate = gemm.get(record["dtype"])
+        rows.append(
+            [
+                record["title"],
+                _number(1e3 * seconds, 3),
+                _number(1e3 * record["graph_median"], 3) if record.get("graph_median") else "",
+                _number(record["batch"] * record["length"] / seconds / 1e3, 0),
+                _number(speed, 1) if speed else "",
+                f"{speed / rate:.0%}" if rate and speed else "",
+                _number(record["peak_bytes"] / 2**20, 0) if record.get("peak_bytes") else "",
+                *(_number(ratio(record, case, peer), 2) for peer in PEERS),
+                *(_number(ratio(record, case, peer, "peak_bytes"), 2) for peer in PEERS),
+                _number(record.get("error_ratio"), 2),
+            ]
+        )
+    return f"### {title(key)}\n\n" + _table(header, rows)
+
+
+def summary(cases: dict[tuple, dict[str, dict]], level: str) -> str:
+    """One row for each case: ms · MiB of each main provider, and the multiple of the frozen time."""
+    shown = {key: case for key, case in cases.items() if key[0] == level and key[1] != "first-call"}
+    names = [name for name in SUMMARY if any(case.get(name, {}).get("median") for case in shown.values())]
+    if not names:
+        return ""
+    titles = {name: record["title"] for case in shown.values() for name, record in case.items()}
+    rows = []
+    for key, case in shown.items():
+        cells = []
+        for name in names:
+            record = case.get(name, {})
+            if not record.get("median"):
+                cells.append(record.get("status", "–").replace("measured", "–"))
+                continue
+            cell = _number(1e3 * record["median"], 3)
+            if record.get("peak_bytes"):
+                cell += f" · {record['peak_bytes'] / 2**20:.0f}"
+            times = ratio(record, case, "frozen")
+            cells.append(cell + (f" ({times:.2f}×)" if times and name != "frozen" else ""))
+        rows.append([title(key).removeprefix(f"{level}, "), *cells])
+    caption = "ms · peak MiB (multiple of the frozen time)"
+    return f"## {level.capitalize()}: {caption}\n\n" + _table(["case", *(titles[name] for name in names)], rows)
+
+
+def markdown(result: dict, charts: list[str] = ()) -> str:
+    """The whole report."""
+    environment, gemm = result["environment"], result["gemm_tflops"]
+    cases = by_case(result["records"])
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    with_peft = any(case.get(name, {}).get("median") for case in cases.values() for name in PEERS["DoRA"][0])
+    notes = _NOTES.format(
+        clock=environment["clock"],
+        gemm=", ".join(f"{dtype} {value:.4g} TFLOP/s" for dtype, value in gemm.items()) or "not measured",
+        dense="" if with_peft else " (here the dense DoRA reference: PEFT was not measured)",
+    )
+    machine = f"{environment['device']}" + (f", {environment['gpu']}" if "gpu" in environment else "")
+    parts = [
+        f"# Benchmarks, {environment['date']}",
+        f"{machine}; {environment['cpu']}; {environment['system']}.\n{versions}; commit {environment['commit']}.",
+        *(summary(cases, level) for level in ("layer", "model")),
+        *(f"![{Path(name).stem}]({name})" for name in charts),
+    ]
+    parts += ["## Every case", notes]
+    for key, case in cases.items():
+        if key[1] != "first-call":
+            parts.append(details(key, case, gemm))
+            continue
+        for record in case.values():
+            text = f"{record['first']:.2f} s, the second {1e3 * record['second']:.1f} ms" if "first" in record else ""
+            parts.append(f"### {title(key)}\n\n{record['title']}: {text or record.get('reason', 'failed')}.")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    full = [row + [""] * (len(header) - len(row)) for row in rows]
+    used = [i for i in range(len(header)) if i == 0 or any(row[i] for row in full)]
+    lines = [
+        [header[i] for i in used],
+        ["---"] + ["---:"] * (len(used) - 1),
+        *([row[i] for i in used] for row in full),
+    ]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("result", type=Path, help="a JSON file that pytest benchmarks wrote")
+    parser.add_argument("--output", type=Path, help="folder to write to (default: beside the file, with its name)")
+    options = parser.parse_args(arguments)
+    try:
+        result = load(options.result)
+        folder = options.output or options.result.with_suffix("")
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    try:
+        from .charts import draw
+
+        charts = draw(result, folder)
+    except ImportError:
+        charts = []
+        print("no charts: matplotlib is not installed", file=sys.stderr)
+    text = markdown(result, charts)
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    print(text, end="")
+    print(f"written to {folder}: report.md {' '.join(charts)}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
