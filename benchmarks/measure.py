@@ -144,7 +144,7 @@ def environment(device: torch.device, commit: str | None) -> dict[str, object]:
         "device": platform.processor() or platform.machine(),
         "device_type": device.type,
         "cpu": f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "system": platform.platform(terse=True),
+        "system": platform.system(),
         "versions": versions,
         "commit": commit or _git_commit(),
         "clock": CLOCKS.get(device.type, CLOCKS["cpu"]),

@@ -106,7 +106,7 @@ class _TransformersStack(nn.Module):
 
     def set_checkpointing(self, enabled: bool) -> None:
         name = "activation_checkpointing" if hasattr(self.model, "activation_checkpointing_enable") else None
-        name = name or "gradient_checkpointing"  # before transformers 5.20 or so
+        name = name or "gradient_checkpointing"  # its earlier name
         if enabled:
             getattr(self.model, f"{name}_enable")({"use_reentrant": False})
         else:

@@ -222,7 +222,6 @@ PROVIDERS = [
     _peer("peft-dora-half", f"PEFT DoRA, {_HALF}", _DORA, _peft(True), half=True),
     _layer("dense-dora", "dense DoRA", _DORA, dense(_DORA)),
     Provider("dense-bora", "dense BoRA", _BORA, dense(_BORA)),
-    _layer("dense-bora-compiled", "dense BoRA, torch.compile", _BORA, dense(_BORA, True), compiled=True),
     _ours("fused-dora", "FusedDoraLinear, detached", _DORA, _fused_dora),
     _ours("fused-bora", "FusedBoraLinear", _BORA, _fused_bora, charted=True),
     _ours("fused-bora-detached", "FusedBoraLinear, detached", _BORA_DETACHED, _fused(FusedBoraLinear, True)),
@@ -234,3 +233,5 @@ if hasattr(bora_kernels, "reuse_scales"):  # a step after another one with the s
         _reusing("fused-dora-reused", "FusedDoraLinear, detached, scales reused", _DORA, _fused_dora),
         _reusing("fused-bora-reused", "FusedBoraLinear, scales reused", _BORA, _fused_bora),
     ]
+# last, because what its compiler leaves behind could disturb the others
+PROVIDERS.append(_layer("dense-bora-compiled", "dense BoRA, torch.compile", _BORA, dense(_BORA, True), compiled=True))

@@ -120,7 +120,8 @@ def summary(cases: dict[tuple, dict[str, dict]], level: str) -> str:
             times = ratio(record, case, "frozen")
             cells.append(cell + (f" ({times:.2f}×)" if times and name != "frozen" else ""))
         rows.append([title(key).removeprefix(f"{level}, "), *cells])
-    caption = "ms · peak MiB (multiple of the frozen time)"
+    weighed = any(record.get("peak_bytes") for case in shown.values() for record in case.values())
+    caption = f"ms{' · peak MiB' * weighed} (multiple of the frozen time)"
     return f"## {level.capitalize()}: {caption}\n\n" + _table(["case", *(titles[name] for name in names)], rows)
 
 

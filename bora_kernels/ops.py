@@ -106,7 +106,8 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
         from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
         if is_traceable_wrapper_subclass(weight):
-            raise TypeError(f"{name} must be a plain tensor, got a {type(weight).__name__} (sharded or quantized)")
+            kind = type(weight).__name__
+            raise TypeError(f"{name} must be a plain dense tensor, got a {kind} (sharded or quantized)")
     if weight.dtype not in _FLOAT_DTYPES:
         raise TypeError(
             f"{name} must be float32, bfloat16, float16 or float64, got {weight.dtype} "

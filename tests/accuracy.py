@@ -1,10 +1,10 @@
 """The one accuracy rule: an output may err at most twice as much as plain PyTorch does in the same dtypes.
 
-    ‖out − exact‖  ≤  2·(1 + 2/√samples)·‖plain − exact‖ + floor·scale
+    ‖out − exact‖  ≤  2·(1 + 3/√samples)·‖plain − exact‖ + floor·scale
 
 ``exact`` is the reference in float64 on the same values, ``plain`` the reference in the dtypes of the case.
 Both errors are sums of random roundings. The smallest intermediate has ``samples`` of them, so the ratio is
-known to about 1/√samples, and 2/√samples is allowed for it. The floor, a few units in the last place of the
+known to about 1/√samples, and 3/√samples is allowed for it. The floor, a few units in the last place of the
 dtype that sums are kept in, is for what plain PyTorch happens to get exactly right; ``scale`` is ‖exact‖ or,
 where exact is what is left of terms that cancel, the norm of those terms. A NaN or an infinity never passes.
 """
@@ -59,7 +59,7 @@ def _mismatch(
     """What is wrong with one tensor, or None."""
     difference = actual.double() - exact
     error, plain_error = _norm(difference), _norm(plain.double() - exact)
-    bound = 2 * (1 + 2 / math.sqrt(max(1, samples))) * plain_error
+    bound = 2 * (1 + 3 / math.sqrt(max(1, samples))) * plain_error
     bound += (FLOOR_FLOAT64 if actual.dtype == torch.float64 else floor) * scale
     if error <= bound:  # false for NaN
         return None
