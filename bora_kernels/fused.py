@@ -12,7 +12,7 @@ from torch import Tensor
 from .kernels.gemm import scaled_gemm
 from .kernels.low_rank import combine, project, reduce
 from .kernels.moments import Axis, add_norm_path, norm
-from .plan import Needs, Scales, separate_product, zero_stand_in
+from .plan import Needs, Scales, projection_parts, separate_product, zero_stand_in
 
 
 def compute_scales(
@@ -54,11 +54,12 @@ def forward(
     dropout_p: float,
     save_product: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Equations (1) and (2): the output [M, N], the product before the bias where it is kept apart, and u [M, R]."""
+    """Equations (1) and (2): the output [M, N], the product before the bias where it is kept apart, and u in parts."""
     precision = _precision(x.dtype)
     if x.shape[0] == 0:
         y = x.new_empty(0, weight.shape[0])
-        u = x.new_empty(0, lora_A.shape[0], dtype=torch.float32)
+        parts = projection_parts(x.shape[1], lora_A.shape[0])
+        u = x.new_empty(parts, 0, lora_A.shape[0], dtype=torch.float32)
         return y, torch.empty_like(y), u
     x_scaled, u = project(
         x, lora_A, scales.col_scale, seed, scaling=scaling, dropout_p=dropout_p, precision=precision

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import factored
-from .plan import NORM_ORDERS, Needs, Scales, accumulation_dtype, separate_product
+from .plan import NORM_ORDERS, Needs, Scales, accumulation_dtype, projection_parts, separate_product
 
 BACKENDS = ("triton", "torch", "reference")
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -236,7 +236,9 @@ def _forward_fake(
 ):
     y = x.new_empty(x.shape[0], weight.shape[0])
     product = torch.empty_like(y) if save_product and separate_product(x.dtype, bias) else None
-    u = x.new_empty(x.shape[0], lora_A.shape[0], dtype=accumulation_dtype(x.dtype))
+    rank, columns = lora_A.shape
+    parts = [projection_parts(columns, rank)] if backend == "triton" else []
+    u = x.new_empty(*parts, x.shape[0], rank, dtype=accumulation_dtype(x.dtype))
     return _tensors(x, y, product, u)
 
 

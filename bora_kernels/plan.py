@@ -71,3 +71,8 @@ def separate_product(dtype: torch.dtype, bias: Tensor | None) -> bool:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that norms, scales and low-rank products are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def projection_parts(columns: int, rank: int) -> int:
+    """In how many parts the Triton backend leaves u and v: the columns are split to keep the device busy."""
+    return max(1, min(4, columns // 1024)) if rank <= 64 else 1

@@ -41,9 +41,7 @@ def model(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("model")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(_WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        folder
-    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     torch.manual_seed(0)
     config = BertConfig(vocab_size=len(_WORDS), max_position_embeddings=16, initializer_range=0.2, **sizes)
@@ -159,9 +157,7 @@ def test_bad_arguments_are_refused(arguments, capsys) -> None:
 
 def _package(archive: Path, folder: str, files: tuple[str, ...]) -> Package:
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    return Package(
-        "some-package==1.0", archive.name, digest, archive.stat().st_size, folder, files, "some files"
-    )
+    return Package("some-package==1.0", archive.name, digest, archive.stat().st_size, folder, files, "some files")
 
 
 @pytest.fixture
@@ -211,7 +207,7 @@ def test_fetch_refuses_another_hash_and_leaves_nothing(wheel, tmp_path, monkeypa
 
 def test_fetch_says_what_pip_could_not_download(wheel, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(DemoError, match=r"pip could not download some-package==1\.0:\n(.|\n)*No matching"):
+    with pytest.raises(DemoError, match=r"could not download some-package==1\.0 \(is a package index reachable"):
         packages.fetch(wheel, tmp_path / "cache")
 
 
@@ -303,9 +299,7 @@ def test_paired_difference() -> None:
     first, second = [[True, True, False, True]], [[True, False, False, True]]
     difference, half = report.paired_difference(first, second)
     assert difference == 0.25
-    assert half == pytest.approx(
-        1.95996 * 0.5 / 2, rel=1e-4
-    )  # the differences 0, 1, 0, 0 have the deviation ½
+    assert half == pytest.approx(1.95996 * 0.5 / 2, rel=1e-4)  # the differences 0, 1, 0, 0 have the deviation ½
 
 
 def test_smoothing_keeps_a_constant_and_starts_at_the_first_value() -> None:

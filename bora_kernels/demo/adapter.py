@@ -30,8 +30,7 @@ class Agreement:
 def save_adapter(classifier: TextClassifier, path: Path, options: AdapterOptions) -> None:
     """Write what was trained (``lora_A``, ``lora_B``, both magnitudes and the head) as safetensors."""
     tensors = {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in trained_parameters(classifier).items()
+        name: parameter.detach().cpu().contiguous() for name, parameter in trained_parameters(classifier).items()
     }
     metadata = {"rank": str(options.rank), "alpha": str(options.alpha), "norm_order": options.norm_order}
     save_file(tensors, path, metadata=metadata)

@@ -67,11 +67,7 @@ def load_movies(cache_dir: Path) -> Dataset:
 def parse_movies(lines: list[str]) -> list[tuple[str, str]]:
     """(text, label) of lines "number<tab>mean rating<tab>text"; a text rated 0 is of neither class."""
     rows = [line.split("\t", 2) for line in lines]
-    return [
-        (text, "positive" if float(rating) > 0 else "negative")
-        for _, rating, text in rows
-        if float(rating) != 0
-    ]
+    return [(text, "positive" if float(rating) > 0 else "negative") for _, rating, text in rows if float(rating) != 0]
 
 
 def load_dataset(source: str) -> Dataset:
@@ -121,9 +117,7 @@ def _load_from_hub(name: str) -> Dataset:
     try:
         import datasets
     except ImportError:
-        raise DemoError(
-            f"{name} is no file or folder; for a data set of the hub: pip install datasets"
-        ) from None
+        raise DemoError(f"{name} is no file or folder; for a data set of the hub: pip install datasets") from None
     loaded = datasets.load_dataset(name)
     if "train" not in loaded or not {"text", "label"} <= set(loaded["train"].column_names):
         raise DemoError(f"{name} must have a train split with the columns text and label, got {loaded}")
@@ -145,9 +139,7 @@ def _dataset(train: list[tuple[str, str]], test: list[tuple[str, str]] | None) -
         raise DemoError(f"the data must have at least two labels, got {', '.join(classes)}")
     unknown = {label for _, label in test or ()} - set(classes)
     if unknown:
-        raise DemoError(
-            f"the test data has labels that the training data lacks: {', '.join(sorted(unknown))}"
-        )
+        raise DemoError(f"the test data has labels that the training data lacks: {', '.join(sorted(unknown))}")
     test_texts = {text: classes.index(label) for text, label in test or ()}
     train_texts = {text: classes.index(label) for text, label in train if text not in test_texts}
     return Dataset(classes, list(train_texts.items()), None if test is None else list(test_texts.items()))

@@ -138,9 +138,7 @@ def _run_method(
     return result, classifier
 
 
-def _check_bora(
-    settings: Settings, model: str, trained: TextClassifier, test_data: Encoded
-) -> dict[str, Agreement]:
+def _check_bora(settings: Settings, model: str, trained: TextClassifier, test_data: Encoded) -> dict[str, Agreement]:
     """Save the adapter, load it into a fresh model, merge that, and say how far the predictions agree."""
     path = settings.output / "bora_adapter.safetensors"
     save_adapter(trained, path, settings.adapter)

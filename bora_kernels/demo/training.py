@@ -70,9 +70,7 @@ def train(
 
 
 @torch.inference_mode()
-def predict(
-    classifier: nn.Module, data: Encoded, batch_size: int = 64, autocast: torch.dtype | None = None
-) -> Tensor:
+def predict(classifier: nn.Module, data: Encoded, batch_size: int = 64, autocast: torch.dtype | None = None) -> Tensor:
     """Logits [examples, classes] on the CPU, in the order of the data."""
     classifier.eval()
     logits, indices = [], []
@@ -104,9 +102,7 @@ def step_memory(classifier: nn.Module, batch: Batch, autocast: torch.dtype | Non
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    changes = sorted(
-        (e["ts"], e["args"]["Ev Idx"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]"
-    )
+    changes = sorted((e["ts"], e["args"]["Ev Idx"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
     held = peak = 0
     for _, _, change in changes:
         held += change
@@ -114,9 +110,7 @@ def step_memory(classifier: nn.Module, batch: Batch, autocast: torch.dtype | Non
     return peak
 
 
-def _step(
-    classifier: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, autocast: torch.dtype | None
-) -> float:
+def _step(classifier: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, autocast: torch.dtype | None) -> float:
     batch = _to_device(batch, classifier)
     loss = F.cross_entropy(_forward(classifier, batch, autocast).float(), batch.labels)
     loss.backward()

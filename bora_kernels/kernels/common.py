@@ -53,6 +53,15 @@ def load_matrix(ptr, offs_i, offs_j, size_i, size_j, stride_i, stride_j):
 
 
 @triton.jit
+def load_projection(ptr, offs_m, offs_r, M, end, R: tl.constexpr, PARTS: tl.constexpr):
+    """A tile of a projection [M, R], stored in parts [PARTS, M, R]; rows from ``end`` on are zero."""
+    projection = load_matrix(ptr, offs_m, offs_r, end, R, R, 1)
+    for part in tl.static_range(1, PARTS):
+        projection += load_matrix(ptr + tl.full((), part, tl.int64) * M * R, offs_m, offs_r, end, R, R, 1)
+    return projection
+
+
+@triton.jit
 def live_magnitude(scale_ptr, norm_ptr, magnitude_ptr, offs, size, stand_in):
     """The magnitude that a sum was made with: a zero one had a stand-in, see ``plan.zero_stand_in``."""
     scale = load_vector(scale_ptr, offs, size)

@@ -74,14 +74,12 @@ def finish_config(R: int) -> dict:
 
 
 @lru_cache
-def project_config(arch: int | str, M: int, C: int, R: int, dtype: torch.dtype, aligned: bool) -> dict:
+def project_config(arch: int | str, R: int, dtype: torch.dtype, aligned: bool) -> dict:
     block_r = rank_block(R, dtype)
     if not is_half(dtype):
         block_m, block_c, warps, stages = 32, 32, 4, 2
     elif not _roomy(arch, aligned) or block_r > 32:
         block_m, block_c, warps, stages = 32, 64, 4, 2
-    elif M <= 4096:
-        block_m, block_c, warps, stages = 16, 128, 4, 3
     else:
         block_m, block_c, warps, stages = 64, 256, 8, 3
     return {

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import dot_split, keep_mask, load_matrix, load_vector
+from .common import dot_split, keep_mask, load_matrix, load_projection, load_vector
 from .config import TRITON_DTYPES, gemm_config, is_aligned
 from .launch import launch
 
@@ -24,7 +24,7 @@ def _scaled_gemm_kernel(
     w,  # [O, C]; stored as [C, O] unless W_ROWS_ARE_OUTPUTS
     out,  # [M, O], contiguous
     product,  # [M, O], contiguous: scale⊙(…) before the bias, with stand_in for zero scales
-    projection_ptr,  # [M, R], contiguous
+    projection_ptr,  # [PARTS, M, R], contiguous
     factor_ptr,  # [R, O]
     scale_ptr,  # [O]
     bias_ptr,  # [O]
@@ -32,7 +32,7 @@ def _scaled_gemm_kernel(
     M, O, C,
     stride_tm, stride_tc, stride_wo, stride_wc, stride_fr, stride_fo,
     stand_in, out_stand_in, dropout_p,
-    R: tl.constexpr,
+    R: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_O: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
     GROUP_SIZE_M: tl.constexpr,
     W_ROWS_ARE_OUTPUTS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -69,7 +69,7 @@ def _scaled_gemm_kernel(
         low_rank = tl.zeros_like(acc) if HAS_DROPOUT else acc
         for r in range(0, R, BLOCK_SIZE_R):
             offs_r = r + tl.arange(0, BLOCK_SIZE_R)
-            projection = load_matrix(projection_ptr, offs_m, offs_r, M, R, R, 1).to(DTYPE)
+            projection = load_projection(projection_ptr, offs_m, offs_r, M, M, R, PARTS).to(DTYPE)
             factor = load_matrix(factor_ptr, offs_r, offs_o, R, O, stride_fr, stride_fo).to(tl.float32)
             low_rank = dot_split(projection, factor, low_rank, PRECISION)
         if HAS_DROPOUT:
@@ -114,10 +114,11 @@ def scaled_gemm(
 ) -> tuple[Tensor, Tensor]:
     """out [M, O] in t's dtype, and the product before the bias (out itself unless ``save_product``).
 
-    t [M, C], W [O, C] (any strides), projection [M, R] float32, factor [R, O], scale and bias [O]. With
-    ``save_product`` a zero scale gives a zero output and ``stand_in`` only in the product; otherwise in the output.
+    t [M, C], W [O, C] (any strides), projection [parts, M, R] as ``project`` leaves it, factor [R, O], scale and
+    bias [O]. With ``save_product`` a zero scale gives a zero output and ``stand_in`` only in the product; otherwise
+    in the output.
     """
-    (M, C), O, R = t.shape, W.shape[0], projection.shape[1]
+    (M, C), O, (parts, _, R) = t.shape, W.shape[0], projection.shape
     out = torch.empty((M, O), dtype=t.dtype, device=t.device)
     product = torch.empty_like(out) if save_product else out
     rows_are_outputs = W.stride(1) == 1
@@ -141,13 +142,13 @@ def scaled_gemm(
             "stride_tm": t.stride(0), "stride_tc": t.stride(1), "stride_wo": W.stride(0), "stride_wc": W.stride(1),
             "stride_fr": factor.stride(0), "stride_fo": factor.stride(1),
             "stand_in": stand_in, "out_stand_in": 0.0 if save_product else stand_in, "dropout_p": dropout_p,
-            "R": R, "W_ROWS_ARE_OUTPUTS": rows_are_outputs, "HAS_SCALE": scale is not None,
+            "R": R, "PARTS": parts, "W_ROWS_ARE_OUTPUTS": rows_are_outputs, "HAS_SCALE": scale is not None,
             "HAS_BIAS": bias is not None, "HAS_DROPOUT": seed is not None,
             "SAVE_PRODUCT": save_product and scale is not None,
             "DTYPE": TRITON_DTYPES[t.dtype], "PRECISION": precision, **config,
         }  # fmt: skip
 
-    key = (M, O, C, R, t.dtype, W.dtype, t.stride(), W.stride(), factor.stride(), descriptors_fit, save_product,
+    key = (M, O, C, R, parts, t.dtype, W.dtype, t.stride(), W.stride(), factor.stride(), descriptors_fit, save_product,
            stand_in, dropout_p, precision)  # fmt: skip
     launch(_scaled_gemm_kernel, key, (*operands, projection, factor, scale, bias, seed), prepare)
     return out, product

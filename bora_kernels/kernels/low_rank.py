@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dot_split, keep_mask, live_magnitude, load_matrix, load_vector, round_with_dither
+from ..plan import projection_parts
+from .common import dot_split, keep_mask, live_magnitude, load_matrix, load_projection, load_vector, round_with_dither
 from .config import cdiv, combine_config, is_aligned, project_config, reduce_config, target
 from .launch import launch
 
@@ -26,9 +27,9 @@ def _project_kernel(
     scale_ptr,  # [C]
     factor_ptr,  # [R, C]
     scaled_ptr,  # [M, C], contiguous
-    projection_ptr,  # [M, R], contiguous
+    projection_ptr,  # [parts, M, R], contiguous: one part for each split of C
     seed_ptr,  # [1]
-    M, C,
+    M, C, split_size,
     stride_tm, stride_tc, stride_fr, stride_fc,
     scaling, dropout_p,
     R: tl.constexpr,
@@ -36,11 +37,12 @@ def _project_kernel(
     HAS_SCALE: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0) * BLOCK_SIZE_M + tl.arange(0, BLOCK_SIZE_M)
-    pid_r = tl.program_id(1)
+    pid_r, part = tl.program_id(1), tl.program_id(2)
     offs_r = pid_r * BLOCK_SIZE_R + tl.arange(0, BLOCK_SIZE_R)
     scaled_ptrs = scaled_ptr + offs_m.to(tl.int64)[:, None] * C
     acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_R), dtype=tl.float32)
-    for c in range(0, C, BLOCK_SIZE_C):
+    end = tl.minimum((part + 1) * split_size, C)
+    for c in range(part * split_size, end, BLOCK_SIZE_C):
         offs_c = c + tl.arange(0, BLOCK_SIZE_C)
         t = load_matrix(t_ptr, offs_m, offs_c, M, C, stride_tm, stride_tc)  # [BLOCK_SIZE_M, BLOCK_SIZE_C]
         factor = load_matrix(factor_ptr, offs_c, offs_r, C, R, stride_fc, stride_fr).to(tl.float32)
@@ -55,7 +57,7 @@ def _project_kernel(
             keep = keep_mask(tl.load(seed_ptr), offs_m, offs_c, dropout_p)
             t = tl.where(keep, t, tl.zeros_like(t))
         acc = dot_split(t, factor, acc, PRECISION)
-    ptrs = projection_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
+    ptrs = projection_ptr + (part.to(tl.int64) * M + offs_m)[:, None] * R + offs_r[None, :]
     tl.store(ptrs, acc * scaling, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
 
 
@@ -63,14 +65,14 @@ def _project_kernel(
 def _reduce_kernel(
     t_ptr,  # [M, C]
     other_ptr,  # [M, C]
-    projection_ptr,  # [M, R], contiguous
+    projection_ptr,  # [PARTS, M, R], contiguous
     factor_parts_ptr,  # [splits, C, R]
     total_parts_ptr,  # [splits, C]
     seed_ptr,  # [1]
     M, C, split_size,
     stride_tm, stride_tc, stride_om, stride_oc,
     dropout_p,
-    R: tl.constexpr,
+    R: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
     HAS_FACTOR: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +94,7 @@ def _reduce_kernel(
             if HAS_DROPOUT:
                 keep = keep_mask(tl.load(seed_ptr), offs_m, offs_c, dropout_p)
                 t = tl.where(keep, t, tl.zeros_like(t))
-            projection = load_matrix(projection_ptr, offs_m, offs_r, end, R, R, 1).to(t.dtype)
+            projection = load_projection(projection_ptr, offs_m, offs_r, M, end, R, PARTS).to(t.dtype)
             acc = tl.dot(tl.trans(t), projection, acc, input_precision=PRECISION)
     base = split.to(tl.int64) * C + offs_c
     if HAS_TOTAL:
@@ -157,19 +159,22 @@ def project(
     dropout_p: float,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """t⊙scale [M, C] rounded with dither (t itself without a scale), and s·(drop(t)⊙scale)·factorᵀ [M, R], float32.
+    """t⊙scale [M, C] rounded with dither (t itself without a scale), and s·(drop(t)⊙scale)·factorᵀ.
+
+    The latter is float32 and in parts [parts, M, R], one for each split of C; whoever loads it adds them.
 
     Kept elements are scaled by 1 / (1 − p), which ``scaling`` takes along.
     """
     (M, C), R = t.shape, factor.shape[0]
     scaled = torch.empty((M, C), dtype=t.dtype, device=t.device) if scale is not None else t
-    projection = torch.empty((M, R), dtype=torch.float32, device=t.device)
+    parts = projection_parts(C, R)
+    projection = torch.empty((parts, M, R), dtype=torch.float32, device=t.device)
 
     def prepare():
-        config = project_config(target(t.get_device())[0], M, C, R, t.dtype, is_aligned(t))
-        grid = (cdiv(M, config["BLOCK_SIZE_M"]), cdiv(R, config["BLOCK_SIZE_R"]))
-        return grid, {
-            "M": M, "C": C,
+        config = project_config(target(t.get_device())[0], R, t.dtype, is_aligned(t))
+        block_c = config["BLOCK_SIZE_C"]
+        return (cdiv(M, config["BLOCK_SIZE_M"]), cdiv(R, config["BLOCK_SIZE_R"]), parts), {
+            "M": M, "C": C, "split_size": cdiv(cdiv(C, parts), block_c) * block_c,
             "stride_tm": t.stride(0), "stride_tc": t.stride(1),
             "stride_fr": factor.stride(0), "stride_fc": factor.stride(1),
             "scaling": scaling / (1.0 - dropout_p), "dropout_p": dropout_p,
@@ -191,12 +196,13 @@ def reduce(
     precision: str,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Parts of tᵀ·projection [splits, C, R] and of Σ_m t⊙other [splits, C], one for each split of the tokens."""
-    (M, C), R = t.shape, 1 if projection is None else projection.shape[1]
+    M, C = t.shape
+    parts, _, R = (1, M, 1) if projection is None else projection.shape
     arch, _ = target(t.get_device())
     splits, config = reduce_config(arch, M, C, R, t.dtype, is_aligned(t), seed is not None)
-    parts = {"dtype": torch.float32, "device": t.device}
-    factor_parts = None if projection is None else torch.empty((splits, C, R), **parts)
-    total_parts = None if other is None else torch.empty((splits, C), **parts)
+    options = {"dtype": torch.float32, "device": t.device}
+    factor_parts = None if projection is None else torch.empty((splits, C, R), **options)
+    total_parts = None if other is None else torch.empty((splits, C), **options)
     other_strides = (0, 0) if other is None else other.stride()
 
     def prepare():
@@ -205,11 +211,11 @@ def reduce(
             "stride_tm": t.stride(0), "stride_tc": t.stride(1),
             "stride_om": other_strides[0], "stride_oc": other_strides[1],
             "dropout_p": dropout_p,
-            "R": R, "HAS_FACTOR": projection is not None, "HAS_TOTAL": other is not None,
+            "R": R, "PARTS": parts, "HAS_FACTOR": projection is not None, "HAS_TOTAL": other is not None,
             "HAS_DROPOUT": seed is not None, "PRECISION": precision, **config,
         }  # fmt: skip
 
-    key = (M, C, R, t.stride(), other_strides, dropout_p, precision)
+    key = (M, C, R, parts, t.stride(), other_strides, dropout_p, precision)
     launch(_reduce_kernel, key, (t, other, projection, factor_parts, total_parts, seed), prepare)
     return factor_parts, total_parts
 
