@@ -74,5 +74,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def projection_parts(columns: int, rank: int) -> int:
-    """In how many parts the Triton backend leaves u and v: the columns are split to keep the device busy."""
+    """Into how many parts the Triton backend may split the columns behind u and v, to keep the device busy.
+
+    It is what is allocated, so it depends on static sizes only; see ``kernels.config.parts_in_use``.
+    """
     return max(1, min(4, columns // 1024)) if rank <= 64 else 1

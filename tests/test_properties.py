@@ -68,13 +68,13 @@ def check(backend, layer):
     check_layer(backend, inputs, dy_layout(case.upstream(DEVICE)), norm_order=case.order, **options)
 
 
-@given(layers([torch.float64, torch.float32, *HALVES], st.integers(8, 150), st.integers(1, 70)))
+@given(layers([torch.float64, torch.float32, *HALVES], st.integers(16, 150), st.integers(1, 70)))
 @settings(max_examples=60)
 def test_any_layer_in_torch(layer):
     check("torch", layer)
 
 
-@given(layers([torch.float32, *HALVES], st.integers(8, 80), st.integers(1, 20)))
+@given(layers([torch.float32, *HALVES], st.integers(16, 80), st.integers(1, 20)))
 @settings(max_examples=15)
 def test_any_layer_in_triton(layer):
     check("triton", layer)

@@ -73,15 +73,22 @@ def finish_config(R: int) -> dict:
     return {"BLOCK_SIZE_I": 32, "BLOCK_SIZE_R": 16, "num_warps": 4}
 
 
+def parts_in_use(allocated: int, M: int) -> int:
+    """How many of a projection's parts ``project`` fills: with many tokens the device is busy without a split."""
+    return allocated if M <= 4096 else 1
+
+
 @lru_cache
 def project_config(arch: int | str, R: int, dtype: torch.dtype, aligned: bool) -> dict:
     block_r = rank_block(R, dtype)
     if not is_half(dtype):
         block_m, block_c, warps, stages = 32, 32, 4, 2
-    elif not _roomy(arch, aligned) or block_r > 32:
+    elif not _roomy(arch, aligned):
         block_m, block_c, warps, stages = 32, 64, 4, 2
+    elif block_r > 32:
+        block_m, block_c, warps, stages = 128, 128, 8, 3
     else:
-        block_m, block_c, warps, stages = 64, 256, 8, 3
+        block_m, block_c, warps, stages = 64, 128, 8, 3
     return {
         "BLOCK_SIZE_M": block_m, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": block_r,
         "num_warps": warps, "num_stages": stages,

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import dot_split, keep_mask, load_matrix, load_projection, load_vector
-from .config import TRITON_DTYPES, gemm_config, is_aligned
+from .config import TRITON_DTYPES, gemm_config, is_aligned, parts_in_use
 from .launch import launch
 
 
@@ -118,7 +118,8 @@ def scaled_gemm(
     bias [O]. With ``save_product`` a zero scale gives a zero output and ``stand_in`` only in the product; otherwise
     in the output.
     """
-    (M, C), O, (parts, _, R) = t.shape, W.shape[0], projection.shape
+    (M, C), O, (allocated, _, R) = t.shape, W.shape[0], projection.shape
+    parts = parts_in_use(allocated, M)
     out = torch.empty((M, O), dtype=t.dtype, device=t.device)
     product = torch.empty_like(out) if save_product else out
     rows_are_outputs = W.stride(1) == 1

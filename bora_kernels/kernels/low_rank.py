@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..plan import projection_parts
 from .common import dot_split, keep_mask, live_magnitude, load_matrix, load_projection, load_vector, round_with_dither
-from .config import cdiv, combine_config, is_aligned, project_config, reduce_config, target
+from .config import cdiv, combine_config, is_aligned, parts_in_use, project_config, reduce_config, target
 from .launch import launch
 
 
@@ -167,8 +167,9 @@ def project(
     """
     (M, C), R = t.shape, factor.shape[0]
     scaled = torch.empty((M, C), dtype=t.dtype, device=t.device) if scale is not None else t
-    parts = projection_parts(C, R)
-    projection = torch.empty((parts, M, R), dtype=torch.float32, device=t.device)
+    allocated = projection_parts(C, R)
+    parts = parts_in_use(allocated, M)
+    projection = torch.empty((allocated, M, R), dtype=torch.float32, device=t.device)
 
     def prepare():
         config = project_config(target(t.get_device())[0], R, t.dtype, is_aligned(t))
@@ -197,7 +198,8 @@ def reduce(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Parts of tᵀ·projection [splits, C, R] and of Σ_m t⊙other [splits, C], one for each split of the tokens."""
     M, C = t.shape
-    parts, _, R = (1, M, 1) if projection is None else projection.shape
+    allocated, _, R = (1, M, 1) if projection is None else projection.shape
+    parts = parts_in_use(allocated, M)
     arch, _ = target(t.get_device())
     splits, config = reduce_config(arch, M, C, R, t.dtype, is_aligned(t), seed is not None)
     options = {"dtype": torch.float32, "device": t.device}
