@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from .report import by_case, title
 
@@ -50,7 +51,9 @@ def draw(result: dict, folder: Path) -> list[str]:
                     panel.plot(*zip(*points, strict=True), marker="o", color=_COLORS[name], label=name)
             ticks = sorted({value(record) for record in group})
             panel.set(xlabel=axis, xscale="log", yscale="log")
-            panel.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+            panel.set_xticks(ticks, [str(tick) for tick in ticks])
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
             panel.minorticks_off()
         figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False)
         figure.savefig(folder / f"{axis}.png", dpi=110)

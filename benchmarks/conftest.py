@@ -67,9 +67,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("benchmarks need pytest-benchmark: pip install 'bora-kernels[benchmark]'")
     option = config.option
+    if hasattr(config, "workerinput") or getattr(option, "numprocesses", None):
+        raise pytest.UsageError("benchmarks run one after another: leave out -n")
     device = torch.device(option.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     budget = option.budget or (0.1 if option.quick else 0.3)
-    config.stash[_HARNESS] = Harness(device, budget, 3 if option.quick else 10, option.commit)
+    least_rounds = 3 if option.quick else 10 if device.type == "cuda" else 5
+    config.stash[_HARNESS] = Harness(device, budget, least_rounds, option.commit)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

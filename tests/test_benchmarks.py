@@ -1,0 +1,162 @@
+"""The benchmark suite: right ratios in its report, a whole quick run, and no time for a wrong result."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import report
+from benchmarks.cases import Case
+from benchmarks.harness import Harness
+from benchmarks.providers import DenseLinear, Formula, Provider, dense
+from benchmarks.verify import WrongResult
+
+ROOT = Path(__file__).parent.parent
+BORA = Formula("bora")
+
+
+def _record(provider: str, tokens: int, ms: float | None, mib: int = 0, status: str = "measured") -> dict:
+    case = {"level": "layer", "mode": "step", "shape": "64x64", "batch": 1, "length": tokens, "rank": 8}
+    record = {**case, "dtype": "bf16", "checkpointing": False, "provider": provider, "title": provider}
+    record |= {"status": status, "reason": "off" if status == "failed" else "", "flop": 1e9}
+    return record | ({} if ms is None else {"median": ms / 1e3, "peak_bytes": mib * 2**20, "error_ratio": 1.0})
+
+
+@pytest.fixture
+def result(tmp_path: Path) -> Path:
+    records = []
+    for tokens in (128, 256):
+        records += [
+            _record("frozen", tokens, 1.0, 100),
+            _record("peft-lora", tokens, 2.0, 150),
+            _record("peft-lora-half", tokens, 1.6, 200),
+            _record("peft-dora", tokens, None, status="failed"),
+            _record("peft-dora-half", tokens, 3.0, 400),
+            _record("fused-bora", tokens, 1.2, 120),
+        ]
+    environment = {"date": "2000-01-01", "device": "a device", "cpu": "a CPU", "system": "an OS", "clock": "a clock"}
+    environment |= {"commit": "abc", "versions": {"torch": "1.2"}}
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps({"environment": environment, "gemm_tflops": {"bf16": 2.0}, "records": records}))
+    return path
+
+
+def _cells(text: str, provider: str) -> list[str]:
+    """The provider's row in the first table of "Every case"."""
+    lines = text.partition("## Every case")[2].splitlines()
+    return [
+        cell.strip() for cell in next(line for line in lines if line.startswith(f"| {provider} |")).split("|")[2:-1]
+    ]
+
+
+def test_report_ratios(result: Path) -> None:
+    text = report.markdown(report.load(result))
+    # ms, ktokens/s, TFLOP/s, of GEMM, MiB; time over frozen, the faster LoRA, the DoRA that ran; then memory
+    assert _cells(text, "fused-bora") == "1.200 107 0.833 42% 120 1.20 0.75 0.40 1.20 0.80 0.30 1.00".split()
+    assert _cells(text, "frozen")[5:8] == ["1.00", "0.62", "0.33"]
+    assert _cells(text, "peft-dora")[0] == "failed: off"
+    assert "1.200 · 120 (1.20×)" in text  # the summary
+    for fact in ("a device", "a CPU", "torch 1.2", "commit abc", "a clock", "bf16 2 TFLOP/s"):
+        assert fact in text, fact
+
+
+def test_report_command(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "report"
+    assert report.main([str(result), "--output", str(folder)]) == 0
+    assert (folder / "report.md").read_text(encoding="utf-8") == capsys.readouterr().out
+    if importlib.util.find_spec("matplotlib"):
+        assert (folder / "tokens.png").stat().st_size > 1000
+        assert not (folder / "rank.png").exists()  # one rank makes no chart
+
+
+def test_report_refuses_other_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "other.json"
+    path.write_text("{}")
+    assert report.main([str(path)]) == 1
+    assert "not a result" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_quick_run(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    providers = ["frozen", "dense-bora", "fused-bora"]
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--quick", "--device", "cpu", "-p", "no:cacheprovider"]
+    command += ["--shapes", "48x64", "--tokens", "16", "--providers", ",".join(providers), "--results", str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON", "PYTEST"))}
+    environment["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    (path,) = tmp_path.glob("*.json")
+    result = report.load(path)
+    assert {record["status"] for record in result["records"]} == {"measured"}
+    cases = report.by_case(result["records"])
+    assert {key[:2] for key in cases} == {
+        ("layer", "step"),
+        ("layer", "forward"),
+        ("layer", "inference"),
+        ("model", "step"),
+        ("model", "inference"),
+    }
+    for case in cases.values():
+        assert list(case) == providers
+        assert all(record["median"] > 0 and record["error_ratio"] <= 3 for record in case.values())
+        assert report.ratio(case["fused-bora"], case, "frozen") == pytest.approx(
+            case["fused-bora"]["median"] / case["frozen"]["median"]
+        )
+    assert "FusedBoraLinear" in report.markdown(result)
+
+
+class _NoBenchmark:
+    """Stands for the fixture where nothing may be timed."""
+
+    def pedantic(self, *args, **kwargs) -> None:
+        raise AssertionError("a wrong result was timed")
+
+
+def _off_by(factor: float):
+    class Off(DenseLinear):
+        def forward(self, x):
+            return super().forward(x) * factor
+
+    def adapt(root, targets, rank, adapter_dtype):
+        adapters = dense(BORA)(root, targets, rank, adapter_dtype)
+        for name in targets:
+            root.get_submodule(name).__class__ = Off
+        return adapters
+
+    return adapt
+
+
+@pytest.mark.parametrize(
+    "adapt, ours, wrong",
+    [
+        (_off_by(1.0001), True, "y is off"),
+        (_off_by(1.0001), False, "y is off"),
+        (_off_by(float("nan")), False, "y is off by nan"),
+        (dense(Formula("bora", detach_norm=True)), False, "d_lora_A is off"),
+    ],
+    ids=["output", "output-of-a-peer", "nan", "gradient"],
+)
+def test_wrong_result_is_refused(adapt, ours: bool, wrong: str) -> None:
+    harness = Harness(torch.device("cpu"), budget=0.01, least_rounds=1, commit="abc")
+    case = Case("layer", "step", "48x64", 1, 16, 8, "fp32")
+    with pytest.raises(WrongResult, match=wrong):
+        harness.measure(case, Provider("wrong", "wrong", BORA, adapt, ours=ours), _NoBenchmark())
+    (record,) = harness.records
+    assert record["status"] == "failed" and wrong in record["reason"] and "median" not in record
+
+
+def test_missing_library_is_skipped() -> None:
+    harness = Harness(torch.device("cpu"), budget=0.01, least_rounds=1, commit="abc")
+    case = Case("layer", "step", "48x64", 1, 16, 8, "fp32")
+    provider = Provider("absent", "absent", BORA, dense(BORA), library="no_such_library")
+    with pytest.raises(pytest.skip.Exception):
+        harness.measure(case, provider, _NoBenchmark())
+    assert [(r["status"], r["reason"]) for r in harness.records] == [("skipped", "no_such_library is not installed")]
