@@ -53,6 +53,7 @@ class Harness:
             yield record
             record["status"] = "measured"
         except Exception as error:
+            record.pop("median", None)  # what failed has no time
             record["reason"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise
         finally:

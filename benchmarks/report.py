@@ -81,13 +81,13 @@ def details(key: tuple, case: dict[str, dict], gemm: dict[str, float]) -> str:
             rows.append([record["title"], f"{record['status']}: {record.get('reason', 'not timed')}"])
             continue
         seconds, speed = record["median"], record.get("flop", 0) / record["median"] / 1e12
-        rate = gemm.get(record["dtype"])
+        speed_in_tokens, rate = record["batch"] * record["length"] / seconds, gemm.get(record["dtype"])
         rows.append(
             [
                 record["title"],
                 _number(1e3 * seconds, 3),
                 _number(1e3 * record["graph_median"], 3) if record.get("graph_median") else "",
-                _number(record["batch"] * record["length"] / seconds / 1e3, 0),
+                _number(speed_in_tokens / 1e3, 0 if speed_in_tokens >= 1e5 else 1),
                 f"{speed:.3g}" if speed else "",
                 f"{speed / rate:.0%}" if rate and speed else "",
                 _number(record["peak_bytes"] / 2**20, 0) if record.get("peak_bytes") else "",

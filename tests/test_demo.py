@@ -12,6 +12,7 @@ import json
 import re
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,15 @@ from bora_kernels.demo.packages import DemoError, Package
 from bora_kernels.demo.training import step_memory
 
 _WORDS = ("[PAD]", "[UNK]", "a", "the", "film", "is", "was", "good", "great", "bad", "awful", "very")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from threads, which on a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
