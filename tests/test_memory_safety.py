@@ -3,6 +3,8 @@
 import importlib
 import pkgutil
 import sys
+from contextlib import ExitStack
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from guard_pages import faulted, guarded, run_isolated
 pytest.importorskip("triton")
 
 BF16 = torch.bfloat16
+ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"))
 CASES = [
     (Case(17, 37, 53, 3, dtype=BF16), {}),
     (Case(17, 53, 37, 19, order="col_row"), {"dropout_p": 0.25, "training": True}),
@@ -47,17 +50,18 @@ def exercise(at):
 
     kernel_class.__getitem__ = noting_getitem
     results = {}
-    for guarding in (False, True):
-        if guarding:
-            for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-                setattr(owner, name, guarding_allocator(getattr(owner, name), at))
-        for case, options in CASES:
-            tensors = case.inputs("cpu") | {"dy": case.upstream("cpu")}
-            if guarding:
-                tensors = {name: None if t is None else guarded(t, at) for name, t in tensors.items()}
-            torch.manual_seed(0)
-            options = {"scaling": 0.5, "norm_order": case.order, "backend": "triton", **options}
-            results[case, guarding] = run(bora_linear, tensors, tensors.pop("dy"), **options)
+    for guarding in (True, False):
+        with ExitStack() as patches:
+            for owner, name in ALLOCATORS if guarding else ():
+                allocate = guarding_allocator(getattr(owner, name), at)
+                patches.enter_context(mock.patch.object(owner, name, allocate))
+            for case, options in CASES:
+                tensors = case.inputs("cpu") | {"dy": case.upstream("cpu")}
+                if guarding:
+                    tensors = {name: None if t is None else guarded(t, at) for name, t in tensors.items()}
+                torch.manual_seed(0)
+                options = {"scaling": 0.5, "norm_order": case.order, "backend": "triton", **options}
+                results[case, guarding] = run(bora_linear, tensors, tensors.pop("dy"), **options)
     for case, _ in CASES:
         for name, value in results[case, True].items():
             assert torch.equal(value, results[case, False][name]), f"{name} of {case} depends on its memory"
