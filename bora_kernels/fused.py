@@ -154,7 +154,9 @@ def backward(
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied: as PyTorch multiplies them, and in TF32 beside a half-precision tensor."""
-    if dtype != torch.float32:
-        return "tf32"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """How float32 operands are multiplied: in IEEE float32, or as three TF32 products that come close to it.
+
+    Plain TF32 truncates its operands, which costs an accuracy that no half-precision result has to spare.
+    """
+    exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    return "ieee" if exact or torch.version.hip is not None else "tf32x3"

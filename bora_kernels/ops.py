@@ -28,6 +28,7 @@ _MAX_RANK = 512
 # --- the choice of backend -------------------------------------------------------------------------------------------
 
 
+@torch.compiler.assume_constant_result
 def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton backend cannot run on this device and dtype, or None if it can."""
     if importlib.util.find_spec("triton") is None:

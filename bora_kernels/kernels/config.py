@@ -57,7 +57,7 @@ def moments_config(arch: int | str, I: int, J: int, R: int, dtype: torch.dtype, 
     block_r = rank_block(R, dtype)
     if not is_half(dtype):
         block_i, block_j, stages = 32, 32, 3
-    elif _roomy(arch, aligned) and block_r <= 32:
+    elif _roomy(arch, aligned) and block_r <= 32 and dtype == torch.bfloat16:
         block_i, block_j, stages = 64, 128, 3
     else:
         block_i, block_j, stages = 32, 64 if block_r <= 32 else 32, 2

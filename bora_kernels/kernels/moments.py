@@ -218,7 +218,7 @@ def _moments(
     squares = torch.empty((splits, I), **parts) if squares_needed else None
 
     def prepare():
-        # float16 has not the range of κ and λ, so its products are those of TF32
+        # float16 has not the range of κ and λ, so its products are made in float32
         operand = torch.bfloat16 if W.dtype == torch.bfloat16 else torch.float32
         return (cdiv(I, block_i) + cdiv(R, block_i), splits, cdiv(R, block_r)), {
             "I": I, "J": J, "split_size": cdiv(cdiv(J, splits), block_j) * block_j,
