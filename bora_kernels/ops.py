@@ -28,7 +28,6 @@ _MAX_RANK = 512
 # --- the choice of backend -------------------------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result
 def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton backend cannot run on this device and dtype, or None if it can."""
     if importlib.util.find_spec("triton") is None:
@@ -42,6 +41,10 @@ def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs compute capability 8.0 or newer"
     return None
+
+
+# What torch.compiler.assume_constant_result sets; the decorator would import the compiler, and Triton with it.
+triton_problem._dynamo_marked_constant = True
 
 
 def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype, rank: int) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 _launches: dict[tuple, tuple[Callable, tuple]] = {}
+_MOST_LAUNCHES = 16384  # a layer adds 16 for each number of tokens that it meets; beyond this, start anew
 
 
 def launch(kernel, key: tuple, tensors: tuple, prepare: Callable[[], tuple[tuple[int, ...], dict]]) -> None:
@@ -39,5 +40,7 @@ def launch(kernel, key: tuple, tensors: tuple, prepare: Callable[[], tuple[tuple
     grid, arguments = prepare()
     compiled = kernel[grid](*tensors, **arguments)
     if compiled is not None:  # Triton's interpreter compiles nothing
+        if len(_launches) >= _MOST_LAUNCHES:
+            _launches.clear()
         values = tuple(arguments[name] for name in kernel.arg_names[len(tensors) :])
         _launches[full_key] = compiled[(*grid, 1, 1)[:3]], values
