@@ -95,8 +95,7 @@ def run(
 ) -> dict[str, Tensor]:
     """The output and the gradients of those in ``trained``; all are leaves that keep their strides."""
     leaves = {
-        name: None if t is None else t.detach() if dtype is None else t.detach().to(dtype)
-        for name, t in inputs.items()
+        name: None if t is None else t.detach() if dtype is None else t.detach().to(dtype) for name, t in inputs.items()
     }
     asked = {f"d_{name}": leaves[name].requires_grad_() for name in trained if leaves[name] is not None}
     y = layer(**leaves, **options)

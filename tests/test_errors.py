@@ -108,9 +108,7 @@ def test_function_names_the_bad_argument(changed, error, message):
 def test_function_accepts_what_the_errors_are_about():
     y = bora_linear(**arguments())
     assert y.shape == (M, N) and y.isfinite().all()
-    with torch.autocast(
-        "cpu", torch.bfloat16
-    ):  # the one place where x may have another dtype than the weight
+    with torch.autocast("cpu", torch.bfloat16):  # the one place where x may have another dtype than the weight
         assert bora_linear(**arguments(x=ONES(M, K).half())).dtype == torch.bfloat16
 
 
@@ -126,9 +124,7 @@ def test_triton_without_triton(monkeypatch):
 def test_triton_without_a_device(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(
-        ValueError, match='backend="triton" cannot run here: it needs a CUDA device .* got cpu'
-    ):
+    with pytest.raises(ValueError, match='backend="triton" cannot run here: it needs a CUDA device .* got cpu'):
         bora_linear(**arguments(backend="triton"))
 
 
@@ -250,9 +246,7 @@ def test_from_linear_wants_a_linear():
         FusedBoraLinear.from_linear(nn.Conv2d(1, 1, 1))
 
 
-@pytest.mark.parametrize(
-    "sizes, message", [((0, N), "in_features .* got 0"), ((K, 2.5), "out_features .* got 2.5")]
-)
+@pytest.mark.parametrize("sizes, message", [((0, N), "in_features .* got 0"), ((K, 2.5), "out_features .* got 2.5")])
 def test_constructor_names_the_bad_size(sizes, message):
     with pytest.raises(ValueError, match=message):
         FusedBoraLinear(*sizes)

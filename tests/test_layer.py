@@ -38,18 +38,14 @@ def cases(*values):
 @dtypes
 def test_matches_reference(backend, member, order, detach_norm, dtype, device):
     case = Case(dtype=dtype, member=member, order=order)
-    check_layer(
-        backend, case.inputs(device), case.upstream(device), norm_order=order, detach_norm=detach_norm
-    )
+    check_layer(backend, case.inputs(device), case.upstream(device), norm_order=order, detach_norm=detach_norm)
 
 
 @variants
 @conventions
 def test_torch_backend_in_float64(member, order, detach_norm, device):
     case = Case(300, 65, 70, dtype=torch.float64, member=member, order=order)
-    check_layer(
-        "torch", case.inputs(device), case.upstream(device), norm_order=order, detach_norm=detach_norm
-    )
+    check_layer("torch", case.inputs(device), case.upstream(device), norm_order=order, detach_norm=detach_norm)
 
 
 @backends
@@ -77,6 +73,8 @@ SIZES = [
     Case(300, 40, 48, 3),  # many blocks of tokens, and several splits of them
     Case(9, 300, 40, 3),  # several splits of the first axis
     Case(9, 40, 300, 3, order="col_row"),
+    Case(3, 16, 2049, 2, dtype=BF16),  # projections split over columns, of x and of dy
+    Case(3, 2050, 16, 2, dtype=FP16, order="col_row"),
 ]
 
 
@@ -129,9 +127,7 @@ def transposed(tensor):
 
 def offset(tensor):
     """The same values as rows of a wider matrix, from an odd column on: no alignment of 16 bytes."""
-    wide = torch.full(
-        (tensor.shape[0], tensor.shape[1] + 8), torch.nan, dtype=tensor.dtype, device=tensor.device
-    )
+    wide = torch.full((tensor.shape[0], tensor.shape[1] + 8), torch.nan, dtype=tensor.dtype, device=tensor.device)
     wide[:, 3:-5] = tensor
     return wide[:, 3:-5]
 

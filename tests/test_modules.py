@@ -91,9 +91,7 @@ def test_scaling(rslora, scaling):
     assert module.scaling == scaling
     train_a_little(module)
     x = torch.randn(3, K)
-    torch.testing.assert_close(
-        module(x), nn.functional.linear(x, effective_weight_ref(module).float(), module.bias)
-    )
+    torch.testing.assert_close(module(x), nn.functional.linear(x, effective_weight_ref(module).float(), module.bias))
 
 
 def test_options_reach_the_layer(device):
@@ -122,9 +120,7 @@ def test_extra_repr():
     assert repr(FusedBoraLinear(3, 5, r=2)) == (
         "FusedBoraLinear(in_features=3, out_features=5, r=2, alpha=32, bias=True, norm_order='row_col')"
     )
-    module = FusedDoraLinear(
-        3, 5, r=2, alpha=4, bias=False, dropout=0.1, norm_order="col_row", detach_norm=True
-    )
+    module = FusedDoraLinear(3, 5, r=2, alpha=4, bias=False, dropout=0.1, norm_order="col_row", detach_norm=True)
     module.merge()
     assert repr(module) == (
         "FusedDoraLinear(in_features=3, out_features=5, r=2, alpha=4, bias=False, norm_order='col_row', "

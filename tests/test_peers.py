@@ -83,6 +83,4 @@ def test_training_follows_the_reference(cls, dtype, device):
             losses[backend].append(loss.item())
     assert losses["reference"][-1] < 0.7 * losses["reference"][0]
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(
-        torch.tensor(losses[None]), torch.tensor(losses["reference"]), rtol=tolerance, atol=0
-    )
+    torch.testing.assert_close(torch.tensor(losses[None]), torch.tensor(losses["reference"]), rtol=tolerance, atol=0)

@@ -72,9 +72,7 @@ def agreement(forward, layer, name, order="row_col"):
 
     moved = perturbed(layer, name)
     actual = response(forward, layer, moved)
-    exact = response(
-        exact_forward, *({key: t.double() for key, t in each.items()} for each in (layer, moved))
-    )
+    exact = response(exact_forward, *({key: t.double() for key, t in each.items()} for each in (layer, moved)))
     overlap = (actual * exact).sum()
     return (overlap / (actual.norm() * exact.norm())).item(), (overlap / exact.square().sum()).item()
 
