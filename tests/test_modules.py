@@ -135,7 +135,8 @@ def test_extra_repr():
 @orders
 @dtypes
 def test_effective_weight_is_rounded_once(cls, order, dtype, device):
-    """Half precision to within half a unit in the last place of float64's; float32 by the accuracy rule."""
+    """Half precision to within half a unit in the last place of float64's, and what float32 sums err; float32 by the
+    accuracy rule."""
     module = trained_module(cls, device, dtype, norm_order=order)
     merged, exact = module.effective_weight(), effective_weight_ref(module)
     assert merged.dtype == dtype and not merged.requires_grad
@@ -145,7 +146,8 @@ def test_effective_weight_is_rounded_once(cls, order, dtype, device):
     else:
         info = torch.finfo(dtype)
         ulp = info.eps * torch.exp2(torch.floor(torch.log2(exact.abs()))).clamp_min(info.tiny)
-        assert ((merged.double() - exact).abs() <= 0.501 * ulp).all()  # float32 can tip a tie
+        error_of_sums = 1e-6 * exact.abs().max()  # where the terms of V cancel
+        assert ((merged.double() - exact).abs() <= 0.5 * ulp + error_of_sums).all()
 
 
 @backends

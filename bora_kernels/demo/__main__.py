@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         help="for all methods (default: one for each method, chosen on validation data)",
     )
     add("--train-size", type=_positive, default=1024, help=f"examples to train on {standard}")
-    add("--test-size", type=_positive, default=3000, help=f"at most so many examples to test on {standard}")
+    add("--test-size", type=_positive, default=1500, help=f"at most so many examples to test on {standard}")
     add(
         "--evaluate-on",
         choices=("test", "validation"),
