@@ -15,9 +15,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 if not CUDA:
     # Triton reads this when it is imported, so it comes before any import that could bring Triton in.
     if "triton" in sys.modules and "TRITON_INTERPRET" not in os.environ:
-        raise RuntimeError(
-            "triton was imported before tests/conftest.py: set TRITON_INTERPRET=1 and try again"
-        )
+        raise RuntimeError("triton was imported before tests/conftest.py: set TRITON_INTERPRET=1 and try again")
     os.environ.setdefault("TRITON_INTERPRET", "1")
 INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 

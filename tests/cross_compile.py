@@ -83,9 +83,7 @@ def cross_compile(
     return result
 
 
-def cross_compile_all(
-    requests: Sequence[CompileRequest], jobs: int | None = None
-) -> list[dict | CompileError]:
+def cross_compile_all(requests: Sequence[CompileRequest], jobs: int | None = None) -> list[dict | CompileError]:
     """``cross_compile`` of every request in one subprocess with ``jobs`` workers (default: one a core).
 
     The results are in the order of the requests; a CompileError takes the place of one that does not compile.
@@ -99,9 +97,7 @@ def cross_compile_all(
     )
     if child.returncode:
         raise RuntimeError(f"the compiling process failed:\n{child.stderr.decode(errors='replace')}")
-    return [
-        CompileError(result) if isinstance(result, str) else result for result in pickle.loads(child.stdout)
-    ]
+    return [CompileError(result) if isinstance(result, str) else result for result in pickle.loads(child.stdout)]
 
 
 def _locate(kernel: Any) -> tuple[str, str]:
@@ -201,9 +197,7 @@ def _main() -> None:
     with pool(min(jobs, len(requests)) or 1) as workers:
         futures = [workers.submit(_compile, request) for request in requests]
         results = [_outcome(future) for future in futures]
-    for i, request in enumerate(
-        requests
-    ):  # a compiler that crashes takes the pool along: find out which one did
+    for i, request in enumerate(requests):  # a compiler that crashes takes the pool along: find out which one did
         if results[i] is None:
             with pool(1) as worker:
                 results[i] = _outcome(worker.submit(_compile, request)) or "the compiler crashed"

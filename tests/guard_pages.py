@@ -36,9 +36,7 @@ def guarded(tensor: Tensor, at: str = "end") -> Tensor:
         raise ValueError(f"at must be 'start' or 'end', got {at!r}")
     source = tensor.detach().cpu()
     empty = source.numel() == 0
-    span = (
-        1 if empty else 1 + sum((n - 1) * step for n, step in zip(source.shape, source.stride(), strict=True))
-    )
+    span = 1 if empty else 1 + sum((n - 1) * step for n, step in zip(source.shape, source.stride(), strict=True))
     n_bytes = span * source.element_size()
     body = -(-n_bytes // _PAGE) * _PAGE
 
@@ -56,9 +54,7 @@ def guarded(tensor: Tensor, at: str = "end") -> Tensor:
     return flat.as_strided(source.shape, source.stride())
 
 
-def run_isolated(
-    function: Callable[..., None], *args: Any, timeout: float = 300
-) -> subprocess.CompletedProcess:
+def run_isolated(function: Callable[..., None], *args: Any, timeout: float = 300) -> subprocess.CompletedProcess:
     """Call ``function(*args)`` in a new process under Triton's interpreter, without a GPU, and wait for it.
 
     ``function`` must be at the top of an importable module. The return code is 0 if it returned, 1 if it

@@ -143,9 +143,7 @@ def activate() -> None:
         @functools.wraps(method)
         def checked(self, *args, **kwargs):
             if any(map(is_bf16, args)) or any(map(is_bf16, kwargs.values())):
-                raise TypeError(
-                    f"bfloat16 operand of {name} in Triton's interpreter: upcast to float32 first"
-                )
+                raise TypeError(f"bfloat16 operand of {name} in Triton's interpreter: upcast to float32 first")
             return method(self, *args, **kwargs)
 
         return checked

@@ -211,9 +211,7 @@ def _compile_requests() -> dict[str, CompileRequest]:
             align16=("x_ptr", "y_ptr", "K", "stride_xm"),
             options={"num_warps": 4},
         )
-        requests[f"descriptor_dot-{arch}"] = CompileRequest(
-            _descriptor_dot_kernel, descriptor_dot, dot_sizes, arch
-        )
+        requests[f"descriptor_dot-{arch}"] = CompileRequest(_descriptor_dot_kernel, descriptor_dot, dot_sizes, arch)
     return requests
 
 
