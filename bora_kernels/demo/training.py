@@ -70,7 +70,7 @@ def train(
 
 
 @torch.inference_mode()
-def predict(classifier: nn.Module, data: Encoded, batch_size: int = 64, autocast: torch.dtype | None = None) -> Tensor:
+def predict(classifier: nn.Module, data: Encoded, batch_size: int = 128, autocast: torch.dtype | None = None) -> Tensor:
     """Logits [examples, classes] on the CPU, in the order of the data."""
     classifier.eval()
     logits, indices = [], []
