@@ -3,6 +3,7 @@
 from . import reference
 from .autograd import bora_linear
 from .modules import FusedBoraLinear, FusedDoraLinear
+from .reuse import reuse_scales
 
 __version__ = "0.1.0"
-__all__ = ["FusedBoraLinear", "FusedDoraLinear", "__version__", "bora_linear", "reference"]
+__all__ = ["FusedBoraLinear", "FusedDoraLinear", "__version__", "bora_linear", "reference", "reuse_scales"]

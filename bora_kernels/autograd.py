@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops, reference
-from .plan import Needs, Scales, separate_product
+from . import ops, reference, reuse
+from .plan import Needs, separate_product
 
 
 class BoraLinearFunction(torch.autograd.Function):
@@ -20,7 +20,7 @@ class BoraLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        x: Tensor,  # [M, K]
+        x: Tensor,  # [..., K]
         weight: Tensor,  # [N, K]
         lora_A: Tensor,  # [R, K]
         lora_B: Tensor,  # [N, R]
@@ -34,24 +34,14 @@ class BoraLinearFunction(torch.autograd.Function):
         dropout_p: float,
         eps: float,
         backend: str,
+        prepared: ops.Prepared | None,
     ) -> Tensor:
-        # an absent result comes as an empty tensor
-        scales = Scales(
-            *(
-                result if result.numel() else None
-                for result in torch.ops.bora_kernels.scales(
-                    weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling, norm_order, eps, backend
-                )
-            )
-        )
         needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
-        needs_S, needs_D = needs.sums(scales, norm_order, detach_norm)
-        if not needs.norm_paths(scales, norm_order, detach_norm):
-            scales = scales._replace(row_product=None, col_product=None)
-        y, product, u = torch.ops.bora_kernels.forward(
-            x, weight, lora_A, lora_B, scales.row_scale, scales.col_scale, bias, dropout,
-            scaling, dropout_p, needs_S, backend,
+        y, product, u, scales = _forward(
+            needs, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, bias, dropout,
+            scaling, norm_order, detach_norm, dropout_p, eps, backend, prepared,
         )  # fmt: skip
+        needs_S, needs_D = needs.sums(magnitude_row is not None, magnitude_col is not None, norm_order, detach_norm)
         if not separate_product(x.dtype, bias):
             product = y
         ctx.save_for_backward(
@@ -61,7 +51,7 @@ class BoraLinearFunction(torch.autograd.Function):
             lora_B,
             magnitude_row,
             magnitude_col,
-            *scales,
+            scales,
             product if needs_S else None,
             u if needs.lora_B else None,
             dropout,
@@ -69,26 +59,74 @@ class BoraLinearFunction(torch.autograd.Function):
         ctx.needs = needs
         ctx.options = (scaling, norm_order, detach_norm, dropout_p, eps)
         ctx.backend = backend
-        ctx.x_dtype = x.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        x, weight, lora_A, lora_B, magnitude_row, magnitude_col, *scales, product, u, dropout = ctx.saved_tensors
         dx = dA = dB = dm_row = dm_col = d_bias = None
         if any(ctx.needs):
-            dx, dA, dB, dm_row, dm_col = torch.ops.bora_kernels.backward(
-                dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, *scales, product, u, dropout,
-                *ctx.options, list(ctx.needs), ctx.backend,
+            x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, dropout = ctx.saved_tensors
+            gradients = ops.backward(
+                _flat(dy), _flat(x), weight, lora_A, lora_B, magnitude_row, magnitude_col,
+                scales, _flat(product), u, dropout, *ctx.options, list(ctx.needs), ctx.backend,
             )  # fmt: skip
-            gradients = (dx, dA, dB, dm_row, dm_col)
+            # an operator's absent gradient is an empty tensor
             dx, dA, dB, dm_row, dm_col = (
                 gradient if need else None for gradient, need in zip(gradients, ctx.needs, strict=True)
             )
+            if dx is not None and dy.ndim != 2:
+                dx = dx.view(*dy.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[6]:
-            d_bias = dy.sum(0)
-        return dx, None, dA, dB, dm_row, dm_col, d_bias, None, None, None, None, None, None, None
+            d_bias = _flat(dy).sum(0)
+        return dx, None, dA, dB, dm_row, dm_col, d_bias, None, None, None, None, None, None, None, None
+
+
+def _forward(
+    needs: Needs,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude_row: Tensor | None,
+    magnitude_col: Tensor | None,
+    bias: Tensor | None,
+    dropout: Tensor | None,
+    scaling: float,
+    norm_order: str,
+    detach_norm: bool,
+    dropout_p: float,
+    eps: float,
+    backend: str,
+    prepared: ops.Prepared | None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """The output, and what a backward with these needs uses again: the product before the bias, u, the scales."""
+    has_row, has_col = magnitude_row is not None, magnitude_col is not None
+    needs_S, _ = needs.sums(has_row, has_col, norm_order, detach_norm)
+    scales = None
+    if has_row:
+        products = needs.norm_paths(has_row, has_col, norm_order, detach_norm)
+        parameters = (weight, lora_A, lora_B, magnitude_row, magnitude_col)
+        options = (scaling, norm_order, eps)
+        scales = reuse.scales(
+            parameters,
+            (*options, backend),
+            products,
+            lambda: ops.scales(*parameters, *options, products, backend, prepared=prepared),
+        )
+    y, product, u = ops.forward(
+        _flat(x), weight, lora_A, lora_B, scales, bias, dropout, scaling, dropout_p, has_col, needs_S, backend,
+        prepared=prepared,
+    )  # fmt: skip
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0]), product, u, scales
+
+
+def _flat(t: Tensor | None) -> Tensor | None:
+    """[..., C] -> [M, C]"""
+    return t if t is None or t.ndim == 2 else t.reshape(-1, t.shape[-1])
+
+
+_NO_NEEDS = Needs(False, False, False, False, False)
 
 
 def bora_linear(
@@ -143,22 +181,19 @@ def bora_linear(
     Source: BoRA, arXiv 2412.06441, section 3.
     """
     ops.check_options(scaling=scaling, norm_order=norm_order, dropout_p=dropout_p, eps=eps)
-    ops.check_tensors(x, weight, lora_A, lora_B, magnitude_row, magnitude_col, bias)
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device_type))
-    backend = ops.choose_backend(backend, x.device, x.dtype, lora_A.shape[0])
+    parameters = (weight, lora_A, lora_B, magnitude_row, magnitude_col, bias)
+    backend, prepared = ops.prepare(x, parameters, backend)
+    if (dtype := ops.autocast_dtype(x)) is not None:
+        x = x.to(dtype)
     if not training:
         dropout_p = 0.0
     if backend == "reference":
         return reference.bora_linear_ref(
-            x, weight, lora_A, lora_B, magnitude_row, magnitude_col, bias, scaling=scaling, norm_order=norm_order,
-            detach_norm=detach_norm, dropout_p=dropout_p, training=training, eps=eps,
+            x, *parameters, scaling=scaling, norm_order=norm_order, detach_norm=detach_norm,
+            dropout_p=dropout_p, training=training, eps=eps,
         )  # fmt: skip
-    flat = x.reshape(-1, x.shape[-1])
-    dropout = ops.draw_dropout(flat, dropout_p, backend) if dropout_p > 0.0 else None
-    y = BoraLinearFunction.apply(
-        flat, weight, lora_A, lora_B, magnitude_row, magnitude_col, bias, dropout,
-        scaling, norm_order, detach_norm, dropout_p, eps, backend,
-    )  # fmt: skip
-    return y.view(*x.shape[:-1], weight.shape[0])
+    dropout = ops.draw_dropout(x, dropout_p, backend) if dropout_p > 0.0 else None
+    options = (float(scaling), norm_order, detach_norm, dropout_p, eps, backend, prepared)
+    if not torch.is_grad_enabled():
+        return _forward(_NO_NEEDS, x, *parameters, dropout, *options)[0]
+    return BoraLinearFunction.apply(x, *parameters, dropout, *options)

@@ -30,7 +30,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .plan import Needs, Scales, accumulation_dtype, separate_product, zero_stand_in
+from .plan import (
+    Needs,
+    Scales,
+    accumulation_dtype,
+    join_scales,
+    separate_product,
+    split_scales,
+    zero_stand_in,
+)
 
 _CHUNK_ELEMENTS = 1 << 22  # V is made in blocks of rows of at most this many elements: 16 MiB in float32
 _DITHER_ROW, _DITHER_COL = 0xC13FA9A9, 0x91E10DA5  # steps of the two-dimensional R2 sequence, in units of 2⁻³²
@@ -38,6 +46,31 @@ _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of a float32 mantissa
 
 
 def compute_scales(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude_row: Tensor | None,
+    magnitude_col: Tensor | None,
+    *,
+    scaling: float,
+    norm_order: str,
+    eps: float,
+    products: bool,
+    prepared: object = None,
+) -> Tensor | None:
+    """Norms and scales as one flat tensor (``plan.split_scales``).
+
+    This backend has no use for products and for a prepared layout.
+    """
+    if magnitude_row is None:
+        return None
+    scales = norms_and_scales(
+        weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling=scaling, norm_order=norm_order, eps=eps
+    )
+    return join_scales(scales, *weight.shape, lora_A.shape[0])
+
+
+def norms_and_scales(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -64,12 +97,12 @@ def compute_scales(
             second_squares += H.square().sum(0)
     first_scale = m_first.to(dtype) / first_norm
     if m_second is None:
-        return Scales(first_norm, None, first_scale, None)
+        return Scales(first_norm, first_scale)
     second_norm = second_squares.sqrt().clamp_min(eps)
     second_scale = m_second.to(dtype) / second_norm
     if rows_first:
-        return Scales(first_norm, second_norm, first_scale, second_scale)
-    return Scales(second_norm, first_norm, second_scale, first_scale)
+        return Scales(first_norm, first_scale, second_norm, second_scale)
+    return Scales(second_norm, second_scale, first_norm, first_scale)
 
 
 def effective_weight(
@@ -84,7 +117,7 @@ def effective_weight(
     eps: float,
 ) -> Tensor:
     """W' = diag(a)·V·diag(g), made in blocks of rows in float32 and rounded once to the weight's dtype."""
-    scales = compute_scales(
+    scales = norms_and_scales(
         weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling=scaling, norm_order=norm_order, eps=eps
     )
     merged = torch.empty_like(weight)
@@ -100,15 +133,18 @@ def forward(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    scales: Scales,
+    scales: Tensor | None,
     bias: Tensor | None,
     keep: Tensor | None,
     *,
     scaling: float,
     dropout_p: float,
+    has_col: bool,
     save_product: bool,
+    prepared: object = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Equations (1) and (2): the output [M, N], the product before the bias where it is kept apart, and u [M, R]."""
+    scales = split_scales(scales, *weight.shape, lora_A.shape[0], has_col)
     u = _project(_dropped(x, keep, dropout_p), lora_A, scales.col_scale, scaling)  # (1)
     x_scaled = _fold(x, scales.col_scale)
     product = _wide_matmul(x_scaled, weight.T) + _split_matmul(u.to(x.dtype), lora_B.T)  # (2)
@@ -129,7 +165,7 @@ def backward(
     lora_B: Tensor,
     magnitude_row: Tensor | None,
     magnitude_col: Tensor | None,
-    scales: Scales,
+    scales: Tensor | None,
     product: Tensor | None,
     u: Tensor | None,
     keep: Tensor | None,
@@ -141,8 +177,13 @@ def backward(
     eps: float,
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Equations (3) to (11): the gradients of x, lora_A, lora_B, magnitude_row and magnitude_col."""
-    needs_S, needs_D = needs.sums(scales, norm_order, detach_norm)
+    """Equations (3) to (11): the gradients of x, lora_A, lora_B, magnitude_row and magnitude_col.
+
+    Those of the parameters are in the accumulation dtype.
+    """
+    members = magnitude_row is not None, magnitude_col is not None
+    needs_S, needs_D = needs.sums(*members, norm_order, detach_norm)
+    scales = split_scales(scales, *weight.shape, lora_A.shape[0], members[1])
     acc = accumulation_dtype(dy.dtype)
     stand_in = zero_stand_in(dy.dtype)
     v = _project(dy, lora_B.T, scales.row_scale, scaling)  # (3)
@@ -167,7 +208,7 @@ def backward(
     dm_row = S / live_row if needs_S else None  # (7)
     dm_col = D / live_col if needs_D else None  # (7)
 
-    if needs.norm_paths(scales, norm_order, detach_norm):
+    if needs.norm_paths(*members, norm_order, detach_norm):
         rows_first = norm_order == "row_col" or magnitude_col is None
         W, P, Q = _first_second(weight, lora_A, lora_B, rows_first)
         row = (scales.row_norm, scales.row_scale, S_true)
@@ -183,10 +224,10 @@ def backward(
 
     return (
         dx if needs.x else None,
-        dA.to(lora_A.dtype) if needs.lora_A else None,
-        dB.to(lora_B.dtype) if needs.lora_B else None,
-        dm_row.to(magnitude_row.dtype) if needs.magnitude_row else None,
-        dm_col.to(magnitude_col.dtype) if needs.magnitude_col else None,
+        dA.contiguous() if needs.lora_A else None,
+        dB.contiguous() if needs.lora_B else None,
+        dm_row if needs.magnitude_row else None,
+        dm_col if needs.magnitude_col else None,
     )
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .kernels.config import fuses_passes, is_aligned, target
 from .kernels.gemm import scaled_gemm
-from .kernels.low_rank import combine, project, reduce
+from .kernels.launch import empty, stage
+from .kernels.low_rank import combine, project, project_and_reduce, reduce
 from .kernels.moments import Axis, add_norm_path, norm
-from .plan import Needs, Scales, projection_parts, separate_product, zero_stand_in
+from .plan import Needs, projection_parts, scales_size, separate_product, split_scales, zero_stand_in
 
 
 def compute_scales(
@@ -25,20 +27,38 @@ def compute_scales(
     scaling: float,
     norm_order: str,
     eps: float,
-) -> Scales:
-    """Norms and scales of the adapted weight, in float32."""
+    products: bool,
+    prepared: object = None,
+) -> Tensor | None:
+    """Norms and scales of the adapted weight as one flat float32 tensor (``plan.split_scales``).
+
+    ``products`` keeps what a backward with exact gradients needs again. For ``prepared`` see ``launch.stage``.
+    """
     if magnitude_row is None:
-        return Scales()
-    options = {"scaling": scaling, "eps": eps, "precision": _precision(weight.dtype)}
-    if norm_order == "row_col" or magnitude_col is None:
-        row_norm, row_scale, coefficient, row_product = norm(weight, lora_B, lora_A.T, magnitude_row, None, **options)
-        if magnitude_col is None:
-            return Scales(row_norm, None, row_scale, None, row_product, None)
-        col_norm, col_scale, _, col_product = norm(weight.T, lora_A.T, lora_B, magnitude_col, coefficient, **options)
-    else:
-        col_norm, col_scale, coefficient, col_product = norm(weight.T, lora_A.T, lora_B, magnitude_col, None, **options)
-        row_norm, row_scale, _, row_product = norm(weight, lora_B, lora_A.T, magnitude_row, coefficient, **options)
-    return Scales(row_norm, col_norm, row_scale, col_scale, row_product, col_product)
+        return None
+    (flat,) = _compute_scales(
+        weight, lora_A, lora_B, magnitude_row, magnitude_col,
+        scaling=scaling, norm_order=norm_order, eps=eps, products=products, precision=_precision(weight.dtype),
+        prepared=prepared,
+    )  # fmt: skip
+    return flat
+
+
+@stage
+def _compute_scales(
+    weight, lora_A, lora_B, magnitude_row, magnitude_col, *, scaling, norm_order, eps, products, precision
+):
+    (N, K), R, has_col = weight.shape, lora_A.shape[0], magnitude_col is not None
+    flat = empty((scales_size(N, K, R, has_col, products),), torch.float32, weight.device)
+    scales = split_scales(flat, N, K, R, has_col)
+    row = (weight, lora_B, lora_A.T, magnitude_row), (scales.row_norm, scales.row_scale, scales.row_product)
+    col = (weight.T, lora_A.T, lora_B, magnitude_col), (scales.col_norm, scales.col_scale, scales.col_product)
+    first, second = (row, col) if norm_order == "row_col" or not has_col else (col, row)
+    options = {"scaling": scaling, "eps": eps, "precision": precision}
+    coefficient = norm(*first[0], None, *first[1], **options)
+    if has_col:
+        norm(*second[0], coefficient, *second[1], **options)
+    return (flat,)
 
 
 def forward(
@@ -46,25 +66,36 @@ def forward(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    scales: Scales,
+    scales: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
     *,
     scaling: float,
     dropout_p: float,
+    has_col: bool,
     save_product: bool,
+    prepared: object = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Equations (1) and (2): the output [M, N], the product before the bias where it is kept apart, and u in parts."""
-    precision = _precision(x.dtype)
+    apart = save_product and separate_product(x.dtype, bias)
     if x.shape[0] == 0:
         y = x.new_empty(0, weight.shape[0])
         parts = projection_parts(x.shape[1], lora_A.shape[0])
         u = x.new_empty(parts, 0, lora_A.shape[0], dtype=torch.float32)
-        return y, torch.empty_like(y), u
+        return y, torch.empty_like(y) if apart else None, u
+    return _forward(
+        x, weight, lora_A, lora_B, scales, bias, seed,
+        scaling=scaling, dropout_p=dropout_p, has_col=has_col, apart=apart, precision=_precision(x.dtype),
+        prepared=prepared,
+    )  # fmt: skip
+
+
+@stage
+def _forward(x, weight, lora_A, lora_B, scales, bias, seed, *, scaling, dropout_p, has_col, apart, precision):
+    scales = split_scales(scales, *weight.shape, lora_A.shape[0], has_col)
     x_scaled, u = project(
         x, lora_A, scales.col_scale, seed, scaling=scaling, dropout_p=dropout_p, precision=precision
     )  # (1)
-    apart = save_product and separate_product(x.dtype, bias)
     y, product = scaled_gemm(
         x_scaled, weight, u, lora_B.T, scales.row_scale, bias, None,
         dropout_p=0.0, stand_in=zero_stand_in(x.dtype), save_product=apart, precision=precision,
@@ -80,7 +111,7 @@ def backward(
     lora_B: Tensor,
     magnitude_row: Tensor | None,
     magnitude_col: Tensor | None,
-    scales: Scales,
+    scales: Tensor | None,
     product: Tensor,
     u: Tensor,
     seed: Tensor | None,
@@ -92,22 +123,44 @@ def backward(
     eps: float,
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Equations (3) to (11): the gradients of x, lora_A, lora_B, magnitude_row and magnitude_col."""
-    needs_S, needs_D = needs.sums(scales, norm_order, detach_norm)
-    dtype = dy.dtype
-    precision = _precision(dtype)
+    """Equations (3) to (11): the gradients of x, lora_A, lora_B, magnitude_row and magnitude_col.
+
+    Those of the parameters are in float32.
+    """
+    return _backward(
+        dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, seed,
+        scaling=scaling, norm_order=norm_order, detach_norm=detach_norm, dropout_p=dropout_p, eps=eps, needs=needs,
+        precision=_precision(dy.dtype), weight_precision=_precision(weight.dtype),
+    )  # fmt: skip
+
+
+@stage
+def _backward(
+    dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, seed, *,
+    scaling, norm_order, detach_norm, dropout_p, eps, needs, precision, weight_precision,
+):  # fmt: skip
+    members = magnitude_row is not None, magnitude_col is not None
+    needs_S, needs_D = needs.sums(*members, norm_order, detach_norm)
+    scales = split_scales(scales, *weight.shape, lora_A.shape[0], members[1])
+    dtype, device = dy.dtype, dy.device
     stand_in = zero_stand_in(dtype)
     dx = dA = dB = dm_row = dm_col = row_coefficient = col_coefficient = dx_product = v = None
 
-    if needs.x or needs.lora_A or needs_D:
-        dy_scaled, v = project(
-            dy, lora_B.T, scales.row_scale, None, scaling=scaling, dropout_p=0.0, precision=precision
-        )  # (3)
-    if needs.lora_B or needs_S:
-        dB_parts, S_parts = reduce(
-            dy, product if needs_S else None, u if needs.lora_B else None, None, dropout_p=0.0, precision=precision
-        )
-        dB = torch.empty_like(lora_B, dtype=torch.float32) if needs.lora_B else None
+    projects, reduces = needs.x or needs.lora_A or needs_D, needs.lora_B or needs_S
+    summed = product if needs_S else None, u if needs.lora_B else None
+    if projects and reduces and fuses_passes(target(dy.get_device())[0], lora_A.shape[0], dtype, is_aligned(dy)):
+        dy_scaled, v, dB_parts, S_parts = project_and_reduce(
+            dy, summed[0], lora_B.T, scales.row_scale, summed[1], scaling=scaling, precision=precision
+        )  # (3), (5), (6)
+    else:
+        if projects:
+            dy_scaled, v = project(
+                dy, lora_B.T, scales.row_scale, None, scaling=scaling, dropout_p=0.0, precision=precision
+            )  # (3)
+        if reduces:
+            dB_parts, S_parts = reduce(dy, *summed, None, dropout_p=0.0, precision=precision)
+    if reduces:
+        dB = empty(lora_B.shape, torch.float32, device) if needs.lora_B else None
         row_coefficient, dm_row = combine(
             dB_parts, S_parts, scales.row_scale, scales.row_norm, magnitude_row, dB,
             multiplier=1.0, eps=eps, stand_in=stand_in,
@@ -123,13 +176,13 @@ def backward(
             x, dx_product if needs_D else None, v if needs.lora_A else None, seed,
             dropout_p=dropout_p, precision=precision,
         )  # fmt: skip
-        dA = torch.empty_like(lora_A, dtype=torch.float32) if needs.lora_A else None
+        dA = empty(lora_A.shape, torch.float32, device) if needs.lora_A else None
         col_coefficient, dm_col = combine(
             dA_parts, D_parts, scales.col_scale, scales.col_norm, magnitude_col, None if dA is None else dA.T,
             multiplier=1.0 / (1.0 - dropout_p), eps=eps, stand_in=stand_in,
         )  # (5), (6), (7)  # fmt: skip
 
-    if needs.norm_paths(scales, norm_order, detach_norm):
+    if needs.norm_paths(*members, norm_order, detach_norm):
         row = Axis(
             weight, lora_B, scales.row_norm, scales.row_scale, magnitude_row,
             row_coefficient, scales.row_product, dm_row, dB,
@@ -139,18 +192,13 @@ def backward(
             col_coefficient, scales.col_product, dm_col, None if dA is None else dA.T,
         )  # fmt: skip
         first, second = (row, col) if norm_order == "row_col" or magnitude_col is None else (col, row)
-        options = {"scaling": scaling, "eps": eps, "stand_in": stand_in, "precision": _precision(weight.dtype)}
+        options = {"scaling": scaling, "eps": eps, "stand_in": stand_in, "precision": weight_precision}
         add_norm_path(first, second, first=True, **options)  # (8), (9), (10)
         if second.d_factor is not None:
             add_norm_path(second, first, first=False, **options)  # (11)
 
-    return (
-        dx if needs.x else None,
-        dA.to(lora_A.dtype) if needs.lora_A else None,
-        dB.to(lora_B.dtype) if needs.lora_B else None,
-        dm_row.to(magnitude_row.dtype) if needs.magnitude_row else None,
-        dm_col.to(magnitude_col.dtype) if needs.magnitude_col else None,
-    )
+    results = (dx, dA, dB, dm_row, dm_col)
+    return tuple(result if need else None for result, need in zip(results, needs, strict=True))
 
 
 def _precision(dtype: torch.dtype) -> str:

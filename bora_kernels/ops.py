@@ -10,19 +10,22 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode, is_traceable_wrapper_subclass
 
 from . import factored
-from .plan import NORM_ORDERS, Needs, Scales, accumulation_dtype, projection_parts, separate_product
+from .plan import NORM_ORDERS, Needs, accumulation_dtype, projection_parts, scales_size, separate_product
 
 BACKENDS = ("triton", "torch", "reference")
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT_DTYPES = (*_TRITON_DTYPES, torch.float64)
 _MAX_RANK = 512
+_NOTHING = nullcontext()
 
 
 # --- the choice of backend -------------------------------------------------------------------------------------------
@@ -77,14 +80,14 @@ def _context(backend: str, tensor: Tensor) -> AbstractContextManager:
         return torch.autocast(tensor.device.type, enabled=False)
     if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
-    return nullcontext()
+    return _NOTHING
 
 
 def draw_dropout(x: Tensor, dropout_p: float, backend: str) -> Tensor:
     """What the backend's dropout is a function of: a seed [1] for "triton", the keep mask [M, K] for "torch"."""
     if backend == "triton":
         return torch.randint(0, 2**31 - 1, (1,), device=x.device)
-    return torch.rand(x.shape, device=x.device) >= dropout_p
+    return torch.rand((x.numel() // x.shape[-1], x.shape[-1]), device=x.device) >= dropout_p
 
 
 # --- validation ------------------------------------------------------------------------------------------------------
@@ -107,8 +110,6 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(weight).__name__}")
     if not torch.compiler.is_compiling() and type(weight) not in (Tensor, torch.nn.Parameter):
-        from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
         if is_traceable_wrapper_subclass(weight):
             kind = type(weight).__name__
             raise TypeError(f"{name} must be a plain dense tensor, got a {kind} (sharded or quantized)")
@@ -143,7 +144,7 @@ def check_tensors(
         raise ValueError(f"x must be [..., {K}] for weight [{N}, {K}], got {list(x.shape)}")
     if x.dtype not in _FLOAT_DTYPES:
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and autocast_dtype(x) is None:
         raise TypeError(f"x must have weight's dtype {weight.dtype} (or run under torch.autocast), got {x.dtype}")
     if not isinstance(lora_A, Tensor) or lora_A.ndim != 2 or lora_A.shape[0] < 1:
         raise ValueError(f"lora_A must be [rank, {K}] with rank >= 1, got {_describe(lora_A)}")
@@ -169,6 +170,56 @@ def check_tensors(
             raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What ``torch.autocast`` makes of x, or None where it leaves x alone."""
+    kind = x.device.type
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+class Prepared:
+    """A call whose arguments were checked: its backend, and an identity for all that its kernels' plans depend on."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+
+_prepared: dict[tuple, Prepared] = {}
+_MOST_PREPARED = 4096
+
+
+def prepare(x: Tensor, tensors: tuple[Tensor | None, ...], backend: str | None) -> tuple[str, Prepared | None]:
+    """Check the tensors of a call (after x: weight, factors, magnitudes, bias) and choose its backend.
+
+    Outside of ``torch.compile`` the answer is remembered. It depends on the tensors' kinds, shapes, strides, dtypes,
+    devices and alignments, so the same object stands for these in what follows.
+    """
+    signature = None
+    autocast = autocast_dtype(x) if isinstance(x, Tensor) else None
+    if not torch.compiler.is_compiling() and _PLAIN.issuperset(map(type, (x, *tensors))):
+        signature = (backend, autocast, *map(_layout, (x, *tensors)))
+        known = _prepared.get(signature)
+        if known is not None:
+            return known.backend, known
+    check_tensors(x, *tensors)
+    chosen = choose_backend(backend, x.device, autocast or x.dtype, tensors[1].shape[0])
+    if signature is None:
+        return chosen, None
+    if len(_prepared) >= _MOST_PREPARED:
+        _prepared.clear()
+    known = _prepared[signature] = Prepared(chosen)
+    return chosen, known
+
+
+def _layout(tensor: object) -> tuple | None:
+    """What a tensor is, but for the values that it holds."""
+    if not isinstance(tensor, Tensor):
+        return tensor if tensor is None else (type(tensor),)
+    alignment = tensor.data_ptr() & 15
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad, alignment
+
+
 def _describe(value: object) -> str:
     return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
@@ -178,104 +229,94 @@ def _describe(value: object) -> str:
 _library = torch.library.Library("bora_kernels", "DEF")
 _library.define(
     "scales(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? magnitude_row, Tensor? magnitude_col, float scaling,"
-    " str norm_order, float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " str norm_order, float eps, bool products, str backend) -> Tensor"
 )
 _library.define(
-    "forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? row_scale, Tensor? col_scale, Tensor? bias,"
-    " Tensor? dropout, float scaling, float dropout_p, bool save_product, str backend) -> (Tensor, Tensor, Tensor)"
+    "forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? scales, Tensor? bias, Tensor? dropout,"
+    " float scaling, float dropout_p, bool has_col, bool save_product, str backend) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? magnitude_row,"
-    " Tensor? magnitude_col, Tensor? row_norm, Tensor? col_norm, Tensor? row_scale, Tensor? col_scale,"
-    " Tensor? row_product, Tensor? col_product, Tensor? product, Tensor? u, Tensor? dropout, float scaling,"
+    " Tensor? magnitude_col, Tensor? scales, Tensor? product, Tensor? u, Tensor? dropout, float scaling,"
     " str norm_order, bool detach_norm, float dropout_p, float eps, bool[] needs, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def _tensors(like: Tensor, *values: Tensor | None) -> tuple[Tensor, ...]:
+def _empty_for_none(like: Tensor, values: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if value is None else value for value in values)
 
 
-def _contiguous(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _contiguous(vector: Tensor | None) -> Tensor | None:
     """Kernels read magnitudes and biases without a stride."""
-    return tuple(None if vector is None else vector.contiguous() for vector in vectors)
+    return vector if vector is None or vector.is_contiguous() else vector.contiguous()
 
 
-def _scales(weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling, norm_order, eps, backend):
-    compute = _implementation(backend).compute_scales
-    magnitude_row, magnitude_col = _contiguous(magnitude_row, magnitude_col)
+def _scales(
+    weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling, norm_order, eps, products, backend, prepared=None
+):  # fmt: skip
     with _context(backend, weight):
-        scales = compute(
-            weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling=scaling, norm_order=norm_order, eps=eps
-        )
-    return _tensors(lora_A, *scales)
-
-
-def _scales_fake(weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling, norm_order, eps, backend):
-    dtype = accumulation_dtype(weight.dtype)
-
-    def like(magnitude: Tensor | None, *columns: int) -> Tensor | None:
-        return None if magnitude is None else weight.new_empty(magnitude.shape[0], *columns, dtype=dtype)
-
-    pairs = [like(magnitude_row), like(magnitude_col), like(magnitude_row), like(magnitude_col)]
-    if backend == "triton":
-        pairs += [like(magnitude_row, lora_A.shape[0]), like(magnitude_col, lora_A.shape[0])]
-    return _tensors(lora_A, *pairs, *[None] * (6 - len(pairs)))
-
-
-def _forward(x, weight, lora_A, lora_B, row_scale, col_scale, bias, dropout, scaling, dropout_p, save_product, backend):
-    row_scale, col_scale, bias = _contiguous(row_scale, col_scale, bias)
-    scales = Scales(row_scale=row_scale, col_scale=col_scale)
-    with _context(backend, x):
-        y, product, u = _implementation(backend).forward(
-            x, weight, lora_A, lora_B, scales, bias, dropout,
-            scaling=scaling, dropout_p=dropout_p, save_product=save_product,
+        return _implementation(backend).compute_scales(
+            weight, lora_A, lora_B, _contiguous(magnitude_row), _contiguous(magnitude_col),
+            scaling=scaling, norm_order=norm_order, eps=eps, products=products, prepared=prepared,
         )  # fmt: skip
-    return _tensors(x, y, product, u)
+
+
+def _scales_fake(weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling, norm_order, eps, products, backend):
+    if magnitude_row is None:
+        return None
+    products = products and backend == "triton"
+    size = scales_size(*weight.shape, lora_A.shape[0], magnitude_col is not None, products)
+    return weight.new_empty(size, dtype=accumulation_dtype(weight.dtype))
+
+
+def _forward(
+    x, weight, lora_A, lora_B, scales, bias, dropout, scaling, dropout_p, has_col, save_product, backend, prepared=None
+):  # fmt: skip
+    with _context(backend, x):
+        return _implementation(backend).forward(
+            x, weight, lora_A, lora_B, scales, _contiguous(bias), dropout,
+            scaling=scaling, dropout_p=dropout_p, has_col=has_col, save_product=save_product, prepared=prepared,
+        )  # fmt: skip
 
 
 def _forward_fake(
-    x, weight, lora_A, lora_B, row_scale, col_scale, bias, dropout, scaling, dropout_p, save_product, backend
-):
+    x, weight, lora_A, lora_B, scales, bias, dropout, scaling, dropout_p, has_col, save_product, backend
+):  # fmt: skip
     y = x.new_empty(x.shape[0], weight.shape[0])
     product = torch.empty_like(y) if save_product and separate_product(x.dtype, bias) else None
     rank, columns = lora_A.shape
     parts = [projection_parts(columns, rank)] if backend == "triton" else []
     u = x.new_empty(*parts, x.shape[0], rank, dtype=accumulation_dtype(x.dtype))
-    return _tensors(x, y, product, u)
+    return y, product, u
 
 
 def _backward(
-    dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, row_norm, col_norm, row_scale, col_scale,
-    row_product, col_product, product, u, dropout, scaling, norm_order, detach_norm, dropout_p, eps, needs, backend,
+    dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, dropout,
+    scaling, norm_order, detach_norm, dropout_p, eps, needs, backend,
 ):  # fmt: skip
+    arguments = (dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, dropout)
     if dy.shape[0] == 0:  # no token, no gradient, and nothing that a kernel could be launched on
-        gradients = _backward_fake(
-            dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, row_norm, col_norm, row_scale, col_scale,
-            row_product, col_product, product, u, dropout, scaling, norm_order, detach_norm, dropout_p, eps, needs,
-            backend,
-        )  # fmt: skip
-        return tuple(gradient.zero_() for gradient in gradients)
-    magnitude_row, magnitude_col = _contiguous(magnitude_row, magnitude_col)
-    scales = Scales(row_norm, col_norm, row_scale, col_scale, row_product, col_product)
-    with torch.autocast(dy.device.type, enabled=False):
+        options = (scaling, norm_order, detach_norm, dropout_p, eps, needs, backend)
+        return tuple(None if g is None else g.zero_() for g in _backward_fake(*arguments, *options))
+    with _context(backend, dy):
         gradients = _implementation(backend).backward(
-            dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, dropout,
+            *arguments[:5], _contiguous(magnitude_row), _contiguous(magnitude_col), *arguments[7:],
             scaling=scaling, norm_order=norm_order, detach_norm=detach_norm, dropout_p=dropout_p, eps=eps,
             needs=Needs(*needs),
         )  # fmt: skip
-    return _tensors(dy, *(None if gradient is None else gradient.contiguous() for gradient in gradients))
+    wanted = zip(gradients, (dy, lora_A, lora_B, magnitude_row, magnitude_col), strict=True)
+    return tuple(g if g is None or g.dtype == t.dtype else g.to(t.dtype) for g, t in wanted)
 
 
 def _backward_fake(
-    dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, row_norm, col_norm, row_scale, col_scale,
-    row_product, col_product, product, u, dropout, scaling, norm_order, detach_norm, dropout_p, eps, needs, backend,
+    dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, dropout,
+    scaling, norm_order, detach_norm, dropout_p, eps, needs, backend,
 ):  # fmt: skip
     dx = dy.new_empty(dy.shape[0], weight.shape[1]) if needs[0] else None  # x itself may be absent
     wanted = zip((lora_A, lora_B, magnitude_row, magnitude_col), needs[1:], strict=True)
     rest = (torch.empty(t.shape, dtype=t.dtype, device=t.device) if need else None for t, need in wanted)
-    return _tensors(dy, dx, *rest)
+    return dx, *rest
 
 
 def _without_autocast(operator, device_type: str):
@@ -288,13 +329,41 @@ def _without_autocast(operator, device_type: str):
     return call
 
 
-for _name, _body, _fake in (
-    ("scales", _scales, _scales_fake),
-    ("forward", _forward, _forward_fake),
-    ("backward", _backward, _backward_fake),
-):
-    _library.impl(_name, _body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"bora_kernels::{_name}", _fake, lib=_library)
-    _operator = getattr(torch.ops.bora_kernels, _name).default
-    for _device_type in ("cuda", "cpu"):
-        _library.impl(_name, _without_autocast(_operator, _device_type), f"Autocast{_device_type.upper()}")
+def _define(name: str, body: Callable, fake: Callable) -> Callable:
+    """Register an operator, and return what calls it: in plain eager mode the body itself, which costs less time.
+
+    An operator returns tensors only, so an absent result is an empty tensor there and None where the body is called.
+    ``prepared`` (of all arguments) is for the body only.
+    """
+
+    def with_empty(function):
+        def call(*arguments):
+            results = function(*arguments)
+            like = next(argument for argument in arguments if isinstance(argument, Tensor))
+            if isinstance(results, tuple):
+                return _empty_for_none(like, results)
+            return _empty_for_none(like, (results,))[0]
+
+        return call
+
+    _library.impl(name, with_empty(body), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"bora_kernels::{name}", with_empty(fake), lib=_library)
+    operator = getattr(torch.ops.bora_kernels, name).default
+    for device_type in ("cuda", "cpu"):
+        _library.impl(name, _without_autocast(operator, device_type), f"Autocast{device_type.upper()}")
+
+    def call(*arguments, prepared: Prepared | None = None):
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+            return operator(*arguments)
+        if not _PLAIN.issuperset(map(type, arguments)):
+            return operator(*arguments)  # tensor subclasses have rules of their own
+        return body(*arguments) if prepared is None else body(*arguments, prepared=prepared)
+
+    return call
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), float, int, bool, str, list))
+
+scales = _define("scales", _scales, _scales_fake)
+forward = _define("forward", _forward, _forward_fake)
+backward = _define("backward", _backward, _backward_fake)

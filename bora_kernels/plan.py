@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,16 +14,57 @@ NORM_ORDERS = ("row_col", "col_row")
 class Scales(NamedTuple):
     """Norms of the adapted weight, clamped at eps, and the magnitudes divided by them (None for an absent axis).
 
+    Between operators they travel as one flat tensor: see ``join_scales`` and ``split_scales``.
+
     The products are what the Triton backend has left over from the norms and needs again for an exact gradient: V times
     the other axis's factor, which for the axis normalized second carries the square of the first scale.
     """
 
     row_norm: Tensor | None = None  # [N]
-    col_norm: Tensor | None = None  # [K]
     row_scale: Tensor | None = None  # [N], a = m_r / row_norm
+    col_norm: Tensor | None = None  # [K]
     col_scale: Tensor | None = None  # [K], g = m_c / col_norm
     row_product: Tensor | None = None  # [N, R]
     col_product: Tensor | None = None  # [K, R]
+
+
+def _sections(N: int, K: int, R: int, has_col: bool, products: bool) -> list[tuple[int, tuple[int, ...] | None]]:
+    """Start and shape of each field of ``Scales`` in the flat tensor (None for an absent one), and the end."""
+    shapes = [(N,), (N,), (K,) if has_col else None, (K,) if has_col else None]
+    shapes += [(N, R) if products else None, (K, R) if products and has_col else None, None]
+    starts, start = [], 0
+    for shape in shapes:
+        starts.append(start)
+        start += 0 if shape is None else -(-math.prod(shape) // 4) * 4  # kernels load 16 bytes at a time
+    return list(zip(starts, shapes, strict=True))
+
+
+def scales_size(N: int, K: int, R: int, has_col: bool, products: bool) -> int:
+    """Elements of the flat tensor."""
+    return _sections(N, K, R, has_col, products)[-1][0]
+
+
+def split_scales(flat: Tensor | None, N: int, K: int, R: int, has_col: bool) -> Scales:
+    """The fields of a flat tensor, as views; products where it holds them."""
+    if flat is None:
+        return Scales()
+    products = flat.numel() > scales_size(N, K, R, has_col, False)
+    return Scales(
+        *(
+            None if shape is None else flat[start : start + math.prod(shape)].view(shape)
+            for start, shape in _sections(N, K, R, has_col, products)[:-1]
+        )
+    )
+
+
+def join_scales(scales: Scales, N: int, K: int, R: int) -> Tensor:
+    """One flat tensor that holds these scales."""
+    has_col, products = scales.col_norm is not None, scales.row_product is not None
+    flat = scales.row_norm.new_zeros(scales_size(N, K, R, has_col, products))
+    for place, value in zip(split_scales(flat, N, K, R, has_col), scales, strict=True):
+        if value is not None:
+            place.copy_(value)
+    return flat
 
 
 class Needs(NamedTuple):
@@ -34,19 +76,20 @@ class Needs(NamedTuple):
     magnitude_row: bool
     magnitude_col: bool
 
-    def norm_paths(self, scales: Scales, norm_order: str, detach_norm: bool) -> bool:
-        """Whether gradients flow through the norms: to the factors, and to the first-normalized axis's magnitude."""
-        if detach_norm or scales.row_norm is None:
+    def norm_paths(self, has_row: bool, has_col: bool, norm_order: str, detach_norm: bool) -> bool:
+        """Whether gradients flow through the norms: to the factors, and to the first-normalized axis's magnitude.
+
+        ``has_row`` and ``has_col`` say which magnitudes the layer has.
+        """
+        if detach_norm or not has_row:
             return False
         first = self.magnitude_row if norm_order == "row_col" else self.magnitude_col
-        return self.lora_A or self.lora_B or (first and scales.col_norm is not None)
+        return self.lora_A or self.lora_B or (first and has_col)
 
-    def sums(self, scales: Scales, norm_order: str, detach_norm: bool) -> tuple[bool, bool]:
+    def sums(self, has_row: bool, has_col: bool, norm_order: str, detach_norm: bool) -> tuple[bool, bool]:
         """Whether S (rows) and D (columns), the sums behind the magnitude gradients, are needed."""
-        paths = self.norm_paths(scales, norm_order, detach_norm)
-        row = scales.row_norm is not None and (self.magnitude_row or paths)
-        col = scales.col_norm is not None and (self.magnitude_col or paths)
-        return row, col
+        paths = self.norm_paths(has_row, has_col, norm_order, detach_norm)
+        return has_row and (self.magnitude_row or paths), has_col and (self.magnitude_col or paths)
 
 
 def zero_stand_in(dtype: torch.dtype) -> float:

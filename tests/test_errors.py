@@ -115,6 +115,11 @@ def test_function_accepts_what_the_errors_are_about():
 # ---- where Triton cannot run ----
 
 
+@pytest.fixture(autouse=True)
+def _nothing_remembered(monkeypatch):
+    monkeypatch.setattr(ops, "_prepared", {})
+
+
 def test_triton_without_triton(monkeypatch):
     monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match='backend="triton" cannot run here: triton is not installed'):

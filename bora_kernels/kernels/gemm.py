@@ -7,7 +7,6 @@ t = dy⊙a, W = W0ᵀ (a view), projection = v, factor = A and scale = g it is d
 both. Where the hardware has tensor descriptors (TMA) and the operands are aligned, they fill its tiles.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import dot_split, keep_mask, load_matrix, load_projection, load_vector
 from .config import TRITON_DTYPES, gemm_config, is_aligned, parts_in_use
-from .launch import launch
+from .launch import empty, launch
 
 
 @triton.jit
@@ -120,8 +119,8 @@ def scaled_gemm(
     """
     (M, C), O, (allocated, _, R) = t.shape, W.shape[0], projection.shape
     parts = parts_in_use(allocated, M)
-    out = torch.empty((M, O), dtype=t.dtype, device=t.device)
-    product = torch.empty_like(out) if save_product else out
+    out = empty((M, O), t.dtype, t.device)
+    product = empty((M, O), t.dtype, t.device) if save_product else out
     rows_are_outputs = W.stride(1) == 1
     stored_w = W if rows_are_outputs else W.T
     descriptors_fit = W.dtype == t.dtype and all(map(_fits_descriptor, (t, stored_w, out)))
@@ -137,21 +136,18 @@ def scaled_gemm(
             TensorDescriptor.from_tensor(product, [block_m, block_o]) if save_product else out_descriptor,
         )
 
-    def prepare():
-        return grid, {
-            "M": M, "O": O, "C": C,
-            "stride_tm": t.stride(0), "stride_tc": t.stride(1), "stride_wo": W.stride(0), "stride_wc": W.stride(1),
-            "stride_fr": factor.stride(0), "stride_fo": factor.stride(1),
-            "stand_in": stand_in, "out_stand_in": 0.0 if save_product else stand_in, "dropout_p": dropout_p,
-            "R": R, "PARTS": parts, "W_ROWS_ARE_OUTPUTS": rows_are_outputs, "HAS_SCALE": scale is not None,
-            "HAS_BIAS": bias is not None, "HAS_DROPOUT": seed is not None,
-            "SAVE_PRODUCT": save_product and scale is not None,
-            "DTYPE": TRITON_DTYPES[t.dtype], "PRECISION": precision, **config,
-        }  # fmt: skip
-
-    key = (M, O, C, R, parts, t.dtype, W.dtype, t.stride(), W.stride(), factor.stride(), descriptors_fit, save_product,
-           stand_in, dropout_p, precision)  # fmt: skip
-    launch(_scaled_gemm_kernel, key, (*operands, projection, factor, scale, bias, seed), prepare)
+    launch(
+        _scaled_gemm_kernel,
+        grid,
+        (*operands, projection, factor, scale, bias, seed),
+        M=M, O=O, C=C,
+        stride_tm=t.stride(0), stride_tc=t.stride(1), stride_wo=W.stride(0), stride_wc=W.stride(1),
+        stride_fr=factor.stride(0), stride_fo=factor.stride(1),
+        stand_in=stand_in, out_stand_in=0.0 if save_product else stand_in, dropout_p=dropout_p,
+        R=R, PARTS=parts, W_ROWS_ARE_OUTPUTS=rows_are_outputs, HAS_SCALE=scale is not None,
+        HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None, SAVE_PRODUCT=save_product and scale is not None,
+        DTYPE=TRITON_DTYPES[t.dtype], PRECISION=precision, **config,
+    )  # fmt: skip
     return out, product
 
 

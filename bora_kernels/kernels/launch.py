@@ -1,46 +1,101 @@
-"""Launches that skip Triton's per-call analysis of arguments, which costs more than most of these kernels run.
+"""Launches, and stages of launches that run as Python once and are replayed from then on.
 
-A launcher names everything but the tensors that decides a launch in a key. The first launch with a key goes through
-Triton as usual; later ones call the compiled kernel. Triton specializes on dtypes and on the alignment of addresses,
-so those are added to the key here.
+A layer's step is some 16 launches and 30 allocations. Through Triton's call (11 to 40 µs each) and PyTorch's (5 µs)
+they take more host time than most of the kernels run. A function under ``@stage`` is therefore recorded when it is
+first called with tensors of given shapes, strides, dtypes and alignments: what it allocates with ``empty`` and what it
+launches with ``launch``. A replay allocates the results, and one workspace for all else, writes the addresses where the
+recorded parameters point to, and hands the kernels to the driver.
+
+So a stage consists of ``empty``, ``launch`` and views of tensors only, and depends on nothing but its key: the shapes,
+strides, dtypes, alignments and device of its tensors, and its options. Where kernels cannot be replayed (Triton's
+interpreter, AMD GPUs, kernels whose parameters are not as expected here) a stage runs as Python every time.
 """
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-_launches: dict[tuple, tuple[Callable, tuple]] = {}
-_MOST_LAUNCHES = 16384  # a layer adds 16 for each number of tokens that it meets; beyond this, start anew
+_MOST_PLANS = 4096  # a layer adds three for each number of tokens that it meets; beyond this, start anew
+
+_thread = threading.local()  # .recording: the stage that this thread records, if any
 
 
-def launch(kernel, key: tuple, tensors: tuple, prepare: Callable[[], tuple[tuple[int, ...], dict]]) -> None:
-    """Launch ``kernel`` on ``tensors``: its leading arguments, each a Tensor, a tensor descriptor or None.
+class Recording:
+    """What one run of a stage allocated and launched."""
 
-    ``prepare()`` returns the grid and the remaining arguments by name, in the kernel's order, and then the options;
-    ``key`` must determine both, together with the kernel and the tensors' device, dtypes and alignments.
+    def __init__(self) -> None:
+        self.allocated: list[Tensor] = []  # kept alive, so that no two share an address
+        self.launches: list[tuple] = []  # (compiled kernel, grid, tensors, arguments by name)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialized memory: a result of the stage, or scratch that it needs while it runs."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    recording = getattr(_thread, "recording", None)
+    if recording is not None:
+        recording.allocated.append(tensor)
+    return tensor
+
+
+def launch(kernel, grid: tuple[int, ...], tensors: tuple, **arguments) -> None:
+    """Launch ``kernel`` on ``tensors``, its leading arguments, and the others by name.
+
+    Each of ``tensors`` is a Tensor, a TensorDescriptor or None.
     """
-    addresses, kinds, device = [], [], -1
-    for tensor in tensors:
-        if isinstance(tensor, Tensor):
-            address = tensor.data_ptr()
-            addresses.append(address)
-            kinds.append((tensor.dtype, address & 15))
-            device = tensor.get_device()
-        else:
-            addresses.append(tensor)
-            kinds.append(None)
-    full_key = (kernel, key, device, *kinds)
-    known = _launches.get(full_key)
-    if known is not None:
-        compiled, values = known
-        compiled(*addresses, *values)
-        return
-    grid, arguments = prepare()
     compiled = kernel[grid](*tensors, **arguments)
-    if compiled is not None:  # Triton's interpreter compiles nothing
-        if len(_launches) >= _MOST_LAUNCHES:
-            _launches.clear()
-        values = tuple(arguments[name] for name in kernel.arg_names[len(tensors) :])
-        _launches[full_key] = compiled[(*grid, 1, 1)[:3]], values
+    recording = getattr(_thread, "recording", None)
+    if recording is not None:
+        recording.launches.append((compiled, (*grid, 1, 1)[:3], tensors, arguments))
+
+
+def stage(function: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Decorate ``function(*tensors, **options)``; a tensor may be None, options are hashable.
+
+    It returns a tuple of tensors that it allocated, or None in their place. A caller that knows the layout of all
+    tensors passes ``prepared``, an object that stands for it, and saves looking at them.
+    """
+    plans: dict[tuple, object] = {}
+
+    @functools.wraps(function)
+    def call(*tensors: Tensor | None, prepared: object = None, **options) -> tuple:
+        if not _replayable(tensors[0].is_cuda):
+            return function(*tensors, **options)
+        addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
+        if prepared is None:
+            layouts = [None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors]
+            key = (tensors[0].get_device(), *layouts, *options.values())
+        else:
+            key = (prepared, *options.values())
+        plan = plans.get(key)
+        if plan is not None:
+            return plan.replay(addresses)
+        return _record(function, plans, key, tensors, options)
+
+    return call
+
+
+def _record(function: Callable, plans: dict, key: tuple, tensors: tuple, options: dict) -> tuple:
+    from .replay import Plan
+
+    outer, recording = getattr(_thread, "recording", None), Recording()
+    _thread.recording = recording
+    try:
+        results = function(*tensors, **options)
+    finally:
+        _thread.recording = outer
+    plan = Plan.of(recording, [tensor for tensor in tensors if tensor is not None], results)
+    if plan is not None:
+        if len(plans) >= _MOST_PLANS:
+            plans.clear()
+        plans[key] = plan
+    return results
+
+
+@functools.lru_cache
+def _replayable(is_cuda: bool) -> bool:
+    return is_cuda and torch.version.hip is None

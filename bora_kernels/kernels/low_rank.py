@@ -6,6 +6,7 @@
 ``reduce``      sums over tokens, in one read of t and other:
                 d_factor = tᵀ·projection    total = Σ_m t⊙other
                 t = dy gives dB and S, t = x gives dA and D: (5) and (6)
+``project_and_reduce``  both of these for t = dy in one read, where the rank is small
 ``combine``     adds the parts that ``reduce`` left for each split of the tokens, in a fixed
                 order, and takes the magnitude gradient: (7)
 """
@@ -17,8 +18,17 @@ from torch import Tensor
 
 from ..plan import projection_parts
 from .common import dot_split, keep_mask, live_magnitude, load_matrix, load_projection, load_vector, round_with_dither
-from .config import cdiv, combine_config, is_aligned, parts_in_use, project_config, reduce_config, target
-from .launch import launch
+from .config import (
+    cdiv,
+    combine_config,
+    is_aligned,
+    parts_in_use,
+    project_and_reduce_config,
+    project_config,
+    reduce_config,
+    target,
+)
+from .launch import empty, launch
 
 
 @triton.jit
@@ -105,6 +115,58 @@ def _reduce_kernel(
 
 
 @triton.jit
+def _project_and_reduce_kernel(
+    t_ptr,  # [M, C]
+    other_ptr,  # [M, C]
+    scale_ptr,  # [C]
+    factor_ptr,  # [R, C]
+    projection_ptr,  # [PARTS, M, R], contiguous
+    scaled_ptr,  # [M, C], contiguous
+    new_projection_ptr,  # [C blocks, M, R], contiguous
+    factor_parts_ptr,  # [splits, C, R]
+    total_parts_ptr,  # [splits, C]
+    M, C, split_size,
+    stride_tm, stride_tc, stride_om, stride_oc, stride_fr, stride_fc,
+    R: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_TOTAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid_c, split = tl.program_id(0), tl.program_id(1)
+    offs_c = pid_c * BLOCK_SIZE_C + tl.arange(0, BLOCK_SIZE_C)
+    offs_r = tl.arange(0, BLOCK_SIZE_R)
+    mask_c, mask_r = offs_c < C, offs_r < R
+    factor = load_matrix(factor_ptr, offs_c, offs_r, C, R, stride_fc, stride_fr).to(tl.float32)
+    if HAS_SCALE:
+        scale = load_vector(scale_ptr, offs_c, C)
+        factor *= scale[:, None]
+    end = tl.minimum((split + 1) * split_size, M)
+    acc = tl.zeros((BLOCK_SIZE_C, BLOCK_SIZE_R), dtype=tl.float32)
+    total = tl.zeros((BLOCK_SIZE_C,), dtype=tl.float32)
+    for m in range(split * split_size, end, BLOCK_SIZE_M):
+        offs_m = m + tl.arange(0, BLOCK_SIZE_M)
+        mask_m = offs_m < end
+        t = load_matrix(t_ptr, offs_m, offs_c, end, C, stride_tm, stride_tc)  # [BLOCK_SIZE_M, BLOCK_SIZE_C]
+        if HAS_TOTAL:
+            other = load_matrix(other_ptr, offs_m, offs_c, end, C, stride_om, stride_oc)
+            total += tl.sum(t.to(tl.float32) * other.to(tl.float32), axis=0)
+        if HAS_SCALE:
+            scaled = round_with_dither(t.to(tl.float32) * scale[None, :], offs_m, offs_c, t.dtype)
+            ptrs = scaled_ptr + offs_m.to(tl.int64)[:, None] * C + offs_c[None, :]
+            tl.store(ptrs, scaled, mask=mask_m[:, None] & mask_c[None, :])
+        part = dot_split(t, factor, tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_R), dtype=tl.float32), PRECISION)
+        ptrs = new_projection_ptr + (pid_c.to(tl.int64) * M + offs_m)[:, None] * R + offs_r[None, :]
+        tl.store(ptrs, part, mask=mask_m[:, None] & mask_r[None, :])
+        if HAS_FACTOR:
+            projection = load_projection(projection_ptr, offs_m, offs_r, M, end, R, PARTS).to(t.dtype)
+            acc = tl.dot(tl.trans(t), projection, acc, input_precision=PRECISION)
+    base = split.to(tl.int64) * C + offs_c
+    if HAS_TOTAL:
+        tl.store(total_parts_ptr + base, total, mask=mask_c)
+    if HAS_FACTOR:
+        tl.store(factor_parts_ptr + base[:, None] * R + offs_r[None, :], acc, mask=mask_c[:, None] & mask_r[None, :])
+
+
+@triton.jit
 def _combine_kernel(
     factor_parts_ptr,  # [splits, C, R]
     total_parts_ptr,  # [splits, C]
@@ -166,24 +228,21 @@ def project(
     Kept elements are scaled by 1 / (1 − p), which ``scaling`` takes along.
     """
     (M, C), R = t.shape, factor.shape[0]
-    scaled = torch.empty((M, C), dtype=t.dtype, device=t.device) if scale is not None else t
+    scaled = empty((M, C), t.dtype, t.device) if scale is not None else t
     allocated = projection_parts(C, R)
     parts = parts_in_use(allocated, M)
-    projection = torch.empty((allocated, M, R), dtype=torch.float32, device=t.device)
-
-    def prepare():
-        config = project_config(target(t.get_device())[0], R, t.dtype, is_aligned(t))
-        block_c = config["BLOCK_SIZE_C"]
-        return (cdiv(M, config["BLOCK_SIZE_M"]), cdiv(R, config["BLOCK_SIZE_R"]), parts), {
-            "M": M, "C": C, "split_size": cdiv(cdiv(C, parts), block_c) * block_c,
-            "stride_tm": t.stride(0), "stride_tc": t.stride(1),
-            "stride_fr": factor.stride(0), "stride_fc": factor.stride(1),
-            "scaling": scaling / (1.0 - dropout_p), "dropout_p": dropout_p,
-            "R": R, "HAS_SCALE": scale is not None, "HAS_DROPOUT": seed is not None, "PRECISION": precision, **config,
-        }  # fmt: skip
-
-    key = (M, C, R, t.stride(), factor.stride(), scaling, dropout_p, precision)
-    launch(_project_kernel, key, (t, scale, factor, scaled, projection, seed), prepare)
+    projection = empty((allocated, M, R), torch.float32, t.device)
+    config = project_config(target(t.get_device())[0], R, t.dtype, is_aligned(t))
+    block_c = config["BLOCK_SIZE_C"]
+    launch(
+        _project_kernel,
+        (cdiv(M, config["BLOCK_SIZE_M"]), cdiv(R, config["BLOCK_SIZE_R"]), parts),
+        (t, scale, factor, scaled, projection, seed),
+        M=M, C=C, split_size=cdiv(cdiv(C, parts), block_c) * block_c,
+        stride_tm=t.stride(0), stride_tc=t.stride(1), stride_fr=factor.stride(0), stride_fc=factor.stride(1),
+        scaling=scaling / (1.0 - dropout_p), dropout_p=dropout_p,
+        R=R, HAS_SCALE=scale is not None, HAS_DROPOUT=seed is not None, PRECISION=precision, **config,
+    )  # fmt: skip
     return scaled, projection
 
 
@@ -202,24 +261,63 @@ def reduce(
     parts = parts_in_use(allocated, M)
     arch, _ = target(t.get_device())
     splits, config = reduce_config(arch, M, C, R, t.dtype, is_aligned(t), seed is not None)
-    options = {"dtype": torch.float32, "device": t.device}
-    factor_parts = None if projection is None else torch.empty((splits, C, R), **options)
-    total_parts = None if other is None else torch.empty((splits, C), **options)
+    factor_parts = None if projection is None else empty((splits, C, R), torch.float32, t.device)
+    total_parts = None if other is None else empty((splits, C), torch.float32, t.device)
     other_strides = (0, 0) if other is None else other.stride()
-
-    def prepare():
-        return (cdiv(C, config["BLOCK_SIZE_C"]), splits, cdiv(R, config["BLOCK_SIZE_R"])), {
-            "M": M, "C": C, "split_size": cdiv(cdiv(M, splits), config["BLOCK_SIZE_M"]) * config["BLOCK_SIZE_M"],
-            "stride_tm": t.stride(0), "stride_tc": t.stride(1),
-            "stride_om": other_strides[0], "stride_oc": other_strides[1],
-            "dropout_p": dropout_p,
-            "R": R, "PARTS": parts, "HAS_FACTOR": projection is not None, "HAS_TOTAL": other is not None,
-            "HAS_DROPOUT": seed is not None, "PRECISION": precision, **config,
-        }  # fmt: skip
-
-    key = (M, C, R, parts, t.stride(), other_strides, dropout_p, precision)
-    launch(_reduce_kernel, key, (t, other, projection, factor_parts, total_parts, seed), prepare)
+    launch(
+        _reduce_kernel,
+        (cdiv(C, config["BLOCK_SIZE_C"]), splits, cdiv(R, config["BLOCK_SIZE_R"])),
+        (t, other, projection, factor_parts, total_parts, seed),
+        M=M, C=C, split_size=cdiv(cdiv(M, splits), config["BLOCK_SIZE_M"]) * config["BLOCK_SIZE_M"],
+        stride_tm=t.stride(0), stride_tc=t.stride(1), stride_om=other_strides[0], stride_oc=other_strides[1],
+        dropout_p=dropout_p,
+        R=R, PARTS=parts, HAS_FACTOR=projection is not None, HAS_TOTAL=other is not None,
+        HAS_DROPOUT=seed is not None, PRECISION=precision, **config,
+    )  # fmt: skip
     return factor_parts, total_parts
+
+
+def project_and_reduce(
+    t: Tensor,
+    other: Tensor | None,
+    factor: Tensor,
+    scale: Tensor | None,
+    projection: Tensor | None,
+    *,
+    scaling: float,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What ``project`` (without dropout) and ``reduce`` return for the same t: t⊙scale, s·(t⊙scale)·factorᵀ, parts.
+
+    For ranks that ``config.fuses_passes`` accepts.
+    """
+    (M, C), R = t.shape, factor.shape[0]
+    parts = 1 if projection is None else parts_in_use(projection.shape[0], M)
+    splits, config = project_and_reduce_config(target(t.get_device())[0], M, C, R)
+    blocks = cdiv(C, config["BLOCK_SIZE_C"])
+    scaled = empty((M, C), t.dtype, t.device) if scale is not None else t
+    new_parts = empty((blocks, M, R), torch.float32, t.device)
+    new_projection = empty((1, M, R), torch.float32, t.device)
+    factor_parts = None if projection is None else empty((splits, C, R), torch.float32, t.device)
+    total_parts = None if other is None else empty((splits, C), torch.float32, t.device)
+    other_strides = (0, 0) if other is None else other.stride()
+    launch(
+        _project_and_reduce_kernel,
+        (blocks, splits),
+        (t, other, scale, factor, projection, scaled, new_parts, factor_parts, total_parts),
+        M=M, C=C, split_size=cdiv(cdiv(M, splits), config["BLOCK_SIZE_M"]) * config["BLOCK_SIZE_M"],
+        stride_tm=t.stride(0), stride_tc=t.stride(1), stride_om=other_strides[0], stride_oc=other_strides[1],
+        stride_fr=factor.stride(0), stride_fc=factor.stride(1),
+        R=R, PARTS=parts, HAS_SCALE=scale is not None, HAS_FACTOR=projection is not None, HAS_TOTAL=other is not None,
+        PRECISION=precision, **config,
+    )  # fmt: skip
+    add_parts(new_parts, new_projection[0], multiplier=scaling)
+    return scaled, new_projection, factor_parts, total_parts
+
+
+def add_parts(parts: Tensor, out: Tensor, *, multiplier: float) -> None:
+    """out [C, R] = multiplier·Σ parts [splits, C, R], in a fixed order."""
+    combine(parts, None, None, None, None, out, multiplier=multiplier, eps=0.0, stand_in=0.0)
 
 
 def combine(
@@ -243,19 +341,17 @@ def combine(
     R = 1 if factor_parts is None else factor_parts.shape[2]
     coefficient = d_magnitude = None
     if total_parts is not None:
-        coefficient, d_magnitude = torch.empty_like(total_parts[0]), torch.empty_like(total_parts[0])
+        coefficient, d_magnitude = (empty((C,), torch.float32, parts.device) for _ in range(2))
     strides = (0, 0) if out is None else out.stride()
-
-    def prepare():
-        config = combine_config(R)
-        return (cdiv(C, config["BLOCK_SIZE_C"]), cdiv(R, config["BLOCK_SIZE_R"])), {
-            "splits": splits, "C": C,
-            "stride_fc": strides[0], "stride_fr": strides[1],
-            "multiplier": multiplier, "eps": eps, "stand_in": stand_in,
-            "R": R, "HAS_FACTOR": factor_parts is not None, "HAS_TOTAL": total_parts is not None,
-            "HAS_SCALE": scale is not None, **config,
-        }  # fmt: skip
-
-    tensors = (factor_parts, total_parts, scale, norm, magnitude, out, coefficient, d_magnitude)
-    launch(_combine_kernel, (splits, C, R, strides, multiplier, eps, stand_in), tensors, prepare)
+    config = combine_config(R)
+    launch(
+        _combine_kernel,
+        (cdiv(C, config["BLOCK_SIZE_C"]), cdiv(R, config["BLOCK_SIZE_R"])),
+        (factor_parts, total_parts, scale, norm, magnitude, out, coefficient, d_magnitude),
+        splits=splits, C=C,
+        stride_fc=strides[0], stride_fr=strides[1],
+        multiplier=multiplier, eps=eps, stand_in=stand_in,
+        R=R, HAS_FACTOR=factor_parts is not None, HAS_TOTAL=total_parts is not None, HAS_SCALE=scale is not None,
+        **config,
+    )  # fmt: skip
     return coefficient, d_magnitude

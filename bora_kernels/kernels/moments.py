@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .common import dot_split, live_magnitude, load_matrix, load_vector
 from .config import TRITON_DTYPES, cdiv, finish_config, is_aligned, moments_config, target
-from .launch import launch
+from .launch import empty, launch
 
 
 @triton.jit
@@ -124,7 +124,8 @@ def _finish_norm_kernel(
     stride_pi, stride_pr,
     scaling, eps,
     R: tl.constexpr,
-    BLOCK_SIZE_I: tl.constexpr, BLOCK_SIZE_R: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_SIZE_I: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
+    HAS_KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     offs_i = tl.program_id(0) * BLOCK_SIZE_I + tl.arange(0, BLOCK_SIZE_I)
     mask_i = offs_i < I
@@ -136,8 +137,9 @@ def _finish_norm_kernel(
         )
         p = load_matrix(p_ptr, offs_i, offs_r, I, R, stride_pi, stride_pr).to(tl.float32)
         squares += scaling * tl.sum(p * (x + products), axis=1)  # (b)
-        ptrs = kept_ptr + offs_i.to(tl.int64)[:, None] * R + offs_r[None, :]
-        tl.store(ptrs, products, mask=mask_i[:, None] & (offs_r < R)[None, :])
+        if HAS_KEPT:
+            ptrs = kept_ptr + offs_i.to(tl.int64)[:, None] * R + offs_r[None, :]
+            tl.store(ptrs, products, mask=mask_i[:, None] & (offs_r < R)[None, :])
     squares = tl.where(squares < 0.0, 0.0, squares)  # by rounding, at most; NaN stays
     norm = tl.maximum(tl.sqrt(squares), eps, propagate_nan=tl.PropagateNan.ALL)
     scale = load_vector(magnitude_ptr, offs_i, I) / norm
@@ -213,22 +215,19 @@ def _moments(
     arch, _ = target(W.get_device())
     splits, config = moments_config(arch, I, J, R, W.dtype, is_aligned(W))
     block_i, block_j, block_r = config["BLOCK_SIZE_I"], config["BLOCK_SIZE_J"], config["BLOCK_SIZE_R"]
-    parts = {"dtype": torch.float32, "device": W.device}
-    products = torch.empty((splits, I + R, R), **parts)
-    squares = torch.empty((splits, I), **parts) if squares_needed else None
-
-    def prepare():
-        # float16 has not the range of κ and λ, so its products are made in float32
-        operand = torch.bfloat16 if W.dtype == torch.bfloat16 else torch.float32
-        return (cdiv(I, block_i) + cdiv(R, block_i), splits, cdiv(R, block_r)), {
-            "I": I, "J": J, "split_size": cdiv(cdiv(J, splits), block_j) * block_j,
-            "stride_wi": W.stride(0), "stride_wj": W.stride(1), "stride_zj": Z.stride(0), "stride_zr": Z.stride(1),
-            "R": R, "HAS_COEFFICIENT": coefficient is not None, "HAS_SQUARES": squares_needed,
-            "DTYPE": TRITON_DTYPES[operand], "PRECISION": precision, **config,
-        }  # fmt: skip
-
-    key = (I, J, R, W.stride(), Z.stride(), precision)
-    launch(_moments_kernel, key, (W, Z, coefficient, products, squares), prepare)
+    products = empty((splits, I + R, R), torch.float32, W.device)
+    squares = empty((splits, I), torch.float32, W.device) if squares_needed else None
+    # float16 has not the range of κ and λ, so its products are made in float32
+    operand = torch.bfloat16 if W.dtype == torch.bfloat16 else torch.float32
+    launch(
+        _moments_kernel,
+        (cdiv(I, block_i) + cdiv(R, block_i), splits, cdiv(R, block_r)),
+        (W, Z, coefficient, products, squares),
+        I=I, J=J, split_size=cdiv(cdiv(J, splits), block_j) * block_j,
+        stride_wi=W.stride(0), stride_wj=W.stride(1), stride_zj=Z.stride(0), stride_zr=Z.stride(1),
+        R=R, HAS_COEFFICIENT=coefficient is not None, HAS_SQUARES=squares_needed,
+        DTYPE=TRITON_DTYPES[operand], PRECISION=precision, **config,
+    )  # fmt: skip
     return products, squares
 
 
@@ -238,33 +237,32 @@ def norm(
     Z: Tensor,
     magnitude: Tensor,
     coefficient: Tensor | None,
+    norm: Tensor,
+    scale: Tensor,
+    kept: Tensor | None,
     *,
     scaling: float,
     eps: float,
     precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Tensor:
     """Norms over j of V = W [I, J] + s·P [I, R]·Z [J, R]ᵀ weighted by the coefficient [J] (None: 1).
 
-    Returns norm [I], scale = magnitude / norm, scale², and V·(c⊙Z) [I, R], all float32.
+    Writes norm [I], scale = magnitude / norm [I] and, where asked for, V·(c⊙Z) to kept [I, R]. Returns scale² [I].
     """
     products, squares = _moments(W, Z, coefficient, precision)
     I, R = P.shape
-    vector = {"dtype": torch.float32, "device": W.device}
-    norms, scale, scale_squared = (torch.empty(I, **vector) for _ in range(3))
-    kept = torch.empty((I, R), **vector)
-
-    def prepare():
-        config = finish_config(R)
-        return (cdiv(I, config["BLOCK_SIZE_I"]),), {
-            "splits": len(products), "I": I,
-            "stride_pi": P.stride(0), "stride_pr": P.stride(1),
-            "scaling": scaling, "eps": eps,
-            "R": R, "PRECISION": precision, **config,
-        }  # fmt: skip
-
-    tensors = (products, squares, P, magnitude, norms, scale, scale_squared, kept)
-    launch(_finish_norm_kernel, (products.shape, P.stride(), scaling, eps, precision), tensors, prepare)
-    return norms, scale, scale_squared, kept
+    scale_squared = empty((I,), torch.float32, W.device)
+    config = finish_config(R)
+    launch(
+        _finish_norm_kernel,
+        (cdiv(I, config["BLOCK_SIZE_I"]),),
+        (products, squares, P, magnitude, norm, scale, scale_squared, kept),
+        splits=len(products), I=I,
+        stride_pi=P.stride(0), stride_pr=P.stride(1),
+        scaling=scaling, eps=eps,
+        R=R, HAS_KEPT=kept is not None, PRECISION=precision, **config,
+    )  # fmt: skip
+    return scale_squared
 
 
 class Axis(NamedTuple):
@@ -297,16 +295,14 @@ def add_norm_path(
     splits = 0 if products is None else len(products)
     strides = (0, 0) if d_factor is None else d_factor.stride()
 
-    def prepare():
-        config = finish_config(R)
-        return (cdiv(I, config["BLOCK_SIZE_I"]),), {
-            "splits": splits, "I": I,
-            "stride_pi": P.stride(0), "stride_pr": P.stride(1), "stride_di": strides[0], "stride_dr": strides[1],
-            "scaling": scaling, "eps": eps, "stand_in": stand_in,
-            "R": R, "FIRST": first, "HAS_PRODUCTS": products is not None, "HAS_KEPT": coefficient is not None,
-            "HAS_FACTOR": d_factor is not None, "PRECISION": precision, **config,
-        }  # fmt: skip
-
-    key = (splits, I, R, P.stride(), strides, first, scaling, eps, stand_in, precision)
-    tensors = (products, squares, P, norm, scale, magnitude, coefficient, kept, d_magnitude, d_factor)
-    launch(_finish_path_kernel, key, tensors, prepare)
+    config = finish_config(R)
+    launch(
+        _finish_path_kernel,
+        (cdiv(I, config["BLOCK_SIZE_I"]),),
+        (products, squares, P, norm, scale, magnitude, coefficient, kept, d_magnitude, d_factor),
+        splits=splits, I=I,
+        stride_pi=P.stride(0), stride_pr=P.stride(1), stride_di=strides[0], stride_dr=strides[1],
+        scaling=scaling, eps=eps, stand_in=stand_in,
+        R=R, FIRST=first, HAS_PRODUCTS=products is not None, HAS_KEPT=coefficient is not None,
+        HAS_FACTOR=d_factor is not None, PRECISION=precision, **config,
+    )  # fmt: skip

@@ -1,0 +1,296 @@
+"""Replays of recorded stages through the CUDA driver; see ``launch`` for what a stage is.
+
+A kernel that Triton compiled takes its arguments in the order of its signature, without constexprs, and after them two
+scratch pointers. A tensor descriptor is a CUtensorMap, two int32 sizes and two int64 strides. The driver's own account
+of a kernel's parameters is compared with that before a plan is used, so that another convention is noticed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+import threading
+
+import torch
+from torch import Tensor
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .launch import Recording
+
+_ALIGNMENT = 256  # of scratch in the workspace
+_SCALAR_FORMATS = {"i32": "<i", "i64": "<q", "fp32": "<f"}
+_MAP_BYTES, _MAP_ALIGNMENT = 128, 64  # of a CUtensorMap
+_MAP_DTYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # CUtensorMapDataType
+_L2_PROMOTION_128B = 2  # CUtensorMapL2promotion
+
+_Reference = tuple[int, int]  # which of a plan's bases (inputs, results, the workspace), and the offset in bytes
+
+
+class Plan:
+    """A stage as a list of launches whose parameters lie in one block of host memory."""
+
+    def __init__(self, results, returned, references, maps, launches, host, workspace_bytes, device) -> None:
+        self.results: list[tuple[torch.Size, torch.dtype]] = results
+        self.returned: list[int | None] = returned  # which result stands at each place of the returned tuple
+        self.references: list[_Reference] = references  # the addresses at the head of ``host``
+        self.maps: list[_TensorMap] = maps
+        self.launches: list[tuple] = launches  # arguments of cuLaunchKernel around the stream
+        self.host = host
+        self.write_addresses = struct.Struct(f"<{len(references)}Q").pack_into
+        self.workspace_bytes = workspace_bytes
+        self.device, self.device_index = device, device.index
+        self.lock = threading.Lock()
+
+    @classmethod
+    def of(cls, recording: Recording, inputs: list[Tensor], results: tuple[Tensor | None, ...]) -> Plan | None:
+        """The recorded stage, or None where a replay is not known to do the same."""
+        made = [tensor for tensor in recording.allocated if any(tensor is result for result in results)]
+        scratch = [tensor for tensor in recording.allocated if all(tensor is not result for result in results)]
+        owners = [*inputs, *made, *scratch]
+        if any(result is not None and all(result is not tensor for tensor in made) for result in results):
+            raise RuntimeError("a stage returned a tensor that is not from `empty`")
+        if _overlap(inputs):
+            return None  # an address would not tell which of them a kernel read
+
+        parameters = _Parameters()
+        lives: dict[int, list[int]] = {}  # scratch tensor -> its first and last launch
+        launches = []
+        for number, (compiled, grid, tensors, arguments) in enumerate(recording.launches):
+            located = []
+            for tensor in tensors:
+                base = tensor.base if isinstance(tensor, TensorDescriptor) else tensor
+                place = None if base is None else _locate(base, owners)
+                located.append(place)
+                if place is not None and place[0] >= len(owners) - len(scratch):
+                    lives.setdefault(place[0], [number, number])[1] = number
+            pointers = parameters.of_launch(compiled, tensors, located, arguments)
+            if pointers is None:
+                return None
+            launches.append((compiled, grid, pointers))
+
+        first_scratch = len(inputs) + len(made)
+        offsets, workspace_bytes = _pack({i: (owners[i].nbytes, *lives[i]) for i in lives})
+
+        def base_of(reference: _Reference) -> _Reference:
+            owner, offset = reference
+            return (first_scratch, offsets[owner] + offset) if owner in offsets else reference
+
+        host = parameters.lay_out(base_of)
+        return cls(
+            [(tensor.shape, tensor.dtype) for tensor in made],
+            [None if result is None else next(i for i, t in enumerate(made) if t is result) for result in results],
+            [base_of(reference) for reference in parameters.references],
+            parameters.maps,
+            [
+                (
+                    (compiled.function, *grid, 32 * compiled.metadata.num_warps, 1, 1, compiled.metadata.shared),
+                    parameters.pointers(pointers),
+                    compiled,  # kept alive: it owns the function
+                )
+                for compiled, grid, pointers in launches
+            ],
+            host,
+            workspace_bytes,
+            inputs[0].device,
+        )
+
+    def replay(self, bases: list[int]) -> tuple[Tensor | None, ...]:
+        """Run the stage on inputs at these addresses (those that are not None, in order)."""
+        device = self.device
+        made = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.results]
+        bases += [tensor.data_ptr() for tensor in made]
+        if self.workspace_bytes:
+            workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
+            bases.append(workspace.data_ptr())
+        stream = driver.active.get_current_stream(self.device_index)
+        launch_kernel = _cuda().cuLaunchKernel
+        with self.lock:
+            self.write_addresses(self.host, 0, *[bases[base] + offset for base, offset in self.references])
+            for tensor_map in self.maps:
+                tensor_map.update(bases)
+            for arguments, pointers, _ in self.launches:
+                status = launch_kernel(*arguments, stream, pointers, None)
+                if status:
+                    _raise(status, "cuLaunchKernel")
+        return tuple([None if index is None else made[index] for index in self.returned])
+
+
+class _Parameters:
+    """Kernel parameters: addresses that change from replay to replay, tensor maps, and constants."""
+
+    def __init__(self) -> None:
+        self.references: list[_Reference] = []
+        self.maps: list[_TensorMap] = []
+        self.constants: list[bytes] = []
+        self.start = 0  # address of the block in host memory
+
+    def of_launch(self, compiled, tensors: tuple, located: list, arguments: dict) -> list[tuple] | None:
+        """(kind, index) for each parameter of a kernel; None if the kernel takes others than are expected."""
+        places = dict(zip(compiled.src.fn.arg_names, zip(tensors, located, strict=True), strict=False))
+        map_metadata = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
+        found, sizes = [], []
+        for name, kind in compiled.src.signature.items():
+            if kind == "constexpr":
+                continue
+            if not isinstance(kind, str):
+                return None
+            if kind.startswith("tensordesc"):
+                metadata = next(map_metadata, None)
+                if metadata is None:
+                    return None
+                descriptor, reference = places[name]
+                self.maps.append(_TensorMap(descriptor, reference, metadata))
+                found.append(("map", len(self.maps) - 1))
+                sizes.append(_MAP_BYTES)
+                for value, format in zip((*descriptor.shape, *descriptor.strides), "iiqq", strict=True):
+                    found.append(self._constant(struct.pack(f"<{format}", value)))
+                    sizes.append(struct.calcsize(f"<{format}"))
+            elif kind.startswith("*"):
+                found.append(("address", self._address(places[name][1])))
+                sizes.append(8)
+            elif kind in _SCALAR_FORMATS:
+                found.append(self._constant(struct.pack(_SCALAR_FORMATS[kind], arguments[name])))
+                sizes.append(struct.calcsize(_SCALAR_FORMATS[kind]))
+            else:
+                return None
+        for _ in range(2):  # scratch pointers
+            found.append(self._constant(bytes(8)))
+            sizes.append(8)
+        metadata = compiled.metadata
+        usual = metadata.num_ctas == 1 and not metadata.launch_cooperative_grid and not metadata.launch_pdl
+        scratch = metadata.global_scratch_size or metadata.profile_scratch_size
+        return found if usual and not scratch and _parameter_sizes(compiled.function) == sizes else None
+
+    def _address(self, reference: _Reference) -> int:
+        if reference not in self.references:
+            self.references.append(reference)
+        return self.references.index(reference)
+
+    def _constant(self, value: bytes) -> tuple[str, int]:
+        self.constants.append(value.ljust(8, b"\0"))
+        return "constant", len(self.constants) - 1
+
+    def lay_out(self, base_of) -> memoryview:
+        """Allocate the block and write everything but the addresses; returns it from its first address on."""
+        words = len(self.references) + len(self.constants)
+        self.first_map = -(-8 * words // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
+        size = self.first_map + _MAP_BYTES * len(self.maps)
+        block = ctypes.create_string_buffer(size + _MAP_ALIGNMENT)
+        skipped = -ctypes.addressof(block) % _MAP_ALIGNMENT
+        self.start = ctypes.addressof(block) + skipped
+        host = memoryview(block).cast("B")[skipped : skipped + size]
+        for index, value in enumerate(self.constants):
+            host[self._offset("constant", index) :][:8] = value
+        for index, tensor_map in enumerate(self.maps):
+            tensor_map.reference = base_of(tensor_map.reference)
+            tensor_map.location = self.start + self._offset("map", index)
+        return host
+
+    def _offset(self, kind: str, index: int) -> int:
+        if kind == "map":
+            return self.first_map + _MAP_BYTES * index
+        return 8 * (index if kind == "address" else len(self.references) + index)
+
+    def pointers(self, parameters: list[tuple]) -> ctypes.Array:
+        """What cuLaunchKernel takes: where each parameter lies."""
+        addresses = [self.start + self._offset(*parameter) for parameter in parameters]
+        return (ctypes.c_void_p * len(addresses))(*addresses)
+
+
+class _TensorMap:
+    """A CUtensorMap in a plan's host memory, encoded anew when its tensor has moved."""
+
+    def __init__(self, descriptor: TensorDescriptor, reference: _Reference, metadata: dict) -> None:
+        self.reference, self.location, self.address = reference, 0, None
+        element = descriptor.base.element_size()
+        rows, cols = descriptor.shape
+        block_rows, block_cols = metadata["block_size"]
+        self.before = (_MAP_DTYPES[descriptor.base.dtype], 2)
+        self.after = (
+            (ctypes.c_uint64 * 2)(cols, rows),
+            (ctypes.c_uint64 * 1)(descriptor.strides[0] * element),
+            (ctypes.c_uint32 * 2)(block_cols, block_rows),
+            (ctypes.c_uint32 * 2)(1, 1),
+            0,  # no interleaving
+            metadata["swizzle"],
+            _L2_PROMOTION_128B,
+            0,  # zeros outside the bounds
+        )
+
+    def update(self, bases: list[int]) -> None:
+        base, offset = self.reference
+        address = bases[base] + offset
+        if address != self.address:
+            status = _cuda().cuTensorMapEncodeTiled(self.location, *self.before, address, *self.after)
+            if status:
+                _raise(status, "cuTensorMapEncodeTiled")
+            self.address = address
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """First and last-but-one address of a tensor's memory."""
+    start = tensor.data_ptr()
+    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (span + 1) * tensor.element_size() if tensor.numel() else start
+
+
+def _overlap(tensors: list[Tensor]) -> bool:
+    extents = sorted(_extent(tensor) for tensor in tensors)
+    return any(end > start for (_, end), (start, _) in zip(extents, extents[1:], strict=False))
+
+
+def _locate(tensor: Tensor, owners: list[Tensor]) -> _Reference:
+    address = tensor.data_ptr()
+    for index, owner in enumerate(owners):
+        start, end = _extent(owner)
+        if start <= address < end:
+            return index, address - start
+    raise RuntimeError("a stage launched a kernel on memory that is neither its input nor from `empty`")
+
+
+def _pack(lives: dict[int, tuple[int, int, int]]) -> tuple[dict[int, int], int]:
+    """Offsets in a workspace for tensors of (bytes, first use, last use): those in use together do not overlap."""
+    offsets: dict[int, int] = {}
+    for key, (size, first, last) in lives.items():
+        blocked = sorted(
+            (offsets[other], offsets[other] + lives[other][0])
+            for other in offsets
+            if lives[other][1] <= last and first <= lives[other][2]
+        )
+        offset = 0
+        for start, end in blocked:
+            if offset + size <= start:
+                break
+            offset = max(offset, -(-end // _ALIGNMENT) * _ALIGNMENT)
+        offsets[key] = offset
+    return offsets, max((offsets[key] + lives[key][0] for key in offsets), default=0)
+
+
+@functools.lru_cache
+def _cuda() -> ctypes.CDLL:
+    cuda = ctypes.CDLL("libcuda.so.1")
+    pointer, unsigned = ctypes.c_void_p, ctypes.c_uint
+    cuda.cuLaunchKernel.argtypes = [pointer, *[unsigned] * 7, pointer, pointer, pointer]
+    cuda.cuTensorMapEncodeTiled.argtypes = [
+        pointer, unsigned, unsigned, pointer, *[pointer] * 4, *[unsigned] * 4,
+    ]  # fmt: skip
+    cuda.cuFuncGetParamInfo.argtypes = [pointer, ctypes.c_size_t, pointer, pointer]
+    return cuda
+
+
+def _parameter_sizes(function: int) -> list[int] | None:
+    """Bytes of each of a kernel's parameters; None where the driver is too old to tell."""
+    if not hasattr(_cuda(), "cuFuncGetParamInfo"):
+        return None
+    sizes, offset, size = [], ctypes.c_size_t(), ctypes.c_size_t()
+    while _cuda().cuFuncGetParamInfo(function, len(sizes), ctypes.byref(offset), ctypes.byref(size)) == 0:
+        sizes.append(size.value)
+    return sizes
+
+
+def _raise(status: int, call: str) -> None:
+    name = ctypes.c_char_p()
+    _cuda().cuGetErrorName(status, ctypes.byref(name))
+    raise RuntimeError(f"{call} failed: {(name.value or b'error').decode()} ({status})")

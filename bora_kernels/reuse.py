@@ -1,0 +1,78 @@
+"""Reuse of norms and scales while the parameters that they were computed from stay the same.
+
+Norms depend on the weight and the adapter only, so a second micro-batch and the recomputation of a checkpointed forward
+need not compute them again. Parameters are compared by storage and autograd version, which some changes (a write
+through ``.data`` or numpy, some sharding engines) leave alone. So without being asked it is done only where autograd
+relies on versions anyway: in the recomputation, during backward, of a non-reentrant checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+_Entry = tuple[tuple, bool, Tensor]  # what the scales were computed from, whether with products, the flat scales
+_scopes: list[WeakIdKeyDictionary] = []  # lora_B -> _Entry, a dictionary for each open scope
+_checkpointed = WeakIdKeyDictionary()  # the same, from forwards that a backward is going to repeat
+
+
+@contextmanager
+def reuse_scales() -> Iterator[None]:
+    """A scope in which norms are computed once for each state of a layer's parameters.
+
+    Open it around the micro-batches between two optimizer steps, or around evaluation:
+
+        with bora_kernels.reuse_scales():
+            for micro_batch in micro_batches:
+                model(micro_batch).backward()
+        optimizer.step()
+
+    A step of any ``torch.optim`` optimizer ends the reuse of what was there before, as does every change that
+    autograd's version counters see. Other changes inside the scope (``parameter.data[...] = …``, numpy) are not seen.
+    Compiled regions (``torch.compile``) compute norms in every call. Scopes may be nested; all threads share them.
+    """
+    scope = WeakIdKeyDictionary()
+    _scopes.append(scope)
+    hook = register_optimizer_step_post_hook(lambda *_: scope.clear())
+    try:
+        yield
+    finally:
+        hook.remove()
+        _scopes[:] = [other for other in _scopes if other is not scope]  # by identity: == would compare tensors
+
+
+def scales(tensors: tuple[Tensor | None, ...], options: tuple, products: bool, compute: Callable[[], Tensor]) -> Tensor:
+    """Flat scales of (weight, lora_A, lora_B, magnitude_row, magnitude_col): ``compute()``, or what it gave before."""
+    if torch.compiler.is_compiling():
+        return compute()
+    in_backward = torch._C._current_graph_task_id() != -1
+    if _scopes:
+        entries, find, keep = _scopes[-1], True, True
+    elif in_backward or _in_checkpoint():
+        entries, find, keep = _checkpointed, in_backward, not in_backward
+    else:
+        return compute()
+    if any(tensor is not None and tensor.is_inference() for tensor in tensors):
+        return compute()  # such tensors have no version
+    lora_B = tensors[2]
+    fingerprint = (options, *(None if t is None else (t.data_ptr(), t._version, t.dtype, t.shape) for t in tensors))
+    entry: _Entry | None = entries.get(lora_B) if find else None
+    if not keep:
+        entries.pop(lora_B, None)
+    if entry is not None and entry[0] == fingerprint and (entry[1] or not products):
+        return entry[2]
+    flat = compute()
+    if keep:
+        entries[lora_B] = (fingerprint, products, flat)
+    return flat
+
+
+def _in_checkpoint() -> bool:
+    """Whether a non-reentrant checkpoint surrounds this forward: it packs what is saved for backward."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"

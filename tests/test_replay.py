@@ -1,0 +1,232 @@
+"""Recorded stages: a replay does what the stage did, on other tensors. The driver is played by Python on CPU memory."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton")
+
+from bora_kernels.kernels import launch as launching
+from bora_kernels.kernels import replay
+from bora_kernels.kernels.launch import empty, launch, stage
+
+SIZES = {"i32": 4, "i64": 8, "fp32": 4}
+TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+
+
+class Kernel:
+    """Stands in for a kernel: y[i] = scale·a[i] + b[i] on the addresses that a launch hands over."""
+
+    arg_names = ("a_ptr", "b_ptr", "y_ptr", "n", "scale", "ONE")
+
+    def __init__(self, driver, sizes=None, **metadata):
+        usual = {"num_warps": 4, "shared": 0, "num_ctas": 1, "launch_cooperative_grid": False, "launch_pdl": False}
+        self.metadata = SimpleNamespace(**(usual | {"global_scratch_size": 0, "profile_scratch_size": 0} | metadata))
+        self.driver, self.sizes = driver, sizes
+
+    def __getitem__(self, grid):
+        def run(*tensors, n, scale, ONE):  # noqa: N803
+            add_scaled(*(None if t is None else t.data_ptr() for t in tensors), n, scale)
+            kinds = ["constexpr" if t is None else "*fp32" for t in tensors] + ["i32", "fp32", "constexpr"]
+            return Compiled(self, dict(zip(self.arg_names, kinds, strict=True)))
+
+        return run
+
+
+class Compiled:
+    """One variant of the kernel, as Triton hands it out and as the driver runs it."""
+
+    def __init__(self, kernel, signature):
+        self.src, self.metadata = SimpleNamespace(fn=kernel, signature=signature), kernel.metadata
+        kinds = [kind for kind in signature.values() if kind != "constexpr"]
+        self.sizes = kernel.sizes or [8 if kind.startswith("*") else SIZES[kind] for kind in kinds] + [8, 8]
+        self.function = len(kernel.driver.kernels)
+        kernel.driver.kernels.append(self)
+
+    def launch(self, pointers):
+        values, given = [], iter(pointers)
+        for kind in self.src.signature.values():
+            type_ = ctypes.c_uint64 if kind.startswith("*") else TYPES.get(kind)
+            values.append(type_ and type_.from_address(next(given)).value)
+        add_scaled(*values[:5])
+
+
+def add_scaled(a, b, y, n, scale):
+    a, b, y = (None if at is None else np.ctypeslib.as_array((ctypes.c_float * n).from_address(at)) for at in (a, b, y))
+    y[:] = np.float32(scale) * a + (0 if b is None else b)
+
+
+class Driver:
+    """What ``replay`` asks of the CUDA driver and of Triton's."""
+
+    def __init__(self):
+        self.kernels, self.launches, self.status = [], [], 0
+
+    def cuLaunchKernel(self, function, *rest):  # noqa: N802
+        *_, stream, pointers, extra = rest
+        self.launches.append((function, rest[:7], stream))
+        if not self.status:
+            self.kernels[function].launch(pointers)
+        return self.status
+
+    def cuGetErrorName(self, status, name):  # noqa: N802
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    fake = Driver()
+    monkeypatch.setattr(replay, "_cuda", lambda: fake)
+    monkeypatch.setattr(replay, "_parameter_sizes", lambda function: fake.kernels[function].sizes)
+    monkeypatch.setattr(replay, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 7)))
+    monkeypatch.setattr(launching, "_replayable", lambda is_cuda: True)
+    return fake
+
+
+def chain(kernel):
+    """z = 6·a + b through scratch, and w = 2·a: two results, one scratch tensor."""
+    calls = []
+
+    @stage
+    def run(a, b, *, scale):
+        calls.append(scale)
+        (n,) = a.shape
+        scratch, w, z = (empty((n,), torch.float32, a.device) for _ in range(3))
+        launch(kernel, (1,), (a, None, w), n=n, scale=scale, ONE=1)
+        launch(kernel, (1,), (w, None, scratch), n=n, scale=3.0, ONE=1)
+        launch(kernel, (2, 3), (scratch, b, z), n=n, scale=1.0, ONE=1)
+        return z, None, w
+
+    return run, calls
+
+
+def vectors(n=10, count=2):
+    return [torch.randn(n) for _ in range(count)]
+
+
+def assert_chain(results, a, b, scale=2.0):
+    z, absent, w = results
+    torch.testing.assert_close(w, scale * a, rtol=1e-6, atol=0)
+    torch.testing.assert_close(z, 3 * scale * a + b, rtol=1e-6, atol=1e-6)
+    assert absent is None
+
+
+def test_replay_on_other_tensors(driver):
+    run, calls = chain(Kernel(driver))
+    for _ in range(4):
+        a, b = vectors()
+        assert_chain(run(a, b, scale=2.0), a, b)
+    assert len(calls) == 1 and len(driver.launches) == 9
+    assert driver.launches[2] == (2, (2, 3, 1, 128, 1, 1, 0), 7)  # grid, 4 warps, no shared memory; the stream
+
+
+def test_results_are_separate_memory(driver):
+    run, _ = chain(Kernel(driver))
+    first, second, third = (run(*vectors(), scale=2.0) for _ in range(3))
+    results = [t for results in (first, second, third) for t in results if t is not None]
+    assert len({t.untyped_storage().data_ptr() for t in results}) == 6
+
+
+def other_calls():
+    a, b = vectors()
+    yield "options", (a, b), 3.0
+    yield "size", tuple(vectors(11)), 2.0
+    yield "alignment", tuple(torch.randn(11)[1:] for _ in range(2)), 2.0
+    yield "dtype of an unread tensor", (a, b.view(torch.int32)), 2.0
+
+
+@pytest.mark.parametrize("what", [name for name, _, _ in other_calls()])
+def test_what_differs_is_recorded_anew(driver, what):
+    run, calls = chain(Kernel(driver))
+    run(*vectors(), scale=2.0)
+    (tensors, scale) = next((tensors, scale) for name, tensors, scale in other_calls() if name == what)
+    for _ in range(2):
+        results = run(*tensors, scale=scale)
+    assert len(calls) == 2
+    assert_chain(results, tensors[0], tensors[1].view(torch.float32), scale)
+
+
+def test_tensors_that_share_memory_are_not_recorded(driver):
+    """From x + x it cannot be told which argument a kernel read; a later call with two tensors must be right."""
+    run, calls = chain(Kernel(driver))
+    a, b = vectors()
+    assert_chain(run(a, a, scale=2.0), a, a)
+    assert_chain(run(a, b, scale=2.0), a, b)
+    assert_chain(run(b, a, scale=2.0), b, a)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "surprise",
+    [{"sizes": [8, 8, 4, 4, 8]}, {"num_ctas": 2}, {"launch_pdl": True}, {"global_scratch_size": 16}],
+    ids=lambda surprise: next(iter(surprise)),
+)
+def test_unknown_conventions_run_as_python(driver, surprise):
+    run, calls = chain(Kernel(driver, **surprise))
+    for count in (1, 2):
+        a, b = vectors()
+        assert_chain(run(a, b, scale=2.0), a, b)
+        assert len(calls) == count and not driver.launches
+
+
+def test_a_failed_launch_raises(driver):
+    run, _ = chain(Kernel(driver))
+    run(*vectors(), scale=2.0)
+    driver.status = 700
+    with pytest.raises(RuntimeError, match=r"cuLaunchKernel failed: error \(700\)"):
+        run(*vectors(), scale=2.0)
+
+
+def test_memory_from_elsewhere_is_refused(driver):
+    kernel = Kernel(driver)
+
+    @stage
+    def run(a, *, returned):
+        other, y = torch.empty(10), empty((10,), torch.float32, a.device)
+        launch(kernel, (1,), (a, None, other), n=10, scale=1.0, ONE=1)
+        return (other if returned else y,)
+
+    with pytest.raises(RuntimeError, match="launched a kernel on memory that is neither its input nor from `empty`"):
+        run(*vectors(count=1), returned=False)
+    with pytest.raises(RuntimeError, match="returned a tensor that is not from `empty`"):
+        run(*vectors(count=1), returned=True)
+
+
+def test_threads_do_not_mix_addresses(driver):
+    run, _ = chain(Kernel(driver))
+    run(*vectors(), scale=2.0)
+    failures = []
+
+    def work():
+        for _ in range(50):
+            a, b = vectors()
+            try:
+                assert_chain(run(a, b, scale=2.0), a, b)
+            except AssertionError as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.parametrize(
+    ("lives", "offsets", "size"),
+    [
+        ({}, {}, 0),
+        ({5: (100, 0, 1), 6: (40, 2, 3)}, {5: 0, 6: 0}, 100),  # never in use together
+        ({5: (100, 0, 2), 6: (40, 1, 3), 7: (300, 3, 3)}, {5: 0, 6: 256, 7: 512}, 812),
+        ({5: (600, 0, 1), 6: (40, 0, 3), 7: (300, 2, 3)}, {5: 0, 6: 768, 7: 0}, 808),  # into what 5 left
+    ],
+)
+def test_workspace(lives, offsets, size):
+    assert replay._pack(lives) == (offsets, size)
