@@ -118,7 +118,9 @@ def _forward(
         _flat(x), weight, lora_A, lora_B, scales, bias, dropout, scaling, dropout_p, has_col, needs_S, backend,
         prepared=prepared,
     )  # fmt: skip
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0]), product, u, scales
+    if x.ndim != 2:  # not as a view, so that the output may be changed in place
+        y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
+    return y, product, u, scales
 
 
 def _flat(t: Tensor | None) -> Tensor | None:

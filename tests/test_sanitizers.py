@@ -57,9 +57,11 @@ def test_replicated_stores_are_told_from_races():
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_sanitizer(tool):
+    # Errors that the driver's calls return are raised in Python, but for the one that ends a list of parameters.
+    options = ["--report-api-errors", "no"] if tool == "memcheck" else []
     script = textwrap.dedent(SANITIZED).format(path=sys.path)
     result = subprocess.run(
-        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, "-c", script],
+        ["compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "1", sys.executable, "-c", script],
         env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True,
         text=True,

@@ -123,7 +123,7 @@ def fuses_passes(arch: int | str, R: int, dtype: torch.dtype, aligned: bool) -> 
 def project_and_reduce_config(arch: int | str, M: int, C: int, R: int) -> tuple[int, dict]:
     """Splits of the tokens, and the configuration."""
     block_m, block_c = 64, 128
-    splits = max(1, min(cdiv(M, block_m), cdiv(512, cdiv(C, block_c)), 32))
+    splits = min(cdiv(M, block_m), 16)
     return splits, {
         "BLOCK_SIZE_M": block_m, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": max(16, 1 << (R - 1).bit_length()),
         "num_warps": 4, "num_stages": 3,
