@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops, reference
+from . import ops, quantized, reference
 from .plan import Needs, Scales, separate_product
 
 
@@ -21,7 +21,7 @@ class BoraLinearFunction(torch.autograd.Function):
     def forward(
         ctx,
         x: Tensor,  # [M, K]
-        weight: Tensor,  # [N, K]
+        weight: Tensor | None,  # [N, K]; None for a quantized one
         lora_A: Tensor,  # [R, K]
         lora_B: Tensor,  # [N, R]
         magnitude_row: Tensor | None,  # [N]
@@ -34,7 +34,12 @@ class BoraLinearFunction(torch.autograd.Function):
         dropout_p: float,
         eps: float,
         backend: str,
+        layout: quantized.Layout | None,
+        *parts: Tensor,  # what a quantized weight is stored as
     ) -> Tensor:
+        stored = (weight,)
+        if layout is not None:  # the dense weight lives as long as this call; its parts are what is saved
+            stored, weight = parts, quantized.dense(layout, parts, x.dtype, backend, "forward")
         # an absent result comes as an empty tensor
         scales = Scales(
             *(
@@ -56,28 +61,32 @@ class BoraLinearFunction(torch.autograd.Function):
             product = y
         ctx.save_for_backward(
             x if needs.lora_A or needs_D else None,
-            weight,
             lora_A,
             lora_B,
             magnitude_row,
             magnitude_col,
-            *scales,
             product if needs_S else None,
             u if needs.lora_B else None,
             dropout,
+            *scales,
+            *stored,
         )
         ctx.needs = needs
         ctx.options = (scaling, norm_order, detach_norm, dropout_p, eps)
-        ctx.backend = backend
+        ctx.backend, ctx.layout = backend, layout
         ctx.x_dtype = x.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        x, weight, lora_A, lora_B, magnitude_row, magnitude_col, *scales, product, u, dropout = ctx.saved_tensors
+        x, lora_A, lora_B, magnitude_row, magnitude_col, product, u, dropout, *rest = ctx.saved_tensors
+        scales, stored = rest[: len(Scales._fields)], rest[len(Scales._fields) :]
         dx = dA = dB = dm_row = dm_col = d_bias = None
         if any(ctx.needs):
+            weight = stored[0]
+            if ctx.layout is not None:
+                weight = quantized.dense(ctx.layout, stored, dy.dtype, ctx.backend, "backward")
             dx, dA, dB, dm_row, dm_col = torch.ops.bora_kernels.backward(
                 dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, *scales, product, u, dropout,
                 *ctx.options, list(ctx.needs), ctx.backend,
@@ -88,12 +97,13 @@ class BoraLinearFunction(torch.autograd.Function):
             )
         if ctx.needs_input_grad[6]:
             d_bias = dy.sum(0)
-        return dx, None, dA, dB, dm_row, dm_col, d_bias, None, None, None, None, None, None, None
+        rest = [None] * (8 if ctx.layout is None else 8 + len(stored))
+        return dx, None, dA, dB, dm_row, dm_col, d_bias, *rest
 
 
 def bora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | quantized.Quantized,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude_row: Tensor | None,
@@ -119,7 +129,8 @@ def bora_linear(
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64.
-        weight: [N, K], frozen, x's dtype (any of these dtypes under ``torch.autocast``).
+        weight: [N, K], frozen, x's dtype (any of these dtypes under ``torch.autocast``); or what
+            ``quantized.read(linear)`` makes of a quantized layer, which is dense in x's dtype only while it is used.
         lora_A: [R, K], any floating dtype; float32 keeps small updates.
         lora_B: [N, R].
         magnitude_row: [N] or None.
@@ -150,6 +161,9 @@ def bora_linear(
     backend = ops.choose_backend(backend, x.device, x.dtype, lora_A.shape[0])
     if not training:
         dropout_p = 0.0
+    layout, parts = None, ()
+    if isinstance(weight, quantized.Quantized):
+        (layout, parts), weight = weight, weight.dense(x.dtype) if backend == "reference" else None
     if backend == "reference":
         return reference.bora_linear_ref(
             x, weight, lora_A, lora_B, magnitude_row, magnitude_col, bias, scaling=scaling, norm_order=norm_order,
@@ -159,6 +173,6 @@ def bora_linear(
     dropout = ops.draw_dropout(flat, dropout_p, backend) if dropout_p > 0.0 else None
     y = BoraLinearFunction.apply(
         flat, weight, lora_A, lora_B, magnitude_row, magnitude_col, bias, dropout,
-        scaling, norm_order, detach_norm, dropout_p, eps, backend,
+        scaling, norm_order, detach_norm, dropout_p, eps, backend, layout, *parts,
     )  # fmt: skip
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y.view(*x.shape[:-1], lora_B.shape[0])

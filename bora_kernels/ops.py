@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import factored
 from .plan import NORM_ORDERS, Needs, Scales, accumulation_dtype, projection_parts, separate_product
+from .quantized import Quantized
 
 BACKENDS = ("triton", "torch", "reference")
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -125,7 +126,7 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
 
 def check_tensors(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Quantized,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude_row: Tensor | None,
@@ -133,7 +134,9 @@ def check_tensors(
     bias: Tensor | None,
 ) -> None:
     """Raise TypeError or ValueError that names the argument, what was expected and what came."""
-    check_weight(weight)
+    is_quantized = isinstance(weight, Quantized)
+    if not is_quantized:  # a quantized weight was checked when it was read
+        check_weight(weight)
     if weight.requires_grad:
         raise ValueError("weight must be frozen (requires_grad=False): the fused layer computes no gradient for it")
     N, K = weight.shape
@@ -143,7 +146,7 @@ def check_tensors(
         raise ValueError(f"x must be [..., {K}] for weight [{N}, {K}], got {list(x.shape)}")
     if x.dtype not in _FLOAT_DTYPES:
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if not is_quantized and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"x must have weight's dtype {weight.dtype} (or run under torch.autocast), got {x.dtype}")
     if not isinstance(lora_A, Tensor) or lora_A.ndim != 2 or lora_A.shape[0] < 1:
         raise ValueError(f"lora_A must be [rank, {K}] with rank >= 1, got {_describe(lora_A)}")
