@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops, reference, reuse
+from . import ops, quantized, reference, reuse
 from .plan import Needs, separate_product
 
 
@@ -21,7 +21,7 @@ class BoraLinearFunction(torch.autograd.Function):
     def forward(
         ctx,
         x: Tensor,  # [..., K]
-        weight: Tensor,  # [N, K]
+        weight: Tensor | None,  # [N, K]; None for a quantized one
         lora_A: Tensor,  # [R, K]
         lora_B: Tensor,  # [N, R]
         magnitude_row: Tensor | None,  # [N]
@@ -35,18 +35,19 @@ class BoraLinearFunction(torch.autograd.Function):
         eps: float,
         backend: str,
         prepared: ops.Prepared | None,
+        layout: quantized.Layout | None,
+        *parts: Tensor,  # what a quantized weight is stored as
     ) -> Tensor:
         needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
         y, product, u, scales = _forward(
             needs, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, bias, dropout,
-            scaling, norm_order, detach_norm, dropout_p, eps, backend, prepared,
+            scaling, norm_order, detach_norm, dropout_p, eps, backend, prepared, layout, *parts,
         )  # fmt: skip
         needs_S, needs_D = needs.sums(magnitude_row is not None, magnitude_col is not None, norm_order, detach_norm)
         if not separate_product(x.dtype, bias):
             product = y
         ctx.save_for_backward(
             x if needs.lora_A or needs_D else None,
-            weight,
             lora_A,
             lora_B,
             magnitude_row,
@@ -55,10 +56,11 @@ class BoraLinearFunction(torch.autograd.Function):
             product if needs_S else None,
             u if needs.lora_B else None,
             dropout,
+            *((weight,) if layout is None else parts),
         )
         ctx.needs = needs
         ctx.options = (scaling, norm_order, detach_norm, dropout_p, eps)
-        ctx.backend = backend
+        ctx.backend, ctx.layout = backend, layout
         return y
 
     @staticmethod
@@ -66,7 +68,10 @@ class BoraLinearFunction(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         dx = dA = dB = dm_row = dm_col = d_bias = None
         if any(ctx.needs):
-            x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, dropout = ctx.saved_tensors
+            x, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, dropout, *stored = ctx.saved_tensors
+            weight = stored[0]
+            if ctx.layout is not None:
+                weight = quantized.dense(ctx.layout, tuple(stored), dy.dtype, ctx.backend, "backward")
             gradients = ops.backward(
                 _flat(dy), _flat(x), weight, lora_A, lora_B, magnitude_row, magnitude_col,
                 scales, _flat(product), u, dropout, *ctx.options, list(ctx.needs), ctx.backend,
@@ -79,13 +84,14 @@ class BoraLinearFunction(torch.autograd.Function):
                 dx = dx.view(*dy.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[6]:
             d_bias = _flat(dy).sum(0)
-        return dx, None, dA, dB, dm_row, dm_col, d_bias, None, None, None, None, None, None, None, None
+        others = len(ctx.needs_input_grad) - 7
+        return dx, None, dA, dB, dm_row, dm_col, d_bias, *[None] * others
 
 
 def _forward(
     needs: Needs,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude_row: Tensor | None,
@@ -99,20 +105,29 @@ def _forward(
     eps: float,
     backend: str,
     prepared: ops.Prepared | None,
+    layout: quantized.Layout | None,
+    *parts: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """The output, and what a backward with these needs uses again: the product before the bias, u, the scales."""
+    """The output, and what a backward with these needs uses again: the product before the bias, u, the scales.
+
+    A quantized weight (its layout and parts) is dense as long as this call runs.
+    """
+    stored = (weight,)
+    if layout is not None:
+        stored, weight = parts, quantized.dense(layout, parts, x.dtype, backend, "forward")
     has_row, has_col = magnitude_row is not None, magnitude_col is not None
     needs_S, _ = needs.sums(has_row, has_col, norm_order, detach_norm)
     scales = None
     if has_row:
         products = needs.norm_paths(has_row, has_col, norm_order, detach_norm)
-        parameters = (weight, lora_A, lora_B, magnitude_row, magnitude_col)
+        adapter = (lora_A, lora_B, magnitude_row, magnitude_col)
         options = (scaling, norm_order, eps)
         scales = reuse.scales(
-            parameters,
+            lora_B,
+            (*stored, *adapter),
             (*options, backend),
             products,
-            lambda: ops.scales(*parameters, *options, products, backend, prepared=prepared),
+            lambda: ops.scales(weight, *adapter, *options, products, backend, prepared=prepared),
         )
     y, product, u = ops.forward(
         _flat(x), weight, lora_A, lora_B, scales, bias, dropout, scaling, dropout_p, has_col, needs_S, backend,
@@ -133,7 +148,7 @@ _NO_NEEDS = Needs(False, False, False, False, False)
 
 def bora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | quantized.Quantized,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude_row: Tensor | None,
@@ -159,7 +174,8 @@ def bora_linear(
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64.
-        weight: [N, K], frozen, x's dtype (any of these dtypes under ``torch.autocast``).
+        weight: [N, K], frozen, x's dtype (any of these dtypes under ``torch.autocast``); or what
+            ``quantized.read(linear)`` makes of a quantized layer, which is dense in x's dtype only while it is used.
         lora_A: [R, K], any floating dtype; float32 keeps small updates.
         lora_B: [N, R].
         magnitude_row: [N] or None.
@@ -189,13 +205,16 @@ def bora_linear(
         x = x.to(dtype)
     if not training:
         dropout_p = 0.0
+    layout, parts = None, ()
+    if isinstance(weight, quantized.Quantized):
+        (layout, parts), weight = weight, weight.dense(x.dtype) if backend == "reference" else None
     if backend == "reference":
         return reference.bora_linear_ref(
-            x, *parameters, scaling=scaling, norm_order=norm_order, detach_norm=detach_norm,
+            x, weight, *parameters[1:], scaling=scaling, norm_order=norm_order, detach_norm=detach_norm,
             dropout_p=dropout_p, training=training, eps=eps,
         )  # fmt: skip
     dropout = ops.draw_dropout(x, dropout_p, backend) if dropout_p > 0.0 else None
-    options = (float(scaling), norm_order, detach_norm, dropout_p, eps, backend, prepared)
+    options = (float(scaling), norm_order, detach_norm, dropout_p, eps, backend, prepared, layout, *parts)
     if not torch.is_grad_enabled():
-        return _forward(_NO_NEEDS, x, *parameters, dropout, *options)[0]
-    return BoraLinearFunction.apply(x, *parameters, dropout, *options)
+        return _forward(_NO_NEEDS, x, weight, *parameters[1:], dropout, *options)[0]
+    return BoraLinearFunction.apply(x, weight, *parameters[1:], dropout, *options)

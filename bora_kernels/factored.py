@@ -45,6 +45,19 @@ _DITHER_ROW, _DITHER_COL = 0xC13FA9A9, 0x91E10DA5  # steps of the two-dimensiona
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of a float32 mantissa
 
 
+def norms(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Row norms [N] and column norms [K] of a weight, made in blocks of rows in the accumulation dtype."""
+    dtype = accumulation_dtype(weight.dtype)
+    row_norm = torch.empty(weight.shape[0], dtype=dtype, device=weight.device)
+    col_squares = torch.zeros(weight.shape[1], dtype=dtype, device=weight.device)
+    step = max(1, _CHUNK_ELEMENTS // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        wide = weight[start : start + step].to(dtype)
+        row_norm[start : start + step] = torch.linalg.vector_norm(wide, dim=1)
+        col_squares += wide.square().sum(0)
+    return row_norm, col_squares.sqrt()
+
+
 def compute_scales(
     weight: Tensor,
     lora_A: Tensor,

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode, is_traceable
 
 from . import factored
 from .plan import NORM_ORDERS, Needs, accumulation_dtype, projection_parts, scales_size, separate_product
+from .quantized import Quantized
 
 BACKENDS = ("triton", "torch", "reference")
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -126,7 +127,7 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
 
 def check_tensors(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Quantized,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude_row: Tensor | None,
@@ -134,7 +135,9 @@ def check_tensors(
     bias: Tensor | None,
 ) -> None:
     """Raise TypeError or ValueError that names the argument, what was expected and what came."""
-    check_weight(weight)
+    is_quantized = isinstance(weight, Quantized)
+    if not is_quantized:  # a quantized weight was checked when it was read
+        check_weight(weight)
     if weight.requires_grad:
         raise ValueError("weight must be frozen (requires_grad=False): the fused layer computes no gradient for it")
     N, K = weight.shape
@@ -144,7 +147,7 @@ def check_tensors(
         raise ValueError(f"x must be [..., {K}] for weight [{N}, {K}], got {list(x.shape)}")
     if x.dtype not in _FLOAT_DTYPES:
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
-    if x.dtype != weight.dtype and autocast_dtype(x) is None:
+    if not is_quantized and x.dtype != weight.dtype and autocast_dtype(x) is None:
         raise TypeError(f"x must have weight's dtype {weight.dtype} (or run under torch.autocast), got {x.dtype}")
     if not isinstance(lora_A, Tensor) or lora_A.ndim != 2 or lora_A.shape[0] < 1:
         raise ValueError(f"lora_A must be [rank, {K}] with rank >= 1, got {_describe(lora_A)}")
@@ -197,7 +200,7 @@ def prepare(x: Tensor, tensors: tuple[Tensor | None, ...], backend: str | None) 
     """
     signature = None
     autocast = autocast_dtype(x) if isinstance(x, Tensor) else None
-    if not torch.compiler.is_compiling() and _PLAIN.issuperset(map(type, (x, *tensors))):
+    if not torch.compiler.is_compiling() and _PREPARED_TYPES.issuperset(map(type, (x, *tensors))):
         signature = (backend, autocast, *map(_layout, (x, *tensors)))
         known = _prepared.get(signature)
         if known is not None:
@@ -214,6 +217,8 @@ def prepare(x: Tensor, tensors: tuple[Tensor | None, ...], backend: str | None) 
 
 def _layout(tensor: object) -> tuple | None:
     """What a tensor is, but for the values that it holds."""
+    if isinstance(tensor, Quantized):
+        return (tensor.layout, *map(_layout, tensor.parts))
     if not isinstance(tensor, Tensor):
         return tensor if tensor is None else (type(tensor),)
     alignment = tensor.data_ptr() & 15
@@ -363,6 +368,7 @@ def _define(name: str, body: Callable, fake: Callable) -> Callable:
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), float, int, bool, str, list))
+_PREPARED_TYPES = _PLAIN | {Quantized}
 
 scales = _define("scales", _scales, _scales_fake)
 forward = _define("forward", _forward, _forward_fake)

@@ -46,8 +46,14 @@ def reuse_scales() -> Iterator[None]:
         _scopes[:] = [other for other in _scopes if other is not scope]  # by identity: == would compare tensors
 
 
-def scales(tensors: tuple[Tensor | None, ...], options: tuple, products: bool, compute: Callable[[], Tensor]) -> Tensor:
-    """Flat scales of (weight, lora_A, lora_B, magnitude_row, magnitude_col): ``compute()``, or what it gave before."""
+def scales(
+    lora_B: Tensor,
+    tensors: tuple[Tensor | None, ...],
+    options: tuple,
+    products: bool,
+    compute: Callable[[], Tensor],
+) -> Tensor:
+    """Flat scales of a layer, known by its lora_B: ``compute()``, or what it gave before for tensors in this state."""
     if torch.compiler.is_compiling():
         return compute()
     in_backward = torch._C._current_graph_task_id() != -1
@@ -59,7 +65,6 @@ def scales(tensors: tuple[Tensor | None, ...], options: tuple, products: bool, c
         return compute()
     if any(tensor is not None and tensor.is_inference() for tensor in tensors):
         return compute()  # such tensors have no version
-    lora_B = tensors[2]
     fingerprint = (options, *(None if t is None else (t.data_ptr(), t._version, t.dtype, t.shape) for t in tensors))
     entry: _Entry | None = entries.get(lora_B) if find else None
     if not keep:

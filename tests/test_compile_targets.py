@@ -19,10 +19,10 @@ from cross_compile import SHARED_MEMORY_LIMIT, CompileError, CompileRequest, cro
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bora_kernels import fused
-from bora_kernels.kernels import config, gemm, low_rank, moments
+from bora_kernels.kernels import config, gemm, low_rank, moments, nf4
 from bora_kernels.plan import Needs, separate_product
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.uint8: "u8"}
 # ptxas spills a register or two to raise occupancy even where a thread has 40 of its 255
 TOLERATED_SPILL_BYTES = 32
 PROCESSORS = {80: 108, 90: 132, 100: 148, "gfx942": 304}
@@ -75,7 +75,7 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch):
     recorded = []
-    for module in (gemm, low_rank, moments):
+    for module in (gemm, low_rank, moments, nf4):
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder(kernel, recorded))
@@ -112,6 +112,14 @@ def run_layer(case: Case) -> None:
     )  # fmt: skip
 
 
+def run_dequantization(dtype: torch.dtype, block: int, nested: bool) -> None:
+    """A 4-bit weight made dense, on uninitialized tensors."""
+    absmax = torch.empty(4096 * 4096 // block, dtype=torch.uint8 if nested else torch.float32)
+    parts = (torch.empty(4096 * 2048, 1, dtype=torch.uint8), torch.empty(16), absmax)
+    parts += (torch.empty(len(absmax) // 256), torch.empty(256), torch.empty(())) if nested else ()
+    nf4.dequantize_nf4(parts, (4096, 4096), (block, 256) if nested else (block,), dtype)
+
+
 def compile_request(kernel, arguments: dict, arch) -> CompileRequest:
     """What Triton would compile for a launch with these arguments."""
     parameters = inspect.signature(kernel.fn).parameters
@@ -143,14 +151,16 @@ def test_every_launch_compiles_within_the_targets_limits(arch, launches, monkeyp
     config.gemm_config.cache_clear()
     for case in CASES:
         run_layer(case)
+    for dtype, block in ((torch.bfloat16, 64), (torch.float16, 128), (torch.float32, 4096)):
+        for nested in (False, True):
+            run_dequantization(dtype, block, nested)
     config.gemm_config.cache_clear()
     requests = {}
     for kernel, arguments in launches:
         request = compile_request(kernel, arguments, arch)
         requests.setdefault(repr((kernel, request.signature, request.constexprs, request.options)), request)
-    assert len({request.kernel.__name__ for request in requests.values()}) == 7 + (arch == 90), (
-        "not every kernel was launched"
-    )
+    launched = {request.kernel.__name__ for request in requests.values()}
+    assert len(launched) == 8 + (arch == 90), "not every kernel was launched"
 
     problems = []
     for request, usage in zip(requests.values(), cross_compile_all(list(requests.values())), strict=True):

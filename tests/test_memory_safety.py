@@ -55,6 +55,7 @@ def exercise(at):
             for owner, name in ALLOCATORS if guarding else ():
                 allocate = guarding_allocator(getattr(owner, name), at)
                 patches.enter_context(mock.patch.object(owner, name, allocate))
+            results["nf4", guarding] = {"dense": dense_nf4(at if guarding else None)}
             for case, options in CASES:
                 tensors = case.inputs("cpu") | {"dy": case.upstream("cpu")}
                 if guarding:
@@ -62,10 +63,29 @@ def exercise(at):
                 torch.manual_seed(0)
                 options = {"scaling": 0.5, "norm_order": case.order, "backend": "triton", **options}
                 results[case, guarding] = run(bora_linear, tensors, tensors.pop("dy"), **options)
-    for case, _ in CASES:
+    for case in ("nf4", *(case for case, _ in CASES)):
         for name, value in results[case, True].items():
             assert torch.equal(value, results[case, False][name]), f"{name} of {case} depends on its memory"
     assert launched == kernels().keys(), f"never launched: {kernels().keys() - launched}"
+
+
+def dense_nf4(at):
+    """A 4-bit weight with an odd number of elements and a last block that is not whole."""
+    from bora_kernels.kernels.nf4 import dequantize_nf4
+
+    N, K, block, nested_block = 13, 37, 64, 4
+    generator = torch.Generator().manual_seed(0)
+    parts = (
+        torch.randint(256, ((N * K + 1) // 2, 1), dtype=torch.uint8, generator=generator),
+        torch.randn(16, generator=generator),
+        torch.randint(256, (-(-N * K // block),), dtype=torch.uint8, generator=generator),
+        torch.randn(2, generator=generator),
+        torch.randn(256, generator=generator),
+        torch.randn((), generator=generator),
+    )
+    if at is not None:
+        parts = tuple(guarded(part, at) for part in parts)
+    return dequantize_nf4(parts, (N, K), (block, nested_block), torch.float32)
 
 
 def guarding_allocator(allocate, at):

@@ -180,3 +180,8 @@ def gemm_tile(
     if aligned and not dropout and fills_device(128, 128):
         return tile(128, 128, 64, 8, 3) if arch in (80, 90, 100, 103) else tile(128, 128, 32, 8, 3)
     return tile(64, 64, 32, 8, 3)
+
+
+def dequantize_config(block: int) -> dict:
+    """Blocks of 4-bit elements that a program decodes: 4096 elements, 32 a thread."""
+    return {"BLOCKS": max(1, 4096 // block), "num_warps": 4}
