@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import factored, ops
 from .autograd import bora_linear
 
-_EPS = 1e-12  # norms are clamped here, as in torch.nn.functional.normalize
+EPS = 1e-12  # norms are clamped here, as in torch.nn.functional.normalize
 
 
 class FusedBoraLinear(nn.Module):
@@ -103,7 +103,7 @@ class FusedBoraLinear(nn.Module):
         if not (isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point):
             raise TypeError(f"adapter_dtype must be a floating-point dtype, got {adapter_dtype!r}")
         scaling = alpha / (math.sqrt(r) if rslora else r)
-        ops.check_options(scaling=scaling, norm_order=norm_order, dropout_p=dropout, eps=_EPS)
+        ops.check_options(scaling=scaling, norm_order=norm_order, dropout_p=dropout, eps=EPS)
         ops.check_weight(linear.weight, "linear.weight")
         if tuple(linear.weight.shape) != (linear.out_features, linear.in_features):
             expected = [linear.out_features, linear.in_features]
@@ -111,7 +111,7 @@ class FusedBoraLinear(nn.Module):
 
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.r, self.alpha, self.scaling = r, alpha, scaling
+        self.r, self.alpha, self.rslora, self.scaling = r, alpha, rslora, scaling
         self.dropout, self.norm_order, self.detach_norm = dropout, norm_order, detach_norm
         self.weight = linear.weight.requires_grad_(False)
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
@@ -154,7 +154,7 @@ class FusedBoraLinear(nn.Module):
             detach_norm=self.detach_norm,
             dropout_p=self.dropout,
             training=self.training,
-            eps=_EPS,
+            eps=EPS,
             backend=self.backend,
         )
 
@@ -169,7 +169,7 @@ class FusedBoraLinear(nn.Module):
             self.magnitude_col,
             scaling=self.scaling,
             norm_order=self.norm_order,
-            eps=_EPS,
+            eps=EPS,
         )
 
     @property
