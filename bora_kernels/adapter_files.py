@@ -40,7 +40,7 @@ _CONFIG_KEYS = {
     "alpha_pattern": "alpha_pattern",
 }
 # How PEFT may start lora_A and lora_B without changing the base weight, which its other ways do.
-_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def named_modules(model: nn.Module, *, every_place: bool = False) -> Iterator[tu
 
 def plain_name(name: str) -> str:
     """A module's or tensor's name without what ``torch.compile`` adds."""
-    return name.replace("_orig_mod.", "")
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def matches(names: str | Iterable[str], name: str) -> bool:
