@@ -44,7 +44,7 @@ _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 
 
 @dataclass(frozen=True)
-class AdapterOptions:
+class AdapterDescription:
     """What the layers of an adapter share. The patterns map layers to a rank or alpha of their own, as in PEFT."""
 
     method: str
@@ -75,7 +75,7 @@ def _lookup(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
 
 
 def write_adapter(
-    folder: Path, tensors: Mapping[str, Tensor], options: AdapterOptions, config: Mapping[str, Any]
+    folder: Path, tensors: Mapping[str, Tensor], description: AdapterDescription, config: Mapping[str, Any]
 ) -> None:
     """Write both files; ``config`` adds to the configuration. A crash leaves no half-written file."""
     from safetensors.torch import save_file
@@ -87,11 +87,11 @@ def write_adapter(
         kind = type(tensors[sharded[0]]).__name__
         raise ValueError(f"state_dict must hold whole tensors, got a {kind} for {sharded[0]}")
     header = {"format": "pt", "format_version": FORMAT_VERSION, "library_version": __version__, "eps": repr(EPS)}
-    header |= {k: v if isinstance(v, str) else json.dumps(v) for k, v in asdict(options).items()}
+    header |= {k: v if isinstance(v, str) else json.dumps(v) for k, v in asdict(description).items()}
     config = {
         "peft_type": "BORA",
-        "use_dora": options.method == "dora",
-        **{key: getattr(options, name) for name, key in _CONFIG_KEYS.items()},
+        "use_dora": description.method == "dora",
+        **{key: getattr(description, name) for name, key in _CONFIG_KEYS.items()},
         **config,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,8 +103,8 @@ def write_adapter(
     os.replace(new_config, folder / CONFIG_FILE)
 
 
-def read_adapter(path: Path) -> tuple[AdapterOptions, dict[str, Tensor]]:
-    """Options and tensors, without the names' prefix, of a folder or of the safetensors file alone.
+def read_adapter(path: Path) -> tuple[AdapterDescription, dict[str, Tensor]]:
+    """The description and the tensors, without the names' prefix, of a folder or of the safetensors file alone.
 
     Raises:
         FileNotFoundError: where there is no such file.
@@ -131,7 +131,7 @@ def read_adapter(path: Path) -> tuple[AdapterOptions, dict[str, Tensor]]:
     return known[0], tensors
 
 
-def _from_header(header: Mapping[str, str], path: Path) -> AdapterOptions:
+def _from_header(header: Mapping[str, str], path: Path) -> AdapterDescription:
     version = header["format_version"]
     major = version.partition(".")[0]
     if not major.isdigit() or int(major) > int(FORMAT_VERSION.partition(".")[0]):
@@ -141,21 +141,21 @@ def _from_header(header: Mapping[str, str], path: Path) -> AdapterOptions:
         raise ValueError(f"{path} must have eps {EPS}, got {header.get('eps')}")
     texts = ("method", "norm_order")
     values = {name: header[name] for name in ("method", *_CONFIG_KEYS) if name in header}
-    return _options({k: v if k in texts else json.loads(v) for k, v in values.items()}, path)
+    return _description({k: v if k in texts else json.loads(v) for k, v in values.items()}, path)
 
 
-def _from_config(config: Mapping[str, Any], path: Path) -> AdapterOptions:
+def _from_config(config: Mapping[str, Any], path: Path) -> AdapterDescription:
     if config.get("peft_type") != "BORA":
         raise ValueError(f"{path} must have the peft_type BORA, got {config.get('peft_type')}")
     start = config.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
         raise ValueError(f"{path}: init_lora_weights={start!r} changes the base weight; load this adapter with PEFT")
     values = {name: config[key] for name, key in _CONFIG_KEYS.items() if config.get(key) is not None}
-    return _options({"method": "dora" if config.get("use_dora") else "bora", **values}, path)
+    return _description({"method": "dora" if config.get("use_dora") else "bora", **values}, path)
 
 
-def _options(values: dict[str, Any], path: Path) -> AdapterOptions:
+def _description(values: dict[str, Any], path: Path) -> AdapterDescription:
     missing = {"method", "rank", "alpha", "norm_order"} - values.keys()
     if missing:
         raise ValueError(f"{path} must say {', '.join(sorted(missing))}, got {', '.join(sorted(values))}")
-    return AdapterOptions(**values)
+    return AdapterDescription(**values)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter_files import PREFIX, SUFFIXES, AdapterOptions, exact_pattern, read_adapter, write_adapter
+from .adapter_files import PREFIX, SUFFIXES, AdapterDescription, exact_pattern, read_adapter, write_adapter
 from .conversion import (
     METHODS,
     adapt,
@@ -78,7 +78,7 @@ def save_adapter(
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
     }
-    write_adapter(Path(folder), tensors, _common_options(layers), config)
+    write_adapter(Path(folder), tensors, _describe(layers), config)
 
 
 def load_adapter(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
@@ -97,7 +97,7 @@ def load_adapter(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
         ValueError: for a newer format, and for layers, shapes, dtypes and options that do not fit, by name; before
             the model changes.
     """
-    options, tensors = read_adapter(Path(path))
+    description, tensors = read_adapter(Path(path))
     layers, others = _by_layer(tensors)
     modules = dict(named_modules(model, every_place=True))
     state = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -105,7 +105,7 @@ def load_adapter(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
     found = {modules[name] for name in layers if name in modules}
     problems += [f"{name} is missing" for name, layer in adapted_layers(model).items() if layer not in found]
     for name, parameters in layers.items():
-        problems += _layer_problems(name, modules.get(name), parameters, options)
+        problems += _layer_problems(name, modules.get(name), parameters, description)
     for name, tensor in others.items():
         problems += _tensor_problems(name, tensor, state.get(name))
     if problems:
@@ -113,7 +113,7 @@ def load_adapter(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
         raise ValueError(f"{path} must fit the model: {'; '.join(problems[:_LISTED])}{more}")
 
     new = {
-        modules[name]: (METHODS[options.method], _layer_options(name, parameters, options))
+        modules[name]: (METHODS[description.method], _layer_options(name, parameters, description))
         for name, parameters in layers.items()
         if not isinstance(modules[name], FusedBoraLinear)
     }
@@ -180,7 +180,7 @@ def _exact_targets(model: nn.Module, layers: Mapping[str, FusedBoraLinear]) -> l
     return "|".join(map(re.escape, layers)) if ambiguous else list(layers)
 
 
-def _common_options(layers: Mapping[str, FusedBoraLinear]) -> AdapterOptions:
+def _describe(layers: Mapping[str, FusedBoraLinear]) -> AdapterDescription:
     """The options of all layers; the most common rank and alpha, and a pattern for each layer with another one."""
     common: dict[str, Any] = {}
     for name, layer in layers.items():
@@ -190,7 +190,7 @@ def _common_options(layers: Mapping[str, FusedBoraLinear]) -> AdapterOptions:
             raise ValueError(f"model must have the same options in all layers, got {common} and in {name} {options}")
     rank = Counter(layer.r for layer in layers.values()).most_common(1)[0][0]
     alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
-    return AdapterOptions(
+    return AdapterDescription(
         **common,
         rank=rank,
         alpha=alpha,
@@ -219,27 +219,27 @@ def _by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor
     return layers, others
 
 
-def _layer_options(name: str, parameters: Mapping[str, Tensor], options: AdapterOptions) -> dict[str, Any]:
+def _layer_options(name: str, parameters: Mapping[str, Tensor], description: AdapterDescription) -> dict[str, Any]:
     """The arguments of ``from_linear``."""
     return {
-        "r": options.rank_of(name),
-        "alpha": options.alpha_of(name),
+        "r": description.rank_of(name),
+        "alpha": description.alpha_of(name),
         "adapter_dtype": reduce(torch.promote_types, (tensor.dtype for tensor in parameters.values())),
-        **{option: getattr(options, option) for option in _SHARED},
+        **{option: getattr(description, option) for option in _SHARED},
     }
 
 
 def _layer_problems(
-    name: str, module: nn.Module | None, parameters: Mapping[str, Tensor], options: AdapterOptions
+    name: str, module: nn.Module | None, parameters: Mapping[str, Tensor], description: AdapterDescription
 ) -> list[str]:
     """Why an adapter of the file does not fit its layer."""
     if module is None:
         return [f"{name} is unknown"]
     if not isinstance(module, (nn.Linear, FusedBoraLinear)):
         return [f"{name} must be a torch.nn.Linear, got {type(module).__name__}"]
-    rank, N, K = options.rank_of(name), module.out_features, module.in_features
+    rank, N, K = description.rank_of(name), module.out_features, module.in_features
     shapes = {"lora_A": (rank, K), "lora_B": (N, rank), "magnitude_row": (N,), "magnitude_col": (K,)}
-    if options.method == "dora":
+    if description.method == "dora":
         del shapes["magnitude_col"]
     targets = dict.fromkeys(shapes)
     problems = []
@@ -247,7 +247,7 @@ def _layer_problems(
         targets = adapter_parameters(module)
         ours, theirs = (
             (_method(module), module.r, module.alpha, module.rslora, module.norm_order),
-            (options.method, rank, options.alpha_of(name), options.rslora, options.norm_order),
+            (description.method, rank, description.alpha_of(name), description.rslora, description.norm_order),
         )
         if ours != theirs:
             names = "method, rank, alpha, rslora, norm order"
