@@ -4,6 +4,7 @@ from . import reference
 from .adapters import adapter_state_dict, load_adapter, merge_adapter, save_adapter
 from .autograd import bora_linear
 from .conversion import convert
+from .diagnostics import explain
 from .modules import FusedBoraLinear, FusedDoraLinear
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __all__ = [
     "adapter_state_dict",
     "bora_linear",
     "convert",
+    "explain",
     "load_adapter",
     "merge_adapter",
     "reference",

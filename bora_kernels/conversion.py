@@ -156,6 +156,9 @@ def _choose(model: nn.Module, targets: str | tuple[str, ...], exclude: str | tup
     for module, name in chosen.items():
         if isinstance(module, _NEVER_CALLED):
             raise ValueError(f"target_modules must not name {name}: MultiheadAttention never calls it")
+        own_forward = type(module).forward is not nn.Linear.forward
+        if own_forward and not type(module).__module__.startswith("bitsandbytes."):
+            raise ValueError(f"target_modules must not name {name}: a {type(module).__name__} has a forward of its own")
         if "weight" not in module._parameters:
             raise ValueError(f"target_modules must not name {name}: its weight is computed (a parametrization)")
     return list(chosen)

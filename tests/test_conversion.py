@@ -189,6 +189,11 @@ def parametrized():
     return model
 
 
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 ERRORS = {
     "model": (lambda: "model", {}, TypeError, "model must be a torch.nn.Module, got str"),
     "bare-linear": (lambda: nn.Linear(3, 3), {}, ValueError, "target_modules must leave a layer to convert"),
@@ -220,6 +225,12 @@ ERRORS = {
     "alpha": (Model, {"alpha": float("inf")}, ValueError, "scaling must be finite, got inf"),
     "norm_order": (Model, {"norm_order": "row"}, ValueError, "norm_order must be one of row_col, col_row, got 'row'"),
     "option": (Model, {"dropuot": 0.1}, TypeError, "dropuot"),
+    "own-forward": (
+        lambda: nn.Sequential(nn.Linear(3, 3), Scaled(3, 3)),
+        {},
+        ValueError,
+        "must not name 1: a Scaled has a forward of its own",
+    ),
     "parametrized": (parametrized, {}, ValueError, "must not name blocks.1.q_proj: its weight is computed"),
     "last-layer": (
         lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, dtype=torch.complex64)),
