@@ -227,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=8, help=f"examples a step and device {standard}")
     add("--accumulate", type=int, default=1, help=f"batches that make one optimizer step {standard}")
     add("--max-length", type=int, default=1024, help=f"texts are cut to this many tokens {standard}")
-    add("--gradient-checkpointing", action="store_true", help="less memory for about a third more time")
+    add("--gradient-checkpointing", action="store_true", help="less memory for a second forward pass")
     add("--dtype", choices=("bfloat16", "float32"), default=dtype, help=f"of the frozen weights {standard}")
     add("--save-steps", type=int, default=200, help=f"steps between checkpoints {standard}")
     add("--validation-share", type=float, default=0.05, help=f"where the data has no validation part {standard}")
