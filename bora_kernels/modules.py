@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import factored, ops
 from .autograd import bora_linear
 
-EPS = 1e-12  # norms are clamped here, as in torch.nn.functional.normalize
+_EPS = 1e-12  # norms are clamped here, as in torch.nn.functional.normalize
 
 
 class FusedBoraLinear(nn.Module):
@@ -103,7 +103,7 @@ class FusedBoraLinear(nn.Module):
         if not (isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point):
             raise TypeError(f"adapter_dtype must be a floating-point dtype, got {adapter_dtype!r}")
         scaling = alpha / (math.sqrt(r) if rslora else r)
-        ops.check_options(scaling=scaling, norm_order=norm_order, dropout_p=dropout, eps=EPS)
+        ops.check_options(scaling=scaling, norm_order=norm_order, dropout_p=dropout, eps=_EPS)
         ops.check_weight(linear.weight, "linear.weight")
         if tuple(linear.weight.shape) != (linear.out_features, linear.in_features):
             expected = [linear.out_features, linear.in_features]
@@ -154,7 +154,7 @@ class FusedBoraLinear(nn.Module):
             detach_norm=self.detach_norm,
             dropout_p=self.dropout,
             training=self.training,
-            eps=EPS,
+            eps=_EPS,
             backend=self.backend,
         )
 
@@ -169,7 +169,7 @@ class FusedBoraLinear(nn.Module):
             self.magnitude_col,
             scaling=self.scaling,
             norm_order=self.norm_order,
-            eps=EPS,
+            eps=_EPS,
         )
 
     @property
