@@ -47,8 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(bora_kernels.explain(model))
 
     trainer = make_trainer(options, model, tokenizer, train, validation)
-    with model.disable_adapter():
-        losses = {"base": evaluate(trainer)}
+    losses = {"base": evaluate(trainer)}  # every method starts as the pretrained model
     checkpoint = get_last_checkpoint(trainer.args.output_dir) if Path(trainer.args.output_dir).is_dir() else None
     print(f"going on from {checkpoint}" if checkpoint else f"training on {len(train)} examples")
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
