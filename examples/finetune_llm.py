@@ -39,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token
     train, validation = load_data(options, tokenizer)
-    model = get_peft_model(load_base(options, quantized=options.method == "qbora"), adapter_config(options))
+    model = load_base(options.model, options.dtype, quantized=options.method == "qbora")
+    model = get_peft_model(model, adapter_config(options))
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.print_trainable_parameters()
@@ -54,13 +55,15 @@ def main(arguments: list[str] | None = None) -> int:
     losses[options.method] = evaluate(trainer)
     adapter = options.output / "adapter"
     model.save_pretrained(adapter)
+    steps = trainer.state.global_step - (int(checkpoint.rpartition("-")[2]) if checkpoint else 0)
 
-    if not options.no_merge:
-        merged = merge(options, model, adapter)
+    if options.merged_dtype != "none":
+        del model, trainer  # their memory is needed
+        base = load_base(options.model, options.merged_dtype, quantized=False)
+        merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
         losses["merged"] = evaluate(make_trainer(options, merged, tokenizer, train, validation))
         merged.save_pretrained(options.output / "merged")
         tokenizer.save_pretrained(options.output / "merged")
-    steps = trainer.state.global_step - (int(checkpoint.rpartition("-")[2]) if checkpoint else 0)
     report(options, losses, outcome.metrics["train_runtime"] / max(1, steps), adapter)
     return 0
 
@@ -114,11 +117,11 @@ def encode_row(row: dict, tokenizer, max_length: int) -> dict[str, list[int]]:
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def load_base(options: argparse.Namespace, quantized: bool) -> torch.nn.Module:
-    """The pretrained model, in 4-bit NormalFloat with double quantization (QLoRA) or in --dtype."""
-    dtype = getattr(torch, options.dtype)
+def load_base(name: str, dtype_name: str, quantized: bool) -> torch.nn.Module:
+    """The pretrained model; quantized it is in 4-bit NormalFloat with double quantization, as in QLoRA."""
+    dtype = getattr(torch, dtype_name)
     if not quantized:
-        return AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     four_bit = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -127,7 +130,7 @@ def load_base(options: argparse.Namespace, quantized: bool) -> torch.nn.Module:
     )
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     return AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=dtype, quantization_config=four_bit, device_map={"": device}
+        name, dtype=dtype, quantization_config=four_bit, device_map={"": device}
     )
 
 
@@ -144,13 +147,6 @@ def adapter_config(options: argparse.Namespace) -> LoraConfig:
     if options.method == "lora":
         return LoraConfig(**shared)
     return BoraConfig(norm_order=options.norm_order, use_dora=options.method == "dora", **shared)
-
-
-def merge(options: argparse.Namespace, model: PeftModel, adapter: Path) -> torch.nn.Module:
-    """A plain model with the adapter in its weights. Over a 4-bit base the unquantized weights take it."""
-    if options.method != "qbora":
-        return model.merge_and_unload()
-    return PeftModel.from_pretrained(load_base(options, quantized=False), adapter).merge_and_unload()
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -232,7 +228,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--validation-share", type=float, default=0.05, help=f"where the data has no validation part {standard}")
     add("--max-validation", type=int, default=500, help=f"examples to evaluate on {standard}")
     add("--seed", type=int, default=0, help=standard)
-    add("--no-merge", action="store_true", help="leave out the merged model")
+    merged = "of the merged model; bfloat16 takes half the space and rounds small updates away"
+    add("--merged-dtype", choices=("float32", "bfloat16", "none"), default="float32", help=f"{merged} {standard}")
     add("--output", type=Path, default=Path("finetune_output"), help=standard)
     return parser
 
