@@ -118,7 +118,7 @@ def read_adapter(path: Path) -> tuple[AdapterDescription, dict[str, Tensor]]:
         raise FileNotFoundError(f"path must be a folder with {TENSOR_FILE} or a safetensors file, got {path}")
     with safe_open(file_path, framework="pt") as file:
         header = file.metadata() or {}
-        tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {_plain_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     known = []
     if "format_version" in header:
         known.append(_from_header(header, file_path))
@@ -129,6 +129,11 @@ def read_adapter(path: Path) -> tuple[AdapterDescription, dict[str, Tensor]]:
     if known[0] != known[-1]:
         raise ValueError(f"{file_path} and {config_path} must say the same, got {known[0]} and {known[-1]}")
     return known[0], tensors
+
+
+def _plain_name(name: str) -> str:
+    """Without PEFT's prefix, and with one name for the magnitude of PEFT's DoRA and of this package's."""
+    return re.sub(r"\.lora_magnitude_vector(\.weight)?$", f".{SUFFIXES['magnitude_row']}", name.removeprefix(PREFIX))
 
 
 def _from_header(header: Mapping[str, str], path: Path) -> AdapterDescription:
@@ -145,13 +150,15 @@ def _from_header(header: Mapping[str, str], path: Path) -> AdapterDescription:
 
 
 def _from_config(config: Mapping[str, Any], path: Path) -> AdapterDescription:
-    if config.get("peft_type") != "BORA":
-        raise ValueError(f"{path} must have the peft_type BORA, got {config.get('peft_type')}")
+    kind = config.get("peft_type")
+    peft_dora = {"norm_order": "row_col", "detach_norm": True} if kind == "LORA" and config.get("use_dora") else {}
+    if kind != "BORA" and not peft_dora:
+        raise ValueError(f"{path} must have the peft_type BORA, or LORA with use_dora, got {kind}")
     start = config.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
         raise ValueError(f"{path}: init_lora_weights={start!r} changes the base weight; load this adapter with PEFT")
     values = {name: config[key] for name, key in _CONFIG_KEYS.items() if config.get(key) is not None}
-    return _description({"method": "dora" if config.get("use_dora") else "bora", **values}, path)
+    return _description({"method": "dora" if config.get("use_dora") else "bora", **peft_dora, **values}, path)
 
 
 def _description(values: dict[str, Any], path: Path) -> AdapterDescription:

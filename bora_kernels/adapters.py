@@ -87,7 +87,7 @@ def load_adapter(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
     Args:
         model: the base model, or one whose adapted layers are those of the file. Of the latter the parameters stay
             the same objects, so that an optimizer keeps them.
-        path: a folder that ``save_adapter`` or PEFT wrote, or the safetensors file of ``save_adapter`` alone.
+        path: a folder that ``save_adapter`` or PEFT wrote (BoRA or DoRA), or the safetensors file of the former alone.
 
     Returns:
         The same model. New layers have the dtype of the file and are trainable as ``convert`` leaves them.
@@ -102,7 +102,11 @@ def load_adapter(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
     modules = dict(named_modules(model, every_place=True))
     state = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     problems = [] if layers else ["it holds no adapted layer"]
-    found = {modules[name] for name in layers if name in modules}
+    found: dict[nn.Module, str] = {}
+    for name in (name for name in layers if name in modules):
+        first = found.setdefault(modules[name], name)
+        if first != name:
+            problems.append(f"{name} is the same layer as {first}")
     problems += [f"{name} is missing" for name, layer in adapted_layers(model).items() if layer not in found]
     for name, parameters in layers.items():
         problems += _layer_problems(name, modules.get(name), parameters, description)

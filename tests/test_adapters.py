@@ -262,7 +262,7 @@ REFUSED = {
     "no-format": ({"header": {"format_version": "new"}}, r"must have format 1.0 or older, got new"),
     "eps": ({"header": {"eps": "1e-6"}}, "must have eps 1e-12, got 1e-6"),
     "disagreement": ({"config": {"lora_alpha": 7}}, "must say the same, got .*alpha=5.* and .*alpha=7"),
-    "peft-type": ({"config": {"peft_type": "LORA"}}, "must have the peft_type BORA, got LORA"),
+    "peft-type": ({"config": {"peft_type": "LORA"}}, "must have the peft_type BORA, or LORA with use_dora, got LORA"),
     "pissa": ({"config": {"init_lora_weights": "pissa"}}, "init_lora_weights='pissa' changes the base weight"),
     "shape": (
         {"tensors": {f"{UP}.lora_magnitude_row.weight": torch.ones(K)}},
@@ -399,6 +399,13 @@ def test_merging_a_tied_weight_says_so():
     assert torch.equal(model["embedding"].weight, before) and not torch.equal(model["lm_head"].weight, before)
 
 
+def test_two_adapters_for_one_shared_layer_are_refused(tmp_path):
+    model = convert(Model(shared=False), r=2, target_modules=["down", "again"])
+    save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="must fit the model: block.down is the same layer as again"):
+        load_adapter(Model(), tmp_path)
+
+
 # ---- PEFT ----
 
 
@@ -451,3 +458,15 @@ def test_what_peft_saves_is_loaded(method, head, peft, tmp_path):
     model = load_adapter(unshared(), tmp_path).eval()
     assert torch.equal(model(X), theirs(X))
     assert {n: (m.r, m.alpha) for n, m in adapted_layers(model).items()} == {"block.up": (2, 4), "block.down": (3, 5)}
+
+
+def test_dora_of_peft_is_loaded(tmp_path):
+    """To rounding: PEFT takes the norms in another way."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["up", "down"], use_dora=True)
+    theirs = perturb(peft.get_peft_model(unshared(), config))
+    theirs.save_pretrained(tmp_path)
+    model = load_adapter(unshared(), tmp_path).eval()
+    assert {type(layer) for layer in adapted_layers(model).values()} == {bora_kernels.FusedDoraLinear}
+    assert all(layer.detach_norm for layer in adapted_layers(model).values())
+    torch.testing.assert_close(model(X), theirs(X))
