@@ -154,6 +154,16 @@ def test_round_trip_is_exact(method, head, whole, dtype, tmp_path):
         assert {p.dtype for p in adapter_parameters(twin).values()} == {torch.float32}
 
 
+@pytest.mark.gpu
+@methods
+def test_round_trip_on_a_gpu(method, tmp_path):
+    model = trained(method=method, dtype=torch.bfloat16, head=True).cuda()
+    save_adapter(model, tmp_path)
+    other = load_adapter(base(torch.bfloat16).cuda(), tmp_path).eval()
+    assert {p.device.type for p in other.parameters()} == {"cuda"}
+    assert torch.equal(other(X.bfloat16().cuda()), model(X.bfloat16().cuda()))
+
+
 def test_layers_of_several_ranks_and_alphas(tmp_path):
     model = convert(base(), r=2, alpha=4, target_modules=["up"])
     convert(model, r=3, alpha=6, target_modules=["down"])
