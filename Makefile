@@ -15,7 +15,7 @@ venv: $(VENV)/.installed ## build .venv with the tested versions (PYTHON=python3
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -e ".[dev,demo,quantized]" -c constraints.txt
+	$(VENV)/bin/python -m pip install -e ".[dev,demo,examples,quantized]" -c constraints.txt
 	@touch $@
 
 demo: venv ## run the demo

@@ -120,7 +120,7 @@ class FusedBoraLinear(nn.Module):
 
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.r, self.alpha, self.scaling = r, alpha, scaling
+        self.r, self.alpha, self.rslora, self.scaling = r, alpha, rslora, scaling
         self.dropout, self.norm_order, self.detach_norm = dropout, norm_order, detach_norm
         if stored is None:
             self.weight = linear.weight.requires_grad_(False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -51,19 +52,40 @@ def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
 triton_problem._dynamo_marked_constant = True
 
 
+def rank_problem(rank: int) -> str | None:
+    """Why the Triton backend cannot run on this rank, or None if it can."""
+    return None if rank <= _MAX_RANK else f"it supports lora_A of rank up to {_MAX_RANK}, got rank {rank}"
+
+
+def _warn_once(problem: str) -> None:
+    if problem not in _warned:
+        _warned.add(problem)
+        warnings.warn(
+            f'A layer on a CUDA device runs on the "torch" backend, which is slower than "triton": {problem}. '
+            'bora_kernels.explain(model) lists such layers; backend="torch" chooses it without this warning.',
+            stacklevel=2,
+        )
+
+
+_warned: set[str] = set()
+_warn_once._dynamo_marked_constant = True  # warns while the compiler traces
+
+
 def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype, rank: int) -> str:
     """``backend`` if it can run, or the default: "triton" on CUDA devices that it supports, else "torch"."""
     if backend is None:
-        usable = device.type == "cuda" and rank <= _MAX_RANK and triton_problem(device, dtype) is None
-        return "triton" if usable else "torch"
+        if device.type != "cuda":
+            return "torch"
+        problem = triton_problem(device, dtype) or rank_problem(rank)
+        if problem is not None:
+            _warn_once(problem)
+        return "triton" if problem is None else "torch"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if backend == "triton":
-        problem = triton_problem(device, dtype)
+        problem = triton_problem(device, dtype) or rank_problem(rank)
         if problem is not None:
             raise ValueError(f'backend="triton" cannot run here: {problem}')
-        if rank > _MAX_RANK:
-            raise ValueError(f'backend="triton" supports lora_A of rank up to {_MAX_RANK}, got rank {rank}')
     return backend
 
 

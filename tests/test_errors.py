@@ -148,6 +148,7 @@ def test_triton_with_a_large_rank(monkeypatch):
     assert bora_linear(**arguments(**large, backend=None)).shape == (M, N)
 
 
+@pytest.mark.filterwarnings("ignore:A layer on a CUDA device")
 def test_default_backend(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     problems = {torch.float32: None, torch.float64: "no"}

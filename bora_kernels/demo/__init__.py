@@ -2,7 +2,7 @@
 
 ``python -m bora_kernels.demo`` reads in this order: ``__main__`` (command line) → ``experiment`` (the run
 from start to end) → ``packages`` and ``data`` (what is trained on) → ``models`` (the methods) → ``training``
-→ ``report`` (table, figure, JSON) → ``adapter`` (save, load, merge).
+→ ``report`` (table, figure, JSON).
 """
 
 METHODS = ("head", "lora", "dora", "bora", "full")

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from bora_kernels import load_adapter, merge_adapter, save_adapter
+
 from . import report
-from .adapter import Agreement, compare, load_adapter, merge_adapter, save_adapter
 from .data import Encoded, encode, load_dataset, load_movies, longest_batch, split
 from .models import AdapterOptions, TextClassifier, build_classifier, trained_parameters
 from .packages import MINILM, MOVIES, fetch
@@ -25,6 +27,15 @@ LEARNING_RATES = {"head": 1e-2, "lora": 2e-3, "dora": 2e-3, "bora": 2e-3, "full"
 _VALIDATION_SIZE = 2000
 _CHECKED = 500  # test examples on which the reloaded and the merged model are compared with the trained one
 _MEMORY_MEASURE = "tensors that one step adds to the model, longest batch"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two models agree on the same texts."""
+
+    examples: int
+    same_labels: int
+    max_logit_difference: float
 
 
 @dataclass(frozen=True)
@@ -140,18 +151,34 @@ def _run_method(
 
 def _check_bora(settings: Settings, model: str, trained: TextClassifier, test_data: Encoded) -> dict[str, Agreement]:
     """Save the adapter, load it into a fresh model, merge that, and say how far the predictions agree."""
-    path = settings.output / "bora_adapter.safetensors"
-    save_adapter(trained, path, settings.adapter)
+    folder = settings.output / "bora_adapter"
+    save_adapter(trained, folder)
     data = Encoded(test_data.ids[:_CHECKED], test_data.labels[:_CHECKED], test_data.pad_id)
     expected = predict(trained, data)
-    loaded = load_adapter(path, model, device=settings.device, dtype=getattr(torch, settings.dtype))
-    checks = {"reloaded": compare(expected, loaded, data)}
+    loaded = build_classifier(
+        model,
+        "head",
+        trained.head.out_features,
+        settings.adapter,
+        device=settings.device,
+        dtype=getattr(torch, settings.dtype),
+    )
+    load_adapter(loaded, folder)
+    checks = {"reloaded": _compare(expected, loaded, data)}
     merge_adapter(loaded)
-    checks["merged"] = compare(expected, loaded, data)
-    print(f"\nBoRA adapter: {path}, {path.stat().st_size / 2**20:.1f} MiB")
+    checks["merged"] = _compare(expected, loaded, data)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"\nBoRA adapter: {folder}, {size / 2**20:.1f} MiB")
     for name, agreement in checks.items():
         print(
             f"  {name + ':':10} {agreement.same_labels:,} of {agreement.examples:,} labels as trained,"
             f" largest difference of a logit {agreement.max_logit_difference:.2g}"
         )
     return checks
+
+
+def _compare(expected: Tensor, classifier: nn.Module, data: Encoded) -> Agreement:
+    """The classifier's predictions beside the logits [examples, classes] that are expected of it."""
+    logits = predict(classifier, data)
+    same = (logits.argmax(1) == expected.argmax(1)).sum().item()
+    return Agreement(len(logits), int(same), (logits - expected).abs().max().item())

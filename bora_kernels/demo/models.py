@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from bora_kernels import FusedBoraLinear
+from bora_kernels import convert
 
 from .packages import DemoError
 
@@ -66,12 +66,7 @@ def build_classifier(
     torch.manual_seed(seed)
     classifier = TextClassifier(encoder, num_classes)
     if method == "bora":
-        for name in names:
-            linear = encoder.get_submodule(name)
-            layer = FusedBoraLinear.from_linear(
-                linear, r=options.rank, alpha=options.alpha, norm_order=options.norm_order
-            )
-            encoder.set_submodule(name, layer)
+        convert(encoder, options.rank, options.alpha, target_modules=names, norm_order=options.norm_order)
     elif method in ("lora", "dora"):
         from peft import LoraConfig, get_peft_model
 
