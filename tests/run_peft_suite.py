@@ -22,6 +22,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bora_kernels.integrations.peft import BoraConfig  # noqa: E402
 
 
+REFUSED_MODELS = ("MHA", "Conv2dGroups", "Conv2dGroups2", "MlpUsingParameters")
+
+
+class SuiteConfig(BoraConfig):
+    """BoraConfig under the keyword that PEFT's tests give to configurations which they do not know."""
+
+    def __init__(self, *args, init_weights: bool | str | None = None, **kwargs) -> None:
+        if init_weights is not None:
+            kwargs["init_lora_weights"] = init_weights
+        super().__init__(*args, **kwargs)
+
+
 class BoraRows:
     """A pytest plugin that rewrites lists of parameters in place; several tests share each list."""
 
@@ -36,7 +48,7 @@ class BoraRows:
             if isinstance(rows, list) and id(rows) not in self.seen:
                 self.seen.add(id(rows))
                 if any(row is LoraConfig for row in rows):
-                    rows[:] = [BoraConfig]
+                    rows[:] = [SuiteConfig]
                 elif any(isinstance(row, tuple) and LoraConfig in row for row in rows):
                     rows[:] = [new for row in rows for new in self.bora_rows(row)]
 
@@ -44,12 +56,15 @@ class BoraRows:
         """A row (name, model, config class, options...) as rows of BoRA; none for other methods and refused options."""
         if not isinstance(row, tuple) or LoraConfig not in row:
             return []
+        if row[1] in REFUSED_MODELS:
+            self.refused[row[0]] = f"Target module is not supported ({row[1]})"
+            return []
         options = [value for value in row if isinstance(value, dict)]
         orders = ("row_col",) if any(option.get("use_dora") for option in options) else ("row_col", "col_row")
         new = []
         for order in orders:
             changed = [{**v, "norm_order": order} if isinstance(v, dict) else v for v in row]
-            changed = [BoraConfig if value is LoraConfig else value for value in changed]
+            changed = [SuiteConfig if value is LoraConfig else value for value in changed]
             try:
                 for option in changed:
                     if isinstance(option, dict):
@@ -75,7 +90,9 @@ def main() -> int:
         parser.error(f"PATH must hold tests/test_custom_models.py, got {arguments.path}")
     # PEFT's tests import each other as a package; a source distribution comes without its __init__.py.
     (tests.parent / "__init__.py").touch()
-    return pytest.main([str(tests), "-p", "no:cacheprovider", "-c", "/dev/null", f"--rootdir={arguments.path}", *options], [BoraRows()])
+    return pytest.main(
+        [str(tests), "-p", "no:cacheprovider", "-c", "/dev/null", f"--rootdir={arguments.path}", *options], [BoraRows()]
+    )
 
 
 if __name__ == "__main__":
