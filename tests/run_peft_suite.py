@@ -21,7 +21,6 @@ from peft import LoraConfig
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bora_kernels.integrations.peft import BoraConfig  # noqa: E402
 
-
 REFUSED_MODELS = ("MHA", "Conv2dGroups", "Conv2dGroups2", "MlpUsingParameters")
 
 

@@ -76,8 +76,8 @@ class BoraModel(LoraModel):
             "add_weighted_adapter is not defined for BoRA: a sum of adapters, each normalized, is not a BoRA adapter"
         )
 
-    def subtract_mutated_init(self, *args, **kwargs) -> None:
-        """Refused: what PiSSA and OLoRA took from the base weight cannot be put back into a normalized adapter."""
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args, **kwargs) -> dict:
         raise NotImplementedError(
             "path_initial_model_for_weight_conversion is not supported with BoRA: its adapters are not additive"
         )
