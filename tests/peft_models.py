@@ -35,6 +35,30 @@ def make_base(kind: str = "llama", seed: int = 0, **options) -> transformers.Pre
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_key_value_heads=2, **sizes)).eval()
 
 
+class Layers(nn.Module):
+    """One layer of every kind that has a BoRA layer, and a normalization, which has none."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 12, padding_idx=0)
+        self.conv1d = nn.Conv1d(12, 8, 3, padding=1)
+        self.conv2d = nn.Conv2d(1, 4, 3, padding=1)
+        self.conv3d = nn.Conv3d(1, 6, (1, 1, 3))
+        self.transposed = Conv1D(10, 24)
+        self.linear = nn.Linear(10, 5)
+        self.norm = nn.LayerNorm(5)
+
+    def forward(self, ids):  # [M, 6]
+        x = self.conv1d(self.embedding(ids).mT).mT  # [M, 6, 8]
+        x = self.conv2d(x[:, None])  # [M, 4, 6, 8]
+        x = self.conv3d(x[:, None]).amax((2, 4))  # [M, 6, 6]
+        return self.norm(self.linear(self.transposed(torch.cat([x.flatten(1)[:, :24]], 1))))
+
+
+LAYERS = ["embedding", "conv1d", "conv2d", "conv3d", "transposed", "linear"]
+TOKENS = torch.tensor([[1, 2, 3, 4, 5, 0], [6, 7, 0, 8, 9, 10]])
+
+
 def make_ids(batch: int = 3, length: int = 7, seed: int = 1) -> Tensor:
     return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 

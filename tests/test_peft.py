@@ -7,7 +7,10 @@ import torch
 from accuracy import assert_accurate
 from cases import HALVES, NAMES, conventions, orders
 from peft_models import (
+    LAYERS,
     MODELS,
+    TOKENS,
+    Layers,
     bora_layers,
     dense_twin,
     make_base,
@@ -20,36 +23,11 @@ from torch import nn
 
 peft = pytest.importorskip("peft")
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model  # noqa: E402
-from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 from bora_kernels.integrations.peft import BoraConfig, BoraLinear  # noqa: E402
 
 INITS = [True, False, "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4"]
 models = pytest.mark.parametrize("kind", MODELS)
-
-
-class Layers(nn.Module):
-    """One layer of every kind that has a BoRA layer, and a normalization, which has none."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(11, 12, padding_idx=0)
-        self.conv1d = nn.Conv1d(12, 8, 3, padding=1)
-        self.conv2d = nn.Conv2d(1, 4, 3, padding=1)
-        self.conv3d = nn.Conv3d(1, 6, (1, 1, 3))
-        self.transposed = Conv1D(10, 24)
-        self.linear = nn.Linear(10, 5)
-        self.norm = nn.LayerNorm(5)
-
-    def forward(self, ids):  # [M, 6]
-        x = self.conv1d(self.embedding(ids).mT).mT  # [M, 6, 8]
-        x = self.conv2d(x[:, None])  # [M, 4, 6, 8]
-        x = self.conv3d(x[:, None]).amax((2, 4))  # [M, 6, 6]
-        return self.norm(self.linear(self.transposed(torch.cat([x.flatten(1)[:, :24]], 1))))
-
-
-LAYERS = ["embedding", "conv1d", "conv2d", "conv3d", "transposed", "linear"]
-TOKENS = torch.tensor([[1, 2, 3, 4, 5, 0], [6, 7, 0, 8, 9, 10]])
 
 
 def run(model, ids, names=None):

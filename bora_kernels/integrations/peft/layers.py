@@ -282,7 +282,9 @@ def layer_class(module: nn.Module, config: BoraConfig, name: str) -> type[BoraLa
     problem = "it is of another type" if kind is None else _problem(base, kind, config)
     if problem:
         kinds = ", ".join(kind.__name__ for kind in _LAYERS)
-        raise ValueError(f"Target module {name} ({type(base).__name__}) is not supported: {problem}. BoRA adapts {kinds}")
+        raise ValueError(
+            f"Target module {name} ({type(base).__name__}) is not supported: {problem}. BoRA adapts {kinds}"
+        )
     return _LAYERS[kind]
 
 
