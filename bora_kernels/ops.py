@@ -135,7 +135,7 @@ def check_tensors(
 ) -> None:
     """Raise TypeError or ValueError that names the argument, what was expected and what came."""
     check_weight(weight)
-    if weight.requires_grad:
+    if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight must be frozen (requires_grad=False): the fused layer computes no gradient for it")
     N, K = weight.shape
     if not isinstance(x, Tensor):
