@@ -138,7 +138,7 @@ def axis_scales(
     Raises ValueError for an unknown norm_order or a weight that requires a gradient.
     """
     ops.check_options(scaling=scaling, norm_order=norm_order, dropout_p=0.0, eps=eps)
-    if weight.requires_grad:
+    if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight must be frozen (requires_grad=False): no gradient is computed for it")
     if magnitude_col is None:
         scale = _AxisScales.apply(weight, lora_A, lora_B, magnitude_row, None, scaling, 0, detach_norm, eps)[0]

@@ -156,6 +156,14 @@ def test_adapters_are_float32_over_a_half_precision_base(dtype):
     torch.testing.assert_close(logits, expected, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
+def test_adapters_have_the_bases_dtype_on_request():
+    model = get_peft_model(
+        make_base().bfloat16(), BoraConfig(r=4, target_modules="all-linear"), autocast_adapter_dtype=False
+    )
+    assert {p.dtype for p in trained_parameters(model).values()} == {torch.bfloat16}
+    assert run(model, make_ids())["output"].isfinite().all()
+
+
 def test_autocast_runs_in_the_autocast_dtype():
     model = make_peft(make_base())
     layer = next(iter(bora_layers(model).values()))

@@ -57,9 +57,10 @@ class BoraLayer:
 
     @torch.no_grad()
     def _reset_magnitudes(self, adapter_name: str, with_col: bool) -> None:
-        """Start as the norms of W0 + s·B·A in float32, so that the layer starts as that weight.
+        """Start as the norms of W0 + s·B·A, so that the layer starts as that weight.
 
-        They stay float32 over a half-precision base whatever happens to the factors: rounded norms would not cancel.
+        They are float32 over a half-precision base from the start: norms rounded to the base's dtype, as PEFT makes
+        new parameters before it widens them, would not cancel those that the forward computes.
         """
         weight, A, B = self._matrices(adapter_name)
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -72,6 +73,12 @@ class BoraLayer:
             return  # to be loaded
         for magnitude, norm in zip(new, axis_norms(weight, A, B, scaling=self.scaling[adapter_name]), strict=False):
             magnitude.weight.copy_(norm)
+
+    def narrow_magnitudes(self, adapter_name: str) -> None:
+        """Cast an adapter's magnitudes to the base weight's dtype."""
+        for magnitudes in (self.lora_magnitude_row, self.lora_magnitude_col):
+            if adapter_name in magnitudes:
+                magnitudes[adapter_name].to(self.get_base_layer().weight.dtype)
 
     def _magnitudes(self, adapter_name: str) -> tuple[Tensor, Tensor | None]:
         col = self.lora_magnitude_col[adapter_name].weight if adapter_name in self.lora_magnitude_col else None

@@ -61,6 +61,13 @@ class BoraModel(LoraModel):
         check_single("adapter_name", adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        if not autocast_adapter_dtype:  # the factors have the base's dtype then
+            for module in self.modules():
+                if isinstance(module, BoraLayer):
+                    module.narrow_magnitudes(adapter_name)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Let the base layers run on the merged weights until ``unmerge_adapter``, which restores them to the bit."""
         check_single("adapter_names", adapter_names)
