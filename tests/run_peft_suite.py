@@ -5,8 +5,10 @@
 PATH is a checkout or an unpacked source distribution of the installed version of PEFT. Its tests/test_custom_models.py
 runs as it is; only its lists of parameters are changed while pytest collects it: each row of plain LoRA becomes two
 rows of BoRA, one for each order of the norms, each row of DoRA becomes one of DoRA on this package's layers, and the
-rows of other methods are left out. Options that BoRA refuses (other variants of LoRA, MultiheadAttention,
-target_parameters, grouped convolutions) are counted as refused, and what the refusal says is printed.
+rows of other methods are left out. Rows that BoRA refuses (other variants of LoRA, MultiheadAttention,
+target_parameters, grouped convolutions) are listed with what the refusal says. Tests of what BoRA does not have, such
+as several active adapters, are expected to fail, each with its reason. Without a network, HF_HUB_OFFLINE=1 makes
+the few tests that load a model from the hub fail at once.
 """
 
 from __future__ import annotations
@@ -21,6 +23,30 @@ from peft import LoraConfig
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bora_kernels.integrations.peft import BoraConfig  # noqa: E402
 
+_ONE_ACTIVE = "several active or merged adapters are refused: adapters that normalize the weight do not add up"
+_HUB = "needs a model from the hub"
+_STEP = "its learning rate moves this model's LoRA by 1e-4 and BoRA by less; DoRA gets 200 times that rate in the test"
+EXPECTED_FAILURES = {
+    "test_active_adapter": _ONE_ACTIVE,
+    "test_merge_layers_multi": _ONE_ACTIVE,
+    "test_multiple_active_adapters_forward": _ONE_ACTIVE,
+    "test_multiple_active_adapters_merge_and_unmerge": _ONE_ACTIVE,
+    "test_multiple_active_adapters_with_different_modules_to_save_works": _ONE_ACTIVE,
+    "test_multiple_active_adapters_with_overlapping_modules_to_save_raises": _ONE_ACTIVE,
+    "test_multiple_active_adapters_with_same_modules_to_save_raises": _ONE_ACTIVE,
+    "test_sequential_merge_matches_batch_merge": _ONE_ACTIVE,
+    "test_unmerge_after_sequential_merge_restores_base": _ONE_ACTIVE,
+    "test_only_params_are_updated": _STEP,
+    "test_delete_adapter_multiple_adapters_with_trainable_token_indices": _HUB,
+    "test_dora_save_and_load_remapping": _HUB,
+    "test_gpt2_dora_merge_and_unload": _HUB,
+    "test_gpt2_dora_merge_and_unload_safe_merge": _HUB,
+    "test_multiple_adapters_automatic_modules_to_save": _HUB,
+    "test_multiple_adapters_no_needless_copy_modules_to_save": _HUB,
+    "test_multiple_adapters_seq_cls_mixed_modules_to_save_merging_adapters": _HUB,
+    "test_override_lora_linear": _HUB,
+    "test_pvera_reproducible": _HUB,
+}
 REFUSED_MODELS = ("MHA", "Conv2dGroups", "Conv2dGroups2", "MlpUsingParameters")
 
 
@@ -73,6 +99,12 @@ class BoraRows:
                 return []
             new.append((f"{row[0]} {order}", *changed[1:]))
         return new
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            reason = EXPECTED_FAILURES.get(item.originalname)
+            if reason and (reason is not _STEP or "EmbConv1D" in item.name):
+                item.add_marker(pytest.mark.xfail(reason=reason))
 
     def pytest_terminal_summary(self, terminalreporter) -> None:
         terminalreporter.section("rows that BoraConfig refuses")
