@@ -270,7 +270,14 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
+def sharded():
+    linear = nn.Linear(4, 4)
+    linear._hf_tp_plan = "colwise"
+    return linear
+
+
 UNFIT = {
+    "tensor parallel": sharded,
     "norm": lambda: nn.LayerNorm(4),
     "attention": lambda: nn.MultiheadAttention(4, 2),
     "transposed convolution": lambda: nn.ConvTranspose2d(4, 4, 3),

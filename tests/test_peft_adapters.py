@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 peft = pytest.importorskip("peft")
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel  # noqa: E402
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model  # noqa: E402
 
 from bora_kernels.integrations.peft import BoraConfig, BoraModel  # noqa: E402
 from bora_kernels.reference import bora_weight_ref  # noqa: E402
@@ -133,6 +133,37 @@ def test_merge_and_unload_leaves_a_plain_model(kind, safe_merge):
     torch.testing.assert_close(logits(plain), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_adapters_are_added_to_a_merged_model():
+    """They start from W0, not from the merged weight; those that would change W0 are refused."""
+    base = make_base()
+    start = logits(base)
+    model = make_peft(base)
+    expected = logits(model)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="init_lora_weights='pissa' changes base weights, and .*q_proj is merged"):
+        model.add_adapter("third", BoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"))
+    assert set(model.peft_config) == {"default"}
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.add_adapter("other", BoraConfig(r=2, target_modules=["q_proj"]))
+    assert torch.equal(logits(model), expected)
+    model.set_adapter("other")
+    torch.testing.assert_close(logits(model), start, rtol=1e-5, atol=1e-5)
+
+
+def test_replicated_layers_share_weights_and_have_adapters_of_their_own():
+    base = make_base()
+    before = base.state_dict()["model.layers.1.self_attn.q_proj.weight"].clone()
+    model = make_peft(base, target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)])
+    assert len(bora_layers(model)) == 3
+    expected = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected)
+    layers = [layer.get_base_layer().weight for layer in bora_layers(model).values()]
+    assert torch.equal(layers[1], before) and torch.equal(layers[2], before)
+
+
 def test_a_broken_adapter_is_not_merged_safely():
     model = make_peft(make_base())
     layer = bora_layers(model)["base_model.model.model.layers.0.self_attn.q_proj"]
@@ -238,6 +269,19 @@ def test_a_second_adapter_is_loaded_beside_the_first(tmp_path):
     assert torch.equal(logits(model), first)
     model.set_adapter("loaded")
     assert torch.equal(logits(model), expected)
+
+
+def test_an_adapter_of_pefts_dora_is_loaded(tmp_path):
+    """With its own configuration as keywords; outputs are those of PEFT, for every kind of layer."""
+    torch.manual_seed(0)
+    base = Layers()
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS, use_dora=True)
+    theirs = train_a_little(get_peft_model(copy.deepcopy(base), config))
+    theirs.save_pretrained(tmp_path)
+    config = BoraConfig(**LoraConfig.from_pretrained(tmp_path).to_dict())
+    ours = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, config=config)
+    assert type(ours.base_model) is BoraModel and config.detach_norm
+    torch.testing.assert_close(ours(TOKENS), theirs(TOKENS), rtol=1e-5, atol=1e-5)
 
 
 def test_every_kind_of_layer_is_saved_and_loaded(tmp_path):

@@ -6,12 +6,10 @@ import warnings
 
 import torch
 from peft.tuners.lora import layer as lora
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
-from ... import ops
 from ...autograd import bora_linear
 from ...functional import axis_norms, bora_conv, bora_embedding, merged_weight
 from .config import BoraConfig
@@ -67,6 +65,9 @@ class BoraLayer:
         sizes = (weight.shape[0], weight.shape[1]) if with_col else (weight.shape[0],)
         dicts = (self.lora_magnitude_row, self.lora_magnitude_col)
         new = [Magnitude(size, A.device, dtype) for size in sizes]
+        for magnitudes in dicts:
+            if adapter_name in magnitudes:
+                del magnitudes[adapter_name]
         for magnitudes, magnitude in zip(dicts, new, strict=False):
             magnitudes[adapter_name] = magnitude
         if A.device.type == "meta" or weight.device.type == "meta":
@@ -95,8 +96,12 @@ class BoraLayer:
         dropout = self.lora_dropout[adapter_name]
         return {"dropout_p": getattr(dropout, "p", 0.0), "training": dropout.training}
 
+    def _base_weight(self) -> Tensor:
+        """W0 in the base layer's layout, merged or not."""
+        return self.get_base_layer().weight if self.unmerged_weight is None else self.unmerged_weight
+
     def _matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """The base weight as [N, K, P], lora_A as [R, K, P] and lora_B as [N, R]: views."""
+        """W0 as [N, K, P], lora_A as [R, K, P] and lora_B as [N, R]: views."""
         raise NotImplementedError
 
     def _like_base(self, matrix: Tensor) -> Tensor:
@@ -184,7 +189,7 @@ class BoraLinear(BoraLayer, lora.Linear):
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def _weight(self) -> Tensor:
-        weight = self.get_base_layer().weight
+        weight = self._base_weight()
         return weight.T if self.fan_in_fan_out else weight  # [N, K]
 
     def _matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,7 +218,7 @@ class BoraEmbedding(BoraLayer, lora.Embedding):
 
     def _matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         A, B = self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
-        return self.get_base_layer().weight.T[..., None], A[..., None], B
+        return self._base_weight().T[..., None], A[..., None], B
 
     def _like_base(self, matrix: Tensor) -> Tensor:
         return matrix[..., 0].T.contiguous()
@@ -238,10 +243,10 @@ class _BoraConvNd(BoraLayer):
 
     def _matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        return self.get_base_layer().weight.flatten(2), A.flatten(2), B.flatten(1)
+        return self._base_weight().flatten(2), A.flatten(2), B.flatten(1)
 
     def _like_base(self, matrix: Tensor) -> Tensor:
-        return matrix.reshape(self.get_base_layer().weight.shape)
+        return matrix.reshape(self._base_weight().shape)
 
     def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
         base = self.get_base_layer()
@@ -268,53 +273,6 @@ class BoraConv2d(_BoraConvNd, lora.Conv2d):
 
 class BoraConv3d(_BoraConvNd, lora.Conv3d):
     """``nn.Conv3d``."""
-
-
-_LAYERS = {
-    nn.Linear: BoraLinear,
-    Conv1D: BoraLinear,
-    nn.Embedding: BoraEmbedding,
-    nn.Conv1d: BoraConv1d,
-    nn.Conv2d: BoraConv2d,
-    nn.Conv3d: BoraConv3d,
-}
-
-
-def layer_class(module: nn.Module, config: BoraConfig, name: str) -> type[BoraLayer]:
-    """The BoRA layer for a module, which may have BoRA adapters already. ValueError for one that has no such layer."""
-    if isinstance(module, BaseTunerLayer) and not isinstance(module, BoraLayer):
-        raise ValueError(f"Target module {name} must have BoRA adapters only, got a {type(module).__name__}")
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    kind = next((kind for kind in _LAYERS if isinstance(base, kind)), None)
-    problem = "it is of another type" if kind is None else _problem(base, kind, config)
-    if problem:
-        kinds = ", ".join(kind.__name__ for kind in _LAYERS)
-        raise ValueError(
-            f"Target module {name} ({type(base).__name__}) is not supported: {problem}. BoRA adapts {kinds}"
-        )
-    return _LAYERS[kind]
-
-
-def _problem(base: nn.Module, kind: type[nn.Module], config: BoraConfig) -> str | None:
-    """What keeps a layer of a known type from being adapted."""
-    scaled = kind is nn.Embedding and hasattr(base, "embed_scale")
-    if type(base).forward is not kind.forward and not scaled:
-        return f"{type(base).__name__} computes something else than {kind.__name__}"
-    if is_parametrized(base, "weight"):
-        return "its weight is parametrized"
-    if kind in (nn.Linear, Conv1D):
-        try:
-            ops.check_weight(base.weight)
-        except (TypeError, ValueError) as error:
-            return str(error)
-        if kind is Conv1D and config.init_lora_weights == "olora":
-            return "init_lora_weights='olora' works on untransposed weights only"
-    elif kind is nn.Embedding:
-        if base.max_norm is not None:
-            return "max_norm changes the weight in each call"
-    elif base.groups != 1:
-        return f"groups must be 1, got {base.groups}: lora_A mixes all channels"
-    return None
 
 
 def check_single(argument: str, names: str | list[str] | None) -> None:

@@ -7,10 +7,13 @@ from contextlib import contextmanager
 
 from peft import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
-from torch import nn
+from torch import Tensor, nn
 
 from .config import BoraConfig
-from .layers import BoraLayer, check_single, layer_class
+from .layers import BoraLayer, check_single
+from .targets import layer_class
+
+_CHANGES_BASE = ("pissa", "olora")
 
 
 class BoraModel(LoraModel):
@@ -41,6 +44,11 @@ class BoraModel(LoraModel):
                 inside += (f"{name}.",)
             if self._check_target_module_exists(peft_config, name):
                 layer_class(module, peft_config, name)
+                if getattr(module, "merged", False) and str(peft_config.init_lora_weights).startswith(_CHANGES_BASE):
+                    raise ValueError(
+                        f"init_lora_weights={peft_config.init_lora_weights!r} changes base weights, and {name} is "
+                        "merged: call unmerge_adapter first"
+                    )
         super()._prepare_model(peft_config, model)
 
     @staticmethod
@@ -82,6 +90,17 @@ class BoraModel(LoraModel):
         raise NotImplementedError(
             "add_weighted_adapter is not defined for BoRA: a sum of adapters, each normalized, is not a BoRA adapter"
         )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: BoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Reads adapters of PEFT's DoRA, too: its magnitude is the row magnitude under another name."""
+        renamed = {}
+        for name, tensor in state_dict.items():
+            path, found, _ = name.partition(".lora_magnitude_vector")
+            renamed[f"{path}.lora_magnitude_row.weight" if found else name] = tensor.flatten() if found else tensor
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args, **kwargs) -> dict:
