@@ -79,11 +79,11 @@ class BoraLayer:
         """Cast an adapter's magnitudes to the base weight's dtype."""
         for magnitudes in (self.lora_magnitude_row, self.lora_magnitude_col):
             if adapter_name in magnitudes:
-                magnitudes[adapter_name].to(self.get_base_layer().weight.dtype)
+                magnitudes[adapter_name].to(self.base_layer.weight.dtype)
 
     def _magnitudes(self, adapter_name: str) -> tuple[Tensor, Tensor | None]:
-        col = self.lora_magnitude_col[adapter_name].weight if adapter_name in self.lora_magnitude_col else None
-        return self.lora_magnitude_row[adapter_name].weight, col
+        col = self.lora_magnitude_col
+        return self.lora_magnitude_row[adapter_name].weight, col[adapter_name].weight if adapter_name in col else None
 
     def _options(self, adapter_name: str) -> dict:
         return {
@@ -94,11 +94,11 @@ class BoraLayer:
 
     def _dropout(self, adapter_name: str) -> dict:
         dropout = self.lora_dropout[adapter_name]
-        return {"dropout_p": getattr(dropout, "p", 0.0), "training": dropout.training}
+        return {"dropout_p": dropout.p if isinstance(dropout, nn.Dropout) else 0.0, "training": dropout.training}
 
     def _base_weight(self) -> Tensor:
         """W0 in the base layer's layout, merged or not."""
-        return self.get_base_layer().weight if self.unmerged_weight is None else self.unmerged_weight
+        return self.base_layer.weight if self.unmerged_weight is None else self.unmerged_weight
 
     def _matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """W0 as [N, K, P], lora_A as [R, K, P] and lora_B as [N, R]: views."""
@@ -157,7 +157,7 @@ class BoraLayer:
         merged = self.effective_weight(names[0])
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
-        base = self.get_base_layer()
+        base = self.base_layer
         self.unmerged_weight = base.weight.detach()
         base.weight = nn.Parameter(merged, requires_grad=False)
         self.merged_adapters.append(names[0])
@@ -167,7 +167,7 @@ class BoraLayer:
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.get_base_layer().weight = nn.Parameter(self.unmerged_weight, requires_grad=False)
+        self.base_layer.weight = nn.Parameter(self.unmerged_weight, requires_grad=False)
         self.unmerged_weight = None
         self.merged_adapters.clear()
 
@@ -185,7 +185,7 @@ class BoraLinear(BoraLayer, lora.Linear):
     backend: str | None = None  # as in ``bora_linear``; None picks by device
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: BoraConfig, **kwargs) -> None:
-        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+        self.fan_in_fan_out = isinstance(self.base_layer, Conv1D)
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def _weight(self) -> Tensor:
@@ -200,13 +200,14 @@ class BoraLinear(BoraLayer, lora.Linear):
         return matrix[..., 0].T.contiguous() if self.fan_in_fan_out else matrix[..., 0].contiguous()
 
     def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
+        base = self.base_layer
         return bora_linear(
             x,
-            self._weight(),
+            base.weight.T if self.fan_in_fan_out else base.weight,
             self.lora_A[adapter_name].weight,
             self.lora_B[adapter_name].weight,
             *self._magnitudes(adapter_name),
-            self.get_base_layer().bias,
+            base.bias,
             **self._options(adapter_name),
             **self._dropout(adapter_name),
             backend=self.backend,
@@ -224,7 +225,7 @@ class BoraEmbedding(BoraLayer, lora.Embedding):
         return matrix[..., 0].T.contiguous()
 
     def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
-        base = self.get_base_layer()
+        base = self.base_layer
         y = bora_embedding(
             x,
             base.weight,
@@ -249,7 +250,7 @@ class _BoraConvNd(BoraLayer):
         return matrix.reshape(self._base_weight().shape)
 
     def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
-        base = self.get_base_layer()
+        base = self.base_layer
         return bora_conv(
             x,
             base.weight,
