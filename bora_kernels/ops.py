@@ -204,7 +204,7 @@ def prepare(x: Tensor, tensors: tuple[Tensor | None, ...], backend: str | None) 
             return known.backend, known
     check_tensors(x, *tensors)
     chosen = choose_backend(backend, x.device, autocast or x.dtype, tensors[1].shape[0])
-    if signature is None:
+    if signature is None or tensors[0].requires_grad:  # refused as soon as gradients are recorded
         return chosen, None
     if len(_prepared) >= _MOST_PREPARED:
         _prepared.clear()
