@@ -160,7 +160,7 @@ def check_tensors(
     is_quantized = isinstance(weight, Quantized)
     if not is_quantized:  # a quantized weight was checked when it was read
         check_weight(weight)
-    if weight.requires_grad:
+    if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight must be frozen (requires_grad=False): the fused layer computes no gradient for it")
     N, K = weight.shape
     if not isinstance(x, Tensor):
@@ -229,7 +229,7 @@ def prepare(x: Tensor, tensors: tuple[Tensor | None, ...], backend: str | None) 
             return known.backend, known
     check_tensors(x, *tensors)
     chosen = choose_backend(backend, x.device, autocast or x.dtype, tensors[1].shape[0])
-    if signature is None:
+    if signature is None or tensors[0].requires_grad:  # refused as soon as gradients are recorded
         return chosen, None
     if len(_prepared) >= _MOST_PREPARED:
         _prepared.clear()

@@ -265,6 +265,14 @@ def test_a_weight_unfrozen_later_is_refused():
         module(ONES(M, K))
 
 
+def test_a_weight_that_is_not_frozen_yet_is_evaluated_but_not_trained():
+    changed = arguments(weight=ONES(N, K).requires_grad_())
+    with torch.no_grad():
+        assert bora_linear(**changed).isfinite().all()
+    with pytest.raises(ValueError, match="weight must be frozen"):
+        bora_linear(**changed)
+
+
 # ---- imports ----
 
 

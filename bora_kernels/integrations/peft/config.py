@@ -1,0 +1,72 @@
+"""``BoraConfig``: PEFT's ``LoraConfig`` with the options of BoRA."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+
+from peft import LoraConfig
+
+from ...plan import NORM_ORDERS
+
+
+class _PeftType(str):
+    """What PEFT expects of a member of its ``PeftType``, which is closed: a string with a ``value``."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
+PEFT_TYPE = _PeftType("BORA")
+
+_INITS = "True, False, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_[number of iterations]' or 'olora'"
+
+
+@dataclass
+class BoraConfig(LoraConfig):
+    """Configuration of BoRA for PEFT: all of ``LoraConfig``'s options that mean something for BoRA, and two more.
+
+        V  = W0 + s·B·A        s = lora_alpha / r  (lora_alpha / √r with ``use_rslora``)
+        W' = diag(magnitude_row / ‖·‖_row)·V·diag(magnitude_col / ‖·‖_col)
+
+    Args:
+        norm_order: "row_col" (row norms first) or "col_row".
+        detach_norm: constants for norms in backward instead of exact gradients. None, the default, is False for BoRA
+            and True with ``use_dora``, as DoRA (section 4.3) and PEFT have it.
+        use_dora: leave out the column magnitude. That is DoRA on the same kernels, with PEFT's results.
+
+    Raises:
+        ValueError: for an option that BoRA gives no meaning to (other variants of LoRA, ``lora_bias``,
+            ``target_parameters``, data-driven initializations) or one out of range.
+
+    Source: BoRA, arXiv 2412.06441, section 3; DoRA, arXiv 2402.09353, sections 4.1 and 4.3.
+    """
+
+    norm_order: str = field(
+        default="row_col", metadata={"help": "Which norms are taken first: 'row_col' (of rows) or 'col_row'."}
+    )
+    detach_norm: bool | None = field(
+        default=None,
+        metadata={"help": "Treat norms as constants in backward. None: False for BoRA, True with use_dora."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        if self.detach_norm is None:
+            self.detach_norm = self.use_dora
+        if self.norm_order not in NORM_ORDERS:
+            raise ValueError(f"norm_order must be one of {', '.join(NORM_ORDERS)}, got {self.norm_order!r}")
+        if not isinstance(self.detach_norm, bool):
+            raise ValueError(f"detach_norm must be True, False or None, got {self.detach_norm!r}")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        init = self.init_lora_weights
+        named = isinstance(init, str) and re.fullmatch(r"gaussian|orthogonal|olora|pissa(_niter_\d+)?", init)
+        if not (isinstance(init, bool) or named):
+            raise ValueError(f"init_lora_weights must be {_INITS}, got {init!r}")
+        variants = [f.name for f in fields(self) if f.metadata.get("is_lora_variant") and f.name != "use_dora"]
+        for name in (*variants, "use_qalora", "lora_bias", "target_parameters", "megatron_config"):
+            if getattr(self, name, None):
+                raise ValueError(f"{name} is not supported with BoRA, got {getattr(self, name)!r}")

@@ -1,0 +1,284 @@
+"""BoRA layers for PEFT: what PEFT's LoRA layers do, with the magnitudes and the computation of this package."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from peft.tuners.lora import layer as lora
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ...autograd import bora_linear
+from ...functional import axis_norms, bora_conv, bora_embedding, merged_weight
+from .config import BoraConfig
+
+
+class Magnitude(nn.Module):
+    """A trained vector. A module of its own, so that PEFT saves, moves and freezes it like a factor."""
+
+    def __init__(self, size: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+
+
+class BoraLayer:
+    """What BoRA's layers have in common; comes before one of PEFT's LoRA layers among the bases.
+
+    A subclass tells how it sees its weights as matrices (``_matrices``) and how it runs one adapter (``_adapted``).
+    """
+
+    adapter_layer_names = (
+        *lora.LoraLayer.adapter_layer_names,
+        "lora_magnitude_row",
+        "lora_magnitude_col",
+    )
+    other_param_names = (*lora.LoraLayer.other_param_names, "norm_order", "detach_norm")
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: BoraConfig, **kwargs) -> None:
+        """Add an adapter, or replace the one of that name."""
+        if not isinstance(config, BoraConfig):
+            raise TypeError(f"config must be a BoraConfig for a layer with BoRA adapters, got {type(config).__name__}")
+        if not hasattr(self, "lora_magnitude_row"):  # first called from the constructor of PEFT's layer
+            self.lora_magnitude_row, self.lora_magnitude_col = nn.ModuleDict(), nn.ModuleDict()
+            self.norm_order: dict[str, str] = {}
+            self.detach_norm: dict[str, bool] = {}
+            self.register_buffer("unmerged_weight", None, persistent=False)  # W0 while the base layer holds W'
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        self.norm_order[adapter_name], self.detach_norm[adapter_name] = config.norm_order, config.detach_norm
+        self._reset_magnitudes(adapter_name, with_col=not config.use_dora)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def resolve_lora_variant(self, *, config: BoraConfig, **kwargs) -> None:
+        """None: what PEFT calls variants are hooks of its own forward."""
+
+    @torch.no_grad()
+    def _reset_magnitudes(self, adapter_name: str, with_col: bool) -> None:
+        """Start as the norms of W0 + s·B·A, so that the layer starts as that weight.
+
+        They are float32 over a half-precision base from the start: norms rounded to the base's dtype, as PEFT makes
+        new parameters before it widens them, would not cancel those that the forward computes.
+        """
+        weight, A, B = self._matrices(adapter_name)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        sizes = (weight.shape[0], weight.shape[1]) if with_col else (weight.shape[0],)
+        dicts = (self.lora_magnitude_row, self.lora_magnitude_col)
+        new = [Magnitude(size, A.device, dtype) for size in sizes]
+        for magnitudes in dicts:
+            if adapter_name in magnitudes:
+                del magnitudes[adapter_name]
+        for magnitudes, magnitude in zip(dicts, new, strict=False):
+            magnitudes[adapter_name] = magnitude
+        if A.device.type == "meta" or weight.device.type == "meta":
+            return  # to be loaded
+        for magnitude, norm in zip(new, axis_norms(weight, A, B, scaling=self.scaling[adapter_name]), strict=False):
+            magnitude.weight.copy_(norm)
+
+    def narrow_magnitudes(self, adapter_name: str) -> None:
+        """Cast an adapter's magnitudes to the base weight's dtype."""
+        for magnitudes in (self.lora_magnitude_row, self.lora_magnitude_col):
+            if adapter_name in magnitudes:
+                magnitudes[adapter_name].to(self.base_layer.weight.dtype)
+
+    def _magnitudes(self, adapter_name: str) -> tuple[Tensor, Tensor | None]:
+        col = self.lora_magnitude_col
+        return self.lora_magnitude_row[adapter_name].weight, col[adapter_name].weight if adapter_name in col else None
+
+    def _options(self, adapter_name: str) -> dict:
+        return {
+            "scaling": self.scaling[adapter_name],
+            "norm_order": self.norm_order[adapter_name],
+            "detach_norm": self.detach_norm[adapter_name],
+        }
+
+    def _dropout(self, adapter_name: str) -> dict:
+        dropout = self.lora_dropout[adapter_name]
+        return {"dropout_p": dropout.p if isinstance(dropout, nn.Dropout) else 0.0, "training": dropout.training}
+
+    def _base_weight(self) -> Tensor:
+        """W0 in the base layer's layout, merged or not."""
+        return self.base_layer.weight if self.unmerged_weight is None else self.unmerged_weight
+
+    def _matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """W0 as [N, K, P], lora_A as [R, K, P] and lora_B as [N, R]: views."""
+        raise NotImplementedError
+
+    def _like_base(self, matrix: Tensor) -> Tensor:
+        """A [N, K, P] in the layout of the base layer's weight."""
+        raise NotImplementedError
+
+    def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
+        raise NotImplementedError
+
+    # --- what PEFT calls ---------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """The active adapter's layer, or the base layer where there is none, where it is disabled or merged."""
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError("adapter_names must be None: BoRA cannot mix adapters in a batch")
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if not (self.disable_adapters or self.merged):
+            for name in self.active_adapters:  # at most one, see ``set_adapter``
+                if name in self.lora_magnitude_row:
+                    return self._adapted(x, name)
+        return self.base_layer(x, *args, **kwargs)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter the active one; none with an empty list."""
+        check_single("adapter_names", adapter_names)
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def effective_weight(self, adapter_name: str) -> Tensor:
+        """W' in the base weight's layout, computed in float32 and rounded once to its dtype; no gradient."""
+        return self._effective_weight(*self._matrices(adapter_name), adapter_name)
+
+    def _effective_weight(self, weight: Tensor, A: Tensor, B: Tensor, adapter_name: str) -> Tensor:
+        options = self._options(adapter_name)
+        del options["detach_norm"]
+        return self._like_base(merged_weight(weight, A, B, *self._magnitudes(adapter_name), **options))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """W' − W0 in float32 (float64 for a float64 weight), in the base weight's layout."""
+        weight, A, B = self._matrices(adapter)
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return self._effective_weight(weight, A, B, adapter) - self._like_base(weight)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Give the base layer W' as its weight; W0 is kept aside, in memory, and nothing shared with it changes.
+
+        Raises ValueError for more than one adapter, and with ``safe_merge`` for a W' that is not finite.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_magnitude_row]
+        if not names:
+            return
+        check_single("adapter_names", [*self.merged_adapters, *names])
+        merged = self.effective_weight(names[0])
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
+        base = self.base_layer
+        self.unmerged_weight = base.weight.detach()
+        base.weight = nn.Parameter(merged, requires_grad=False)
+        self.merged_adapters.append(names[0])
+
+    def unmerge(self) -> None:
+        """Give the base layer W0 back, to the bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.base_layer.weight = nn.Parameter(self.unmerged_weight, requires_grad=False)
+        self.unmerged_weight = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: W' − W0 is not of low rank."""
+        return False
+
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)
+
+
+class BoraLinear(BoraLayer, lora.Linear):
+    """``nn.Linear`` or transformers' ``Conv1D`` (a linear layer with a transposed weight) on the fused layer."""
+
+    backend: str | None = None  # as in ``bora_linear``; None picks by device
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: BoraConfig, **kwargs) -> None:
+        self.fan_in_fan_out = isinstance(self.base_layer, Conv1D)
+        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+
+    def _weight(self) -> Tensor:
+        weight = self._base_weight()
+        return weight.T if self.fan_in_fan_out else weight  # [N, K]
+
+    def _matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        return self._weight()[..., None], A[..., None], B
+
+    def _like_base(self, matrix: Tensor) -> Tensor:
+        return matrix[..., 0].T.contiguous() if self.fan_in_fan_out else matrix[..., 0].contiguous()
+
+    def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
+        base = self.base_layer
+        return bora_linear(
+            x,
+            base.weight.T if self.fan_in_fan_out else base.weight,
+            self.lora_A[adapter_name].weight,
+            self.lora_B[adapter_name].weight,
+            *self._magnitudes(adapter_name),
+            base.bias,
+            **self._options(adapter_name),
+            **self._dropout(adapter_name),
+            backend=self.backend,
+        )
+
+
+class BoraEmbedding(BoraLayer, lora.Embedding):
+    """``nn.Embedding``: a row is a dimension, a column a token; as in PEFT, dropout has no effect."""
+
+    def _matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        A, B = self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
+        return self._base_weight().T[..., None], A[..., None], B
+
+    def _like_base(self, matrix: Tensor) -> Tensor:
+        return matrix[..., 0].T.contiguous()
+
+    def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
+        base = self.base_layer
+        y = bora_embedding(
+            x,
+            base.weight,
+            self.lora_embedding_A[adapter_name],
+            self.lora_embedding_B[adapter_name],
+            *self._magnitudes(adapter_name),
+            **self._options(adapter_name),
+            padding_idx=base.padding_idx,
+        )
+        embed_scale = self._get_embed_scale()
+        return y if embed_scale is None else y * embed_scale.to(y.dtype)
+
+
+class _BoraConvNd(BoraLayer):
+    """A convolution of one group: a row is an output channel, a column an input channel with its kernel's taps."""
+
+    def _matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        return self._base_weight().flatten(2), A.flatten(2), B.flatten(1)
+
+    def _like_base(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(self._base_weight().shape)
+
+    def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
+        base = self.base_layer
+        return bora_conv(
+            x,
+            base.weight,
+            self.lora_A[adapter_name].weight,
+            self.lora_B[adapter_name].weight.flatten(1),
+            *self._magnitudes(adapter_name),
+            base.bias,
+            lambda t, kernel: base._conv_forward(t, kernel, None),
+            **self._options(adapter_name),
+            **self._dropout(adapter_name),
+        )
+
+
+class BoraConv1d(_BoraConvNd, lora.Conv1d):
+    """``nn.Conv1d``."""
+
+
+class BoraConv2d(_BoraConvNd, lora.Conv2d):
+    """``nn.Conv2d``."""
+
+
+class BoraConv3d(_BoraConvNd, lora.Conv3d):
+    """``nn.Conv3d``."""
+
+
+def check_single(argument: str, names: str | list[str] | None) -> None:
+    """ValueError for more than one adapter."""
+    if names is not None and not isinstance(names, str) and len(names) > 1:
+        raise ValueError(
+            f"{argument} must name one adapter, got {list(names)}: adapters that normalize the weight do not add up"
+        )

@@ -1,0 +1,109 @@
+"""``BoraModel``: PEFT's ``LoraModel`` with BoRA's layers, and refusals of what cannot be right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peft import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from torch import Tensor, nn
+
+from .config import BoraConfig
+from .layers import BoraLayer, check_single
+from .targets import layer_class
+
+_CHANGES_BASE = ("pissa", "olora")
+
+
+class BoraModel(LoraModel):
+    """A model with BoRA adapters; ``peft.get_peft_model`` with a ``BoraConfig`` makes it.
+
+    Raises:
+        ValueError: for a target that has no BoRA layer, several adapters at once, ``adapter_names`` in a call; before
+            anything changes.
+        NotImplementedError: for sums of adapters (``add_weighted_adapter``) and conversions to LoRA.
+    """
+
+    tuner_layer_cls = BoraLayer
+
+    def _prepare_model(self, peft_config: BoraConfig, model: nn.Module) -> None:
+        """What PEFT calls before it replaces the first module: the place to refuse the whole."""
+        if getattr(peft_config, "target_modules_to_tie", None):
+            names = sorted(peft_config.target_modules_to_tie)
+            raise ValueError(
+                f"ensure_weight_tying cannot tie the adapters of {names} to the embedding's: BoRA normalizes rows and "
+                "columns in an order, which a transposed weight turns around"
+            )
+        _maybe_include_all_linear_layers(peft_config, model)
+        inside = ()  # of layers that have adapters already
+        for name, module in model.named_modules():
+            if not name or name.startswith(inside):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside += (f"{name}.",)
+            if self._check_target_module_exists(peft_config, name):
+                layer_class(module, peft_config, name)
+                if getattr(module, "merged", False) and str(peft_config.init_lora_weights).startswith(_CHANGES_BASE):
+                    raise ValueError(
+                        f"init_lora_weights={peft_config.init_lora_weights!r} changes base weights, and {name} is "
+                        "merged: call unmerge_adapter first"
+                    )
+        super()._prepare_model(peft_config, model)
+
+    @staticmethod
+    def _create_new_module(lora_config: BoraConfig, adapter_name: str, target: nn.Module, **kwargs) -> BoraLayer:
+        cls = layer_class(target, lora_config, kwargs.get("target_name", ""))
+        return cls(target, adapter_name, config=lora_config, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names must be None: BoRA cannot mix adapters in a batch, since each scales the whole output"
+            )
+        yield
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter the active one."""
+        check_single("adapter_name", adapter_name)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        if not autocast_adapter_dtype:  # the factors have the base's dtype then
+            for module in self.modules():
+                if isinstance(module, BoraLayer):
+                    module.narrow_magnitudes(adapter_name)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Let the base layers run on the merged weights until ``unmerge_adapter``, which restores them to the bit."""
+        check_single("adapter_names", adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(self, *args, adapter_names: list[str] | None = None, **kwargs) -> nn.Module:
+        check_single("adapter_names", adapter_names)
+        return super()._unload_and_optionally_merge(*args, adapter_names=adapter_names, **kwargs)
+
+    def add_weighted_adapter(self, *args, **kwargs) -> None:
+        """Refused: a weighted sum of normalized weights is not of BoRA's form."""
+        raise NotImplementedError(
+            "add_weighted_adapter is not defined for BoRA: a sum of adapters, each normalized, is not a BoRA adapter"
+        )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: BoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Reads adapters of PEFT's DoRA, too: its magnitude is the row magnitude under another name."""
+        renamed = {}
+        for name, tensor in state_dict.items():
+            path, found, _ = name.partition(".lora_magnitude_vector")
+            renamed[f"{path}.lora_magnitude_row.weight" if found else name] = tensor.flatten() if found else tensor
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args, **kwargs) -> dict:
+        raise NotImplementedError(
+            "path_initial_model_for_weight_conversion is not supported with BoRA: its adapters are not additive"
+        )

@@ -1,0 +1,60 @@
+"""Which layers BoRA adapts, and why not the others."""
+
+from __future__ import annotations
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+from transformers.pytorch_utils import Conv1D
+
+from ... import ops
+from .config import BoraConfig
+from .layers import BoraConv1d, BoraConv2d, BoraConv3d, BoraEmbedding, BoraLayer, BoraLinear
+
+_LAYERS = {
+    nn.Linear: BoraLinear,
+    Conv1D: BoraLinear,
+    nn.Embedding: BoraEmbedding,
+    nn.Conv1d: BoraConv1d,
+    nn.Conv2d: BoraConv2d,
+    nn.Conv3d: BoraConv3d,
+}
+
+
+def layer_class(module: nn.Module, config: BoraConfig, name: str) -> type[BoraLayer]:
+    """The BoRA layer for a module, which may have BoRA adapters already. ValueError for one that has no such layer."""
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, BoraLayer):
+        raise ValueError(f"Target module {name} must have BoRA adapters only, got a {type(module).__name__}")
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    kind = next((kind for kind in _LAYERS if isinstance(base, kind)), None)
+    problem = "it is of another type" if kind is None else _problem(base, kind, config)
+    if problem:
+        kinds = ", ".join(kind.__name__ for kind in _LAYERS)
+        raise ValueError(
+            f"Target module {name} ({type(base).__name__}) is not supported: {problem}. BoRA adapts {kinds}"
+        )
+    return _LAYERS[kind]
+
+
+def _problem(base: nn.Module, kind: type[nn.Module], config: BoraConfig) -> str | None:
+    """What keeps a layer of a known type from being adapted."""
+    scaled = kind is nn.Embedding and hasattr(base, "embed_scale")
+    if getattr(base, "_hf_tp_plan", None) is not None:
+        return f"its weight is sharded (tensor parallel plan {base._hf_tp_plan!r})"
+    if type(base).forward is not kind.forward and not scaled:
+        return f"{type(base).__name__} computes something else than {kind.__name__}"
+    if is_parametrized(base, "weight"):
+        return "its weight is parametrized"
+    if kind in (nn.Linear, Conv1D):
+        try:
+            ops.check_weight(base.weight)
+        except (TypeError, ValueError) as error:
+            return str(error)
+        if kind is Conv1D and config.init_lora_weights == "olora":
+            return "init_lora_weights='olora' works on untransposed weights only"
+    elif kind is nn.Embedding:
+        if base.max_norm is not None:
+            return "max_norm changes the weight in each call"
+    elif base.groups != 1:
+        return f"groups must be 1, got {base.groups}: lora_A mixes all channels"
+    return None

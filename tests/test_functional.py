@@ -1,0 +1,237 @@
+"""Embeddings and convolutions: outputs and all gradients against dense formulas, and what autograd keeps for them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import assert_accurate
+from cases import HALVES, NAMES, conventions, orders
+from torch import nn
+
+from bora_kernels.functional import axis_norms, bora_conv, bora_embedding, merged_weight
+from bora_kernels.reference import bora_weight_ref
+
+SCALING = 0.5
+dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=NAMES.get)
+members = pytest.mark.parametrize("with_col", [True, False], ids=["bora", "dora"])
+convs = pytest.mark.parametrize(
+    "conv",
+    [
+        pytest.param(lambda: nn.Conv1d(6, 10, 3, padding=1), id="1d"),
+        pytest.param(lambda: nn.Conv1d(6, 10, 3, padding=2, padding_mode="circular"), id="1d-circular"),
+        pytest.param(lambda: nn.Conv2d(6, 10, (3, 2), stride=2, dilation=(1, 2), bias=False), id="2d-stride-dilation"),
+        pytest.param(lambda: nn.Conv2d(6, 10, 1), id="2d-pointwise"),
+        pytest.param(lambda: nn.Conv3d(6, 10, (1, 2, 3), padding="same"), id="3d-same"),
+    ],
+)
+
+
+def dense_conv_weight(weight, A, B, row, col, *, norm_order="row_col", detach_norm=False):
+    """W' of a convolution written out: a row is an output channel, a column an input channel with its taps."""
+    W = weight + SCALING * torch.einsum("nr,rk...->nk...", B, A)
+    for axis in norm_order.split("_"):
+        magnitude, kept = (row, 0) if axis == "row" else (col, 1)
+        if magnitude is not None:
+            shape = [-1 if d == kept else 1 for d in range(W.ndim)]
+            norm = W.square().sum([d for d in range(W.ndim) if d != kept], keepdim=True).sqrt()
+            W = W / (norm.detach() if detach_norm else norm) * magnitude.view(shape)
+    return W
+
+
+def trained_factors(weight, rank=3, with_col=True):
+    """Factors and magnitudes after some training, float32 over half precision."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    N, K, *kernel = weight.shape
+    A, B = torch.randn(rank, K, *kernel, dtype=dtype) / K**0.5, torch.randn(N, rank, dtype=dtype) / rank**0.5
+    norms = axis_norms(weight.reshape(N, K, -1), A.reshape(rank, K, -1), B, scaling=SCALING)
+    row, col = (norm * (1 + 0.1 * torch.randn_like(norm)) for norm in norms)
+    return A, B, row, col if with_col else None
+
+
+def run(layer, *leaves, dy=None):
+    """The output and the gradients with respect to those of the leaves that there are."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in leaves]
+    y = layer(*leaves)
+    there = [t for t in leaves if t is not None]
+    gradients = torch.autograd.grad(y, there, dy.to(y.dtype))
+    return {"y": y.detach()} | {f"d_{i}": gradient for i, gradient in enumerate(gradients)}
+
+
+def double(*tensors):
+    return [None if t is None else t.double() for t in tensors]
+
+
+# ---- embedding ----
+
+
+@dtypes
+@members
+@orders
+@conventions
+def test_embedding(dtype, with_col, order, detach_norm):
+    K, N = 23, 40
+    weight = torch.randn(K, N).to(dtype)
+    factors = trained_factors(weight.T, with_col=with_col)
+    ids = torch.randint(0, K, (4, 9))
+    dy = torch.randn(4, 9, N).to(dtype)
+    options = {"norm_order": order, "detach_norm": detach_norm, "scaling": SCALING}
+
+    def dense(weight, dtype):
+        return lambda *factors: bora_weight_ref(weight.T, *factors, **options).T[ids].to(dtype)
+
+    actual = run(lambda *factors: bora_embedding(ids, weight, *factors, **options), *factors, dy=dy)
+    plain = run(dense(weight, dtype), *factors, dy=dy)
+    exact = run(dense(weight.double(), torch.float64), *double(*factors), dy=dy)
+    assert_accurate(actual, plain, exact, samples=K)
+
+
+def test_embedding_keeps_a_zero_padding_row_and_no_gradient_for_it():
+    base = nn.Embedding(11, 8, padding_idx=2)
+    A, B, row, col = (t.requires_grad_() for t in trained_factors(base.weight.detach().T))
+    with torch.no_grad():
+        A[:, 2] = 0.0
+    ids = torch.tensor([[2, 3, 2]])
+    y = bora_embedding(ids, base.weight.detach(), A, B, row, col, scaling=SCALING, padding_idx=2)
+    assert torch.equal(y[0, 0], torch.zeros(8)) and y[0, 1].abs().min() > 0
+    y.square().sum().backward()
+    assert all(t.grad.isfinite().all() for t in (A, B, row, col))
+    assert torch.equal(A.grad[:, 2], torch.zeros(3))
+
+
+# ---- convolution ----
+
+
+@convs
+@dtypes
+@orders
+@conventions
+@members
+def test_convolution(conv, dtype, order, detach_norm, with_col):
+    base = conv().to(dtype).requires_grad_(False)
+    factors = trained_factors(base.weight, with_col=with_col)
+    x = torch.randn(3, 6, *([7] * (base.weight.ndim - 2))).to(dtype)
+    dy = torch.randn_like(base(x))
+    options = {"norm_order": order, "detach_norm": detach_norm}
+
+    def layer(x, *factors):
+        convolve = lambda t, kernel: base._conv_forward(t, kernel, None)  # noqa: E731
+        return bora_conv(x, base.weight, *factors, base.bias, convolve, scaling=SCALING, **options)
+
+    def dense(base):
+        def run_dense(x, *factors):
+            W = dense_conv_weight(base.weight.to(factors[0].dtype), *factors, **options)
+            return base._conv_forward(x, W.to(x.dtype), base.bias)
+
+        return run_dense
+
+    actual = run(layer, x, *factors, dy=dy)
+    plain = run(dense(base), x, *factors, dy=dy)
+    exact = run(dense(base.double()), *double(x, *factors), dy=dy)
+    assert_accurate(actual, plain, exact, samples=30)
+
+
+@orders
+def test_pointwise_convolution_is_the_linear_layer(order):
+    weight = torch.randn(10, 6, dtype=torch.float64)
+    factors = trained_factors(weight)
+    x = torch.randn(2, 6, 5, dtype=torch.float64)
+    A, *rest = factors
+    y = bora_conv(x, weight[..., None], A[..., None], *rest, None, F.conv1d, scaling=SCALING, norm_order=order)
+    expected = bora_weight_ref(weight, *factors, scaling=SCALING, norm_order=order) @ x
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_convolution_dropout_acts_on_the_low_rank_branch_only():
+    """Averaged over masks it is the layer without dropout; where the low-rank product is zero it is that exactly."""
+    weight, x = torch.randn(8, 4, 3, dtype=torch.float64), torch.randn(1, 4, 9, dtype=torch.float64)
+    A, B, row, col = trained_factors(weight)
+
+    def layer(B, **dropout):
+        return bora_conv(x, weight, A, B, row, col, None, F.conv1d, scaling=SCALING, **dropout)
+
+    assert torch.equal(layer(0 * B, dropout_p=0.5, training=True), layer(0 * B))
+    assert torch.equal(layer(B, dropout_p=0.5, training=False), layer(B))
+    draws = torch.stack([layer(B, dropout_p=0.5, training=True) for _ in range(400)])
+    error = (draws.mean(0) - layer(B)).abs() / (draws.std(0) / 20)
+    assert draws.std(0).min() > 0 and error.max() < 4.5  # of 56 normal deviations
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=NAMES.get)
+def test_small_changes_of_a_column_magnitude_reach_a_half_precision_convolution(dtype):
+    """A change of 1e-3, which x⊙g rounded to half precision would lose, arrives within a tenth of its size."""
+    base = nn.Conv1d(64, 32, 3).to(dtype).requires_grad_(False)
+    A, B = torch.zeros(2, 64, 3), torch.zeros(32, 2)
+    row, col = axis_norms(base.weight, A, B, scaling=SCALING)
+    x = torch.randn(8, 64, 50).to(dtype)
+    change = 1e-3 * torch.randn(64)
+
+    def layer(col, weight, x, bias):
+        return bora_conv(x, weight, A.to(x.dtype), B.to(x.dtype), row.to(weight), col, bias, F.conv1d, scaling=SCALING)
+
+    def effect(dtype):
+        weight, inputs, bias = base.weight.to(dtype), x.to(dtype), base.bias.to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        moved, still = (layer(c.to(wide), weight, inputs, bias).double() for c in (col * (1 + change), col))
+        return moved - still
+
+    exact = effect(torch.float64)
+    measured = effect(dtype)
+    slope = (measured * exact).sum() / exact.square().sum()
+    assert abs(slope - 1) < 0.1, f"the effect arrives {slope:.3f} times as large"
+
+
+# ---- what is kept ----
+
+
+@orders
+def test_nothing_of_the_weights_size_is_saved_but_the_weight(order):
+    K, N = 60, 50
+    weight = torch.randn(K, N)
+    A, B, row, col = (t.requires_grad_() for t in trained_factors(weight.T))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        bora_embedding(torch.tensor([1, 2]), weight, A, B, row, col, scaling=SCALING, norm_order=order)
+    large = {t.untyped_storage().data_ptr() for t in saved if t.untyped_storage().nbytes() >= weight.nbytes}
+    assert large <= {weight.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=NAMES.get)
+@orders
+def test_merged_weight_is_rounded_once(dtype, order):
+    """Half an ulp, and the little that float32 sums add before."""
+    weight = torch.randn(10, 6, 3).to(dtype)
+    factors = trained_factors(weight)
+    merged = merged_weight(weight, *factors, scaling=SCALING, norm_order=order)
+    exact = dense_conv_weight(weight.double(), *double(*factors), norm_order=order)
+    assert merged.dtype == dtype
+    error = (merged.double() - exact).abs() / exact.abs()
+    assert error.max() <= torch.finfo(dtype).eps / 2 + 2e-6
+
+
+def test_zero_rows_and_columns_give_zeros_and_finite_gradients():
+    weight = torch.randn(6, 5, 2)
+    weight[3], weight[:, 1] = 0.0, 0.0
+    A, B = torch.randn(2, 5, 2), torch.randn(6, 2)
+    A[:, 1], B[3] = 0.0, 0.0
+    row, col = axis_norms(weight, A, B, scaling=SCALING)
+    assert row[3] == 0 and col[1] == 0
+    leaves = [t.requires_grad_() for t in (A, B, row, col)]
+    y = bora_conv(torch.randn(2, 5, 4), weight, *leaves, None, F.conv1d, scaling=SCALING)
+    y.sum().backward()
+    assert torch.equal(y[:, 3], torch.zeros(2, 3)) and all(t.grad.isfinite().all() for t in leaves)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [({"norm_order": "rows"}, "norm_order must be one of"), ({"scaling": float("nan")}, "scaling must be finite")],
+    ids=["norm_order", "scaling"],
+)
+def test_options_are_checked(options, message):
+    weight = torch.randn(6, 5)
+    with pytest.raises(ValueError, match=message):
+        bora_embedding(torch.tensor([0]), weight.T, *trained_factors(weight), **{"scaling": 1.0, **options})
+
+
+def test_a_weight_that_requires_a_gradient_is_refused():
+    weight = nn.Parameter(torch.randn(6, 5))
+    with pytest.raises(ValueError, match="weight must be frozen"):
+        bora_embedding(torch.tensor([0]), weight.T, *trained_factors(weight.detach()), scaling=1.0)
