@@ -12,6 +12,7 @@ import peft.mapping
 from .config import PEFT_TYPE, BoraConfig
 from .layers import BoraConv1d, BoraConv2d, BoraConv3d, BoraEmbedding, BoraLayer, BoraLinear
 from .model import BoraModel
+from .quantized import BoraQuantizedLinear
 
 __all__ = [
     "BoraConfig",
@@ -22,6 +23,7 @@ __all__ = [
     "BoraLayer",
     "BoraLinear",
     "BoraModel",
+    "BoraQuantizedLinear",
 ]
 
 # peft.utils.register_peft_method accepts only the names of PEFT's own enumeration.

@@ -157,9 +157,7 @@ class BoraLayer:
         merged = self.effective_weight(names[0])
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
-        base = self.base_layer
-        self.unmerged_weight = base.weight.detach()
-        base.weight = nn.Parameter(merged, requires_grad=False)
+        self._swap_in(merged)
         self.merged_adapters.append(names[0])
 
     def unmerge(self) -> None:
@@ -167,9 +165,19 @@ class BoraLayer:
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        self._swap_out()
+        self.merged_adapters.clear()
+
+    def _swap_in(self, merged: Tensor) -> None:
+        """Let the base layer compute with W'."""
+        base = self.base_layer
+        self.unmerged_weight = base.weight.detach()
+        base.weight = nn.Parameter(merged, requires_grad=False)
+
+    def _swap_out(self) -> None:
+        """Let the base layer compute with W0 again."""
         self.base_layer.weight = nn.Parameter(self.unmerged_weight, requires_grad=False)
         self.unmerged_weight = None
-        self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: W' − W0 is not of low rank."""

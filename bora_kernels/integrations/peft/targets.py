@@ -8,8 +8,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from ... import ops
+from ...quantized import read
 from .config import BoraConfig
 from .layers import BoraConv1d, BoraConv2d, BoraConv3d, BoraEmbedding, BoraLayer, BoraLinear
+from .quantized import BoraQuantizedLinear
 
 _LAYERS = {
     nn.Linear: BoraLinear,
@@ -27,17 +29,26 @@ def layer_class(module: nn.Module, config: BoraConfig, name: str) -> type[BoraLa
         raise ValueError(f"Target module {name} must have BoRA adapters only, got a {type(module).__name__}")
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     kind = next((kind for kind in _LAYERS if isinstance(base, kind)), None)
-    problem = "it is of another type" if kind is None else _problem(base, kind, config)
+    quantized = False
+    try:
+        quantized = kind is nn.Linear and read(base) is not None
+        problem = "it is of another type" if kind is None else _problem(base, kind, quantized, config)
+    except (TypeError, ValueError) as error:  # a weight that cannot be read
+        problem = str(error)
     if problem:
         kinds = ", ".join(kind.__name__ for kind in _LAYERS)
         raise ValueError(
             f"Target module {name} ({type(base).__name__}) is not supported: {problem}. BoRA adapts {kinds}"
         )
-    return _LAYERS[kind]
+    return BoraQuantizedLinear if quantized else _LAYERS[kind]
 
 
-def _problem(base: nn.Module, kind: type[nn.Module], config: BoraConfig) -> str | None:
+def _problem(base: nn.Module, kind: type[nn.Module], quantized: bool, config: BoraConfig) -> str | None:
     """What keeps a layer of a known type from being adapted."""
+    init = config.init_lora_weights
+    if quantized:
+        changes = isinstance(init, str) and init.startswith(("pissa", "olora"))
+        return f"init_lora_weights={init!r} would quantize its weight again" if changes else None
     scaled = kind is nn.Embedding and hasattr(base, "embed_scale")
     if getattr(base, "_hf_tp_plan", None) is not None:
         return f"its weight is sharded (tensor parallel plan {base._hf_tp_plan!r})"
@@ -46,11 +57,8 @@ def _problem(base: nn.Module, kind: type[nn.Module], config: BoraConfig) -> str 
     if is_parametrized(base, "weight"):
         return "its weight is parametrized"
     if kind in (nn.Linear, Conv1D):
-        try:
-            ops.check_weight(base.weight)
-        except (TypeError, ValueError) as error:
-            return str(error)
-        if kind is Conv1D and config.init_lora_weights == "olora":
+        ops.check_weight(base.weight)
+        if kind is Conv1D and init == "olora":
             return "init_lora_weights='olora' works on untransposed weights only"
     elif kind is nn.Embedding:
         if base.max_norm is not None:

@@ -1,0 +1,63 @@
+"""BoRA over quantized linear layers in PEFT (QBoRA)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ...autograd import bora_linear
+from ...quantized import read
+from .layers import BoraLinear
+
+
+class BoraQuantizedLinear(BoraLinear):
+    """A linear layer of bitsandbytes (NF4, FP4, 8-bit) or torchao (int8, float8 weight-only), which stays quantized.
+
+    Merging puts a dense ``nn.Linear`` with W' in the place of the quantized layer, because quantizing W' again would
+    lose the adapter's small updates; unmerging puts the quantized layer itself back.
+    """
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """As ``BoraLayer.forward``; a merged layer takes inputs of any dtype as the quantized one does."""
+        if self.merged and not self.disable_adapters:
+            return super().forward(x.to(self.base_layer.weight.dtype), *args, **kwargs).to(x.dtype)
+        return super().forward(x, *args, **kwargs)
+
+    def _quantized(self) -> nn.Module:
+        return self.__dict__.get("quantized_layer") or self.base_layer
+
+    def _weight(self) -> Tensor:
+        """W0 made dense, for the caller alone, in the dtype that the layer computes in or else stands for."""
+        base = self._quantized()
+        return read(base).dense(getattr(base, "compute_dtype", None))
+
+    def narrow_magnitudes(self, adapter_name: str) -> None:
+        """Nothing: a quantized weight's dtype is none for magnitudes."""
+
+    def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
+        base = self._quantized()
+        y = bora_linear(
+            x.to(getattr(base, "compute_dtype", None) or x.dtype),
+            read(base),
+            self.lora_A[adapter_name].weight,
+            self.lora_B[adapter_name].weight,
+            *self._magnitudes(adapter_name),
+            base.bias,
+            **self._options(adapter_name),
+            **self._dropout(adapter_name),
+            backend=self.backend,
+        )
+        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+
+    def _swap_in(self, merged: Tensor) -> None:
+        base = self.base_layer
+        dense = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        dense.weight = nn.Parameter(merged, requires_grad=False)
+        if base.bias is not None:
+            dense.bias = nn.Parameter(base.bias.detach().to(merged.dtype), requires_grad=False)
+        self.__dict__["quantized_layer"] = base  # aside: no part of this module, and in no state dict
+        self.base_layer = dense.train(base.training)
+
+    def _swap_out(self) -> None:
+        device = self.base_layer.weight.device
+        self.base_layer = self.__dict__.pop("quantized_layer").to(device)
