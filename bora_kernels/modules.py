@@ -128,9 +128,10 @@ class FusedBoraLinear(nn.Module):
     def reset_parameters(self) -> None:
         """Start the adapter anew over the present weight: A uniform (Kaiming), B zero, magnitudes the weight's norms.
 
-        The frozen weight is not touched. After ``to_empty`` load the weight first, then call this.
+        The frozen weight is not touched. After ``to_empty`` load the weight first, then call this. Sharded parameters
+        (DTensor) start as whole ones would: A is what the first rank draws, norms are reduced over the shards.
         """
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        _draw_factor(self.lora_A)
         nn.init.zeros_(self.lora_B)
         norm_dtype = torch.promote_types(self.weight.dtype, torch.float32)
         self.magnitude_row.copy_(torch.linalg.vector_norm(self.weight, dim=1, dtype=norm_dtype))
@@ -160,7 +161,11 @@ class FusedBoraLinear(nn.Module):
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
-        """W' [out_features, in_features], computed in float32 and rounded once to the weight's dtype; no gradient."""
+        """W' [out_features, in_features], computed in float32 and rounded once to the weight's dtype; no gradient.
+
+        Raises TypeError for a sharded weight: call this where the parameters are whole, as under FSDP's ``unshard()``.
+        """
+        ops.check_weight(self.weight)
         return factored.effective_weight(
             self.weight,
             self.lora_A,
@@ -212,6 +217,18 @@ class FusedBoraLinear(nn.Module):
         parts += ["detach_norm=True"] if self.detach_norm else []
         parts += ["merged=True"] if self.merged else []
         return ", ".join(parts)
+
+
+def _draw_factor(factor: nn.Parameter) -> None:
+    """Kaiming-uniform in place. Were shards drawn one by one, ranks with equal seeds would repeat each other's rows."""
+    if not hasattr(factor, "placements"):  # not a DTensor
+        nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = torch.empty(factor.shape, dtype=factor.dtype, device=factor.to_local().device)
+    nn.init.kaiming_uniform_(whole, a=math.sqrt(5))
+    factor.copy_(distribute_tensor(whole, factor.device_mesh, factor.placements))
 
 
 class FusedDoraLinear(FusedBoraLinear):
