@@ -17,10 +17,9 @@ import torch
 import torch.distributed as dist
 
 # The server imports PyTorch once; every rank is a fork of it. It has used neither threads nor a GPU by then.
+_PRELOADED = ("distributed.fsdp", "distributed.tensor.parallel", "distributed.checkpoint", "_dynamo")
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.checkpoint", "pytest"]
-)
+_context.set_forkserver_preload(["pytest", *(f"torch.{module}" for module in _PRELOADED)])
 
 
 class RankErrors(Exception):

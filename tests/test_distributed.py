@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import ADAPTERS, HIDDEN, RANK, STEPS, WIDTH, Model, Run, distribute, train
+from training import ADAPTERS, BATCH, HIDDEN, RANK, STEPS, WIDTH, Model, Run, distribute, train
 
 from bora_kernels import FusedBoraLinear
 
@@ -48,10 +48,10 @@ def single(run: Run, exact: bool) -> dict:
     return train(run, exact=exact)
 
 
-@functools.cache
-def trained_by(world_size: int) -> dict:
-    """What each rank got for each of RUNS: {run: [rank's results]}."""
-    return dict(zip(RUNS, zip(*launch(train_all, world_size, RUNS, timeout=120), strict=True), strict=True))
+@pytest.fixture(scope="module", params=[2, 4], ids="{}ranks".format)
+def trained(request) -> dict:
+    """What the ranks of one launch got for each of RUNS: {run: (rank 0's results, rank 1's, ...)}."""
+    return dict(zip(RUNS, zip(*launch(train_all, request.param, RUNS, timeout=120), strict=True), strict=True))
 
 
 def train_all(runs: list[Run]) -> list[dict]:
@@ -67,9 +67,8 @@ def assert_as_on_one_process(actual: dict, run: Run) -> None:
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
-@pytest.mark.parametrize("world_size", [2, 4], ids="{}ranks".format)
-def test_five_steps_equal_those_of_one_process(world_size, run):
-    first, *others = trained_by(world_size)[run]
+def test_five_steps_equal_those_of_one_process(trained, run):
+    first, *others = trained[run]
     assert_as_on_one_process(first, run)
     for other in others:
         assert all(torch.equal(other[name], value) for name, value in first.items())
@@ -133,7 +132,9 @@ def test_ddp_reduces_the_gradients_of_adapters_only(checkpointing):
 # ---- checkpoints ----
 
 
-@pytest.mark.parametrize("path", [("fsdp4", "fsdp2", "single"), ("single", "fsdp2", "fsdp4"), ("ddp2", "fsdp4", "ddp2")])
+@pytest.mark.parametrize(
+    "path", [("fsdp4", "fsdp2", "single"), ("single", "fsdp2", "fsdp4"), ("ddp2", "fsdp4", "ddp2")]
+)
 def test_training_goes_on_from_a_checkpoint_on_other_ranks(path, tmp_path):
     """Steps 0 and 1, step 2, and steps 3 and 4, each on another number of ranks or with another layout."""
     parts = []
@@ -155,17 +156,112 @@ def train_some(run: Run, steps: range, resume: str | None, save: str) -> dict:
     return train(run, steps=steps, resume=resume, save=save)
 
 
+def consolidate(run: Run, x: torch.Tensor, file: str) -> torch.Tensor:
+    """Writes the adapter to a file and returns the output."""
+    model = distribute(run, Model(run), "cpu")
+    options = replace(ADAPTERS, full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    if dist.get_rank() == 0:
+        torch.save(state, file)
+    return model(x).detach()
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_consolidated_adapter_loads_on_one_device(strategy):
-    """The adapter's parameters alone, whole, under the names of the model that was not distributed."""
-    first, *others = launch(consolidated_adapter, 2, Run(strategy))
-    state, expected, y = first
-    assert all(other[0] == {} for other in others if strategy == "fsdp")  # only the first rank holds it
+def test_consolidated_adapter_loads_on_one_device(strategy, tmp_path):
+    """One file of whole tensors under the names of the model that was not distributed."""
+    x, file = torch.randn(BATCH, WIDTH), str(tmp_path / "adapter.pt")
+    y, _ = launch(consolidate, 2, Run(strategy), x, file)
     model = Model(Run())
-    names = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert state.keys() == names and all(state[name].dtype == torch.float32 for name in names)
-    for p in model.parameters():
-        if p.requires_grad:
-            torch.nn.init.constant_(p, torch.nan)
-    set_model_state_dict(model, state, options=ADAPTERS)
-    assert_accurate({"y": model(probe())}, {"y": y}, {"y": model.double()(probe().double())}, samples=RANK * WIDTH)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for parameter in trained.values():
+        nn.init.constant_(parameter, torch.nan)
+    state = torch.load(file)
+    assert state.keys() == trained.keys()
+    model.load_state_dict(state, strict=False)
+    assert torch.equal(model(x), y)
+
+
+# ---- sharded parameters outside a forward ----
+
+
+def start_from_meta(weight: torch.Tensor) -> dict:
+    """A layer made on "meta", sharded, and given a weight that the first rank has; every rank draws other numbers."""
+    torch.manual_seed(dist.get_rank())
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    layer = fully_shard(FusedBoraLinear(HIDDEN, WIDTH, r=RANK, bias=False, device="meta"), mesh=mesh)
+    layer.to_empty(device="cpu")
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(layer, {"weight": weight} if dist.get_rank() == 0 else {}, options=options)
+    layer.reset_parameters()
+    return {name: parameter.detach().full_tensor() for name, parameter in layer.named_parameters()}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_layer_made_on_meta_starts_from_the_real_weight(world_size):
+    linear = nn.Linear(HIDDEN, WIDTH, bias=False)
+    torch.manual_seed(0)  # as the first rank
+    expected = dict(FusedBoraLinear.from_linear(linear, r=RANK).named_parameters())
+    for rank in launch(start_from_meta, world_size, linear.weight.detach()):
+        for name in ("weight", "lora_A", "lora_B"):
+            assert torch.equal(rank[name], expected[name])
+        norms = {f"magnitude_{axis}": linear.weight.double().norm(dim=dim) for axis, dim in (("row", 1), ("col", 0))}
+        assert_accurate({n: rank[n] for n in norms}, {n: expected[n] for n in norms}, norms, samples=WIDTH)
+
+
+def use_sharded() -> dict:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    layer = Model(Run()).blocks[0].up
+    expected = layer.effective_weight()
+    fully_shard(layer, mesh=mesh)
+    uses = {
+        "effective_weight": layer.effective_weight,
+        "merge": layer.merge,
+        "to_linear": layer.to_linear,
+        "forward": lambda: layer.forward(torch.randn(BATCH, WIDTH)),  # past the hooks of FSDP
+        "from_linear": lambda: FusedBoraLinear.from_linear(fully_shard(nn.Linear(WIDTH, HIDDEN), mesh=mesh)),
+    }
+    messages = {}
+    for name, use in uses.items():
+        with pytest.raises(TypeError) as error:
+            use()
+        messages[name] = str(error.value)
+    assert not layer.merged
+    layer.unshard()
+    layer.merge()
+    assert torch.equal(layer.merged_weight, expected)
+    return messages
+
+
+def test_sharded_weight_is_refused_and_a_gathered_one_is_merged():
+    messages, _ = launch(use_sharded, 2)
+    for name, message in messages.items():
+        argument = "linear.weight" if name == "from_linear" else "weight"
+        assert message.startswith(f"{argument} must be a plain dense tensor, got a DTensor (sharded"), name
+
+
+# ---- a rank that fails ----
+
+
+def fail_on_rank_1(run: Run, how: str) -> None:
+    model = distribute(run, Model(run), "cpu")
+    if dist.get_rank() == 1:
+        layer = [module for module in model.modules() if isinstance(module, FusedBoraLinear)][2]
+        layer.register_forward_pre_hook(lambda *_: (torch.randn(BATCH, WIDTH + 1),) if how == "raise" else os._exit(7))
+    for _ in range(2):
+        model(torch.randn(BATCH, WIDTH)).sum().backward()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["raise", "die"])
+def test_failure_of_one_rank_ends_all_with_an_error(strategy, how):
+    """The one that fails says why; the others end with the error of a collective, and none by the time limit."""
+    with pytest.raises(RankErrors) as caught:
+        launch(fail_on_rank_1, 4, Run(strategy), how, timeout=60)
+    errors = caught.value.errors
+    assert errors.keys() == {0, 1, 2, 3}
+    expected = f"ValueError: x must be [..., {WIDTH}]" if how == "raise" else "died with exit code 7"
+    assert expected in errors.pop(1)
+    for other in errors.values():
+        assert "Error" in other and "peer" in other and "FusedBoraLinear" not in other, other

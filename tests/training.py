@@ -129,13 +129,14 @@ def train(
             loss /= dist.get_world_size()
         records["loss"].append(loss)
         for name, parameter in trained.items():
-            records[f"d_{name}"].append(whole(parameter.grad))
+            records[f"d_{name}"].append(local(parameter.grad).clone())
         optimizer.step()
         optimizer.zero_grad()
     if save:
         save_checkpoint(save, model, optimizer)
-    results = {name: torch.stack(values).cpu() for name, values in records.items()}
-    return results | {name: whole(parameter.detach()).cpu() for name, parameter in trained.items()}
+    results = {name: torch.stack(values) for name, values in records.items()}
+    results |= {name: local(parameter.detach()) for name, parameter in trained.items()}
+    return gather(results) if run.strategy == "fsdp" else {name: t.cpu() for name, t in results.items()}
 
 
 def distribute(run: Run, model: Model, device: str) -> nn.Module:
@@ -193,9 +194,7 @@ def load_checkpoint(folder: str, model: nn.Module, optimizer: torch.optim.Optimi
     """The same on any number of ranks."""
     model_state, optimizer_state = get_state_dict(model, optimizer, options=ADAPTERS)
     dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
-    set_state_dict(
-        model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=ADAPTERS
-    )
+    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=ADAPTERS)
 
 
 def plain_name(name: str) -> str:
@@ -203,6 +202,14 @@ def plain_name(name: str) -> str:
     return name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A copy of a tensor that may be sharded."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a tensor, or all where it is not sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def gather(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The rows of all ranks in one exchange; gradients have the steps before the rows."""
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, {name: t.cpu() for name, t in results.items()})
+    whole = {name: torch.cat([rank[name] for rank in ranks], dim=int(name.startswith("d_"))) for name in results}
+    return whole | {"loss": results["loss"].cpu()}
