@@ -29,14 +29,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import bora_kernels
 
 STRATEGIES = ("ddp", "fsdp", "tp", "tp+fsdp")
-COLWISE = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # what tensor parallelism shards over outputs
-ROWWISE = ("o_proj", "down_proj")  # and over inputs
+ROWWISE = ("o_proj", "down_proj")  # what tensor parallelism shards over inputs; over outputs all else
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -121,14 +121,16 @@ def distribute(model: nn.Module, mesh: DeviceMesh, arguments: argparse.Namespace
     if arguments.strategy == "ddp":
         return DistributedDataParallel(model.to(arguments.device))
     if "tp" in arguments.strategy:
-        from bora_kernels.distributed.tensor_parallel import BoraColwiseParallel, BoraRowwiseParallel
-        from torch.distributed.tensor.parallel import parallelize_module
+        from bora_kernels.distributed import BoraColwiseParallel, BoraRowwiseParallel
 
         model.to(arguments.device)
-        plan = {f"*.{name}": BoraColwiseParallel() for name in COLWISE}
-        plan |= {f"*.{name}": BoraRowwiseParallel() for name in ROWWISE}
         for block in model.model.layers:
-            parallelize_module(block, mesh["tensor"], plan)
+            styles = {
+                name: BoraRowwiseParallel() if name.endswith(ROWWISE) else BoraColwiseParallel()
+                for name, module in block.named_modules()
+                if isinstance(module, bora_kernels.FusedBoraLinear)
+            }
+            parallelize_module(block, mesh["tensor"], styles)
     if "fsdp" in arguments.strategy:
         # No param_dtype: it would round adapters to bfloat16, too. They are gathered in float32, the rest in its dtype.
         options = {"mesh": mesh["data"], "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
