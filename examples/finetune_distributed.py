@@ -39,14 +39,12 @@ STRATEGIES = ("ddp", "fsdp", "tp", "tp+fsdp")
 ROWWISE = ("o_proj", "down_proj")  # what tensor parallelism shards over inputs; over outputs all else
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is trained, on what, and for how long."""
     add = parser.add_argument
-    add("--strategy", choices=STRATEGIES, default="fsdp", help="what is sharded (default: %(default)s)")
-    add("--tensor-parallel", type=int, metavar="N", help="ranks that share a layer (default: all, or 2 with fsdp)")
     add("--model", metavar="PATH", help="a Llama-like model that transformers can load")
     add("--text", type=Path, nargs="+", metavar="FILE", help="what to train on")
-    add("--r", type=int, default=16, help="rank of the adapters (default: %(default)s)")
+    add("--adapter-rank", type=int, default=16, help="rank of the adapters (default: %(default)s)")
     add("--alpha", type=float, default=32, help="numerator of their scaling (default: %(default)s)")
     add("--norm-order", choices=("row_col", "col_row"), default="row_col", help="(default: %(default)s)")
     add("--lr", type=float, default=1e-3, help="AdamW's learning rate (default: %(default)s)")
@@ -55,16 +53,19 @@ def parse_arguments() -> argparse.Namespace:
     add("--micro-batches", type=int, default=1, help="parts whose gradients are accumulated (default: %(default)s)")
     add("--length", type=int, default=128, help="tokens in a sequence (default: %(default)s)")
     add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the frozen model (default: bfloat16 on GPUs)")
     add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add(
-        "--resume",
-        type=Path,
-        metavar="FOLDER",
-        help="a checkpoint to go on from, of any strategy",
-    )
-    add("--save", type=Path, metavar="FOLDER", help="leave a checkpoint here, written by all ranks")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the frozen model (default: bfloat16 on GPUs)")
     add("--export", type=Path, metavar="FILE", help="leave the adapter here, in one safetensors file")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--strategy", choices=STRATEGIES, default="fsdp", help="what is sharded (default: %(default)s)")
+    add("--tensor-parallel", type=int, metavar="N", help="ranks that share a layer (default: all, or 2 with fsdp)")
+    add("--resume", type=Path, metavar="FOLDER", help="a checkpoint to go on from, of any strategy")
+    add("--save", type=Path, metavar="FOLDER", help="leave a checkpoint here, written by all ranks")
+    add_arguments(parser)
     arguments = parser.parse_args()
     if "RANK" not in os.environ:
         parser.error("start it with torchrun, as in: torchrun --nproc-per-node 2 examples/finetune_distributed.py")
@@ -96,7 +97,7 @@ def build_model(arguments: argparse.Namespace) -> nn.Module:
         for name, linear in list(block.named_modules()):
             if isinstance(linear, nn.Linear):
                 layer = bora_kernels.FusedBoraLinear.from_linear(
-                    linear, r=arguments.r, alpha=arguments.alpha, norm_order=arguments.norm_order
+                    linear, r=arguments.adapter_rank, alpha=arguments.alpha, norm_order=arguments.norm_order
                 )
                 block.set_submodule(name, layer)
     if arguments.checkpointing:

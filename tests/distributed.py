@@ -16,10 +16,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# The server imports PyTorch once; every rank is a fork of it. It has used neither threads nor a GPU by then.
-_PRELOADED = ("distributed.fsdp", "distributed.tensor.parallel", "distributed.checkpoint", "_dynamo")
+# The server imports what is slow to import once, as far as it is installed; every rank is a fork of it. The server has
+# used neither threads nor a GPU by then.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pytest", *(f"torch.{module}" for module in _PRELOADED)])
+_context.set_forkserver_preload(
+    [
+        "pytest",
+        "torch._dynamo",
+        "torch.distributed.checkpoint",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "transformers.models.llama.modeling_llama",
+        "transformers.trainer",
+    ]
+)
 
 
 class RankErrors(Exception):
@@ -79,7 +89,9 @@ def _run(
     rank, world_size, backend, address, timeout = setup
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+    )
     try:
         limit = timedelta(seconds=timeout)
         dist.init_process_group(backend, init_method=address, rank=rank, world_size=world_size, timeout=limit)
