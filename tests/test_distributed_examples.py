@@ -90,9 +90,8 @@ def test_run_goes_on_with_other_ranks_and_another_strategy(on_one_process, tmp_p
 @pytest.mark.parametrize("ranks, strategy", [(2, "tp"), (4, "tp+fsdp")])
 def test_tensor_parallel_strategies_give_the_same_losses(on_one_process, ranks, strategy):
     pytest.importorskip("bora_kernels.distributed")
-    assert_same(
-        launch(run_example, ranks, f"--strategy={strategy}", "--steps=4", "--checkpointing")[0], on_one_process()
-    )
+    options = (f"--strategy={strategy}", "--steps=4", "--checkpointing")
+    assert_same(launch(run_example, ranks, *options)[0], on_one_process[0])
 
 
 # ---- Trainer and Accelerate ----
