@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import pickle
@@ -10,26 +11,36 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-# The server imports what is slow to import once, as far as it is installed; every rank is a fork of it. The server has
-# used neither threads nor a GPU by then.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "pytest",
-        "torch._dynamo",
-        "torch.distributed.checkpoint",
-        "torch.distributed.fsdp",
-        "torch.distributed.tensor.parallel",
-        "transformers.models.llama.modeling_llama",
-        "transformers.trainer",
-    ]
-)
+_SLOW_IMPORTS = [  # those that are not installed are passed over
+    "pytest",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "transformers.models.llama.modeling_llama",
+    "transformers.trainer",
+]
+_WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+
+
+@functools.cache
+def _context(on_gpu: bool):
+    """How ranks are started: forked from a server that has imported what is slow, or afresh where they use a GPU."""
+    if on_gpu:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_SLOW_IMPORTS)
+    with mock.patch.dict(os.environ, _WITHOUT_GPU):  # a process that has touched a GPU must not be forked
+        forkserver.ensure_running()
+    return context
 
 
 class RankErrors(Exception):
@@ -49,15 +60,16 @@ def launch(
     if any rank raises, dies, or is not done after ``timeout`` seconds (it is killed then). No rank is ended before that
     because of another: how the others end is part of what is tested.
     """
+    context = _context(on_gpu="nccl" in backend)
     deadline = time.monotonic() + timeout
     results: dict[int, Any] = {}
     errors: dict[int, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         ranks = {}
         for rank in range(world_size):
-            receiver, sender = _context.Pipe(duplex=False)
+            receiver, sender = context.Pipe(duplex=False)
             setup = (rank, world_size, backend, f"file://{folder}/rendezvous", timeout)
-            process = _context.Process(target=_run, args=(sender, setup, worker, arguments), daemon=True)
+            process = context.Process(target=_run, args=(sender, setup, worker, arguments), daemon=True)
             process.start()
             sender.close()  # the process has its own: when it dies, receiving ends
             ranks[receiver] = (rank, process)

@@ -44,8 +44,8 @@ RUNS += [
 
 
 @functools.cache
-def single(run: Run, exact: bool) -> dict:
-    return train(run, exact=exact)
+def single(run: Run, device: str, exact: bool) -> dict:
+    return train(run, device, exact=exact)
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids="{}ranks".format)
@@ -58,10 +58,10 @@ def train_all(runs: list[Run]) -> list[dict]:
     return [train(run) for run in runs]
 
 
-def assert_as_on_one_process(actual: dict, run: Run) -> None:
+def assert_as_on_one_process(actual: dict, run: Run, device: str = "cpu") -> None:
     """By the accuracy rule: "plain" is the layer on one process, "exact" the dense reference in float64."""
     one = replace(run, strategy="single", checkpointing="", micro_batches=1, offload=False)
-    triple = actual, single(one, exact=False), single(one, exact=True)
+    triple = actual, single(one, device, exact=False), single(one, device, exact=True)
     for names, samples in (({"loss"}, STEPS), (actual.keys() - {"loss"}, RANK * WIDTH)):
         assert_accurate(*({name: results[name] for name in names} for results in triple), samples=samples)
 
@@ -72,6 +72,24 @@ def test_five_steps_equal_those_of_one_process(trained, run):
     assert_as_on_one_process(first, run)
     for other in others:
         assert all(torch.equal(other[name], value) for name, value in first.items())
+
+
+GPU_RUNS = [
+    Run("ddp"),
+    Run("fsdp"),
+    Run("fsdp", "col_row", checkpointing="inside"),
+    Run("fsdp", detach_norm=True, checkpointing="before"),
+    Run("fsdp", micro_batches=2, offload=True),
+    Run("fsdp", precision="bf16_base", checkpointing="inside"),
+    Run("fsdp", "col_row", precision="bf16_policy"),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("run", GPU_RUNS, ids=str)
+def test_one_rank_on_a_gpu_equals_the_bare_model(run):
+    (actual,) = launch(train, 1, run, "cuda", backend="cpu:gloo,cuda:nccl", timeout=120)
+    assert_as_on_one_process(actual, run, "cuda")
 
 
 # ---- what is communicated ----
