@@ -157,7 +157,7 @@ def test_training_goes_on_from_a_checkpoint_on_other_ranks(path, tmp_path):
     """Steps 0 and 1, step 2, and steps 3 and 4, each on another number of ranks or with another layout."""
     parts = []
     for i, (place, steps) in enumerate(zip(path, (range(0, 2), range(2, 3), range(3, 5)), strict=True)):
-        run = Run(place.rstrip("24"))
+        run = Run(strategy := place.rstrip("24"), checkpointing="before" if strategy == "fsdp" else "")
         resume, save = str(tmp_path / f"{i}") if i else None, str(tmp_path / f"{i + 1}")
         if run.strategy == "single":
             parts.append(train(run, steps=steps, resume=resume, save=save))
