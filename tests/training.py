@@ -34,11 +34,13 @@ class Run:
     detach_norm: bool = False
     checkpointing: str = ""  # "inside" the forward of a block, or a wrapper put on "before" or "after" sharding
     precision: str = "fp32"  # "bf16_policy": float32 parameters cast by FSDP; "bf16_base": only the frozen are bf16
+    peft: bool = False  # the layers are those of the PEFT integration
     micro_batches: int = 1
     offload: bool = False
 
     def __str__(self) -> str:
         parts = [self.strategy, self.order, "detached" if self.detach_norm else "exact", self.precision]
+        parts += ["peft"] if self.peft else []
         parts += [f"checkpointing_{self.checkpointing}"] if self.checkpointing else []
         parts += [f"{self.micro_batches}micro_batches"] if self.micro_batches > 1 else []
         parts += ["offload"] if self.offload else []
@@ -72,9 +74,11 @@ class Model(nn.Module):
         torch.manual_seed(1)
         self.blocks = nn.ModuleList(Block(run) for _ in range(2))
         self.head = nn.Linear(WIDTH, OUTPUTS).requires_grad_(False)
+        if run.peft:
+            adapt_by_peft(self, run)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if name.endswith("lora_B"):
+                if "lora_B" in name:
                     parameter.normal_(std=0.1)
                 elif "magnitude" in name:
                     parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
@@ -85,6 +89,17 @@ class Model(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x)
+
+
+def adapt_by_peft(model: Model, run: Run) -> None:
+    """Replace the layers by linear ones that PEFT adapts."""
+    from bora_kernels.integrations.peft import BoraConfig
+    from peft import inject_adapter_in_model
+
+    for block in model.blocks:
+        block.up, block.down = block.up.to_linear(), block.down.to_linear()
+    options = {"norm_order": run.order, "detach_norm": run.detach_norm}
+    inject_adapter_in_model(BoraConfig(r=RANK, lora_alpha=32, target_modules=["up", "down"], **options), model)
 
 
 def train(
