@@ -1,5 +1,6 @@
 """DDP, FSDP2 and distributed checkpoints: many processes compute what one does."""
 
+import copy
 import functools
 import os
 from dataclasses import replace
@@ -90,6 +91,32 @@ GPU_RUNS = [
 def test_one_rank_on_a_gpu_equals_the_bare_model(run):
     (actual,) = launch(train, 1, run, "cuda", backend="cpu:gloo,cuda:nccl", timeout=120)
     assert_as_on_one_process(actual, run, "cuda")
+
+
+LARGE = [(4096, 14336), (14336, 4096)]  # in and out features
+
+
+def time_one_rank() -> dict[str, float]:
+    """Milliseconds of forward and backward of two large layers: bare, and as units of FSDP on one device."""
+    from triton.testing import do_bench
+
+    bare = nn.Sequential(*(FusedBoraLinear(*size, device="cuda", dtype=torch.bfloat16) for size in LARGE))
+    sharded = copy.deepcopy(bare)
+    for module in (*sharded, sharded):
+        fully_shard(module, mesh=init_device_mesh("cuda", (1,)))
+    x = torch.randn(8192, LARGE[0][0], dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    models = {"bare": bare, "fsdp": sharded}
+    rounds = [
+        {name: do_bench(lambda model=model: model(x).sum().backward()) for name, model in models.items()}
+        for _ in range(5)
+    ]
+    return {name: min(times[name] for times in rounds) for name in models}
+
+
+@pytest.mark.gpu
+def test_one_rank_costs_at_most_3_percent():
+    (times,) = launch(time_one_rank, 1, backend="nccl")
+    assert times["fsdp"] <= 1.03 * times["bare"], times
 
 
 # ---- what is communicated ----
