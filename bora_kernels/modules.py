@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import factored, ops, quantized
+from . import factored, ops, quantized, reuse
 from .autograd import bora_linear
 
 _EPS = 1e-12  # norms are clamped here, as in torch.nn.functional.normalize
@@ -142,11 +142,12 @@ class FusedBoraLinear(nn.Module):
     def reset_parameters(self) -> None:
         """Start the adapter anew over the present weight: A uniform (Kaiming), B zero, magnitudes the weight's norms.
 
-        The frozen weight is not touched. After ``to_empty`` load the weight first, then call this.
+        The frozen weight is not touched. After ``to_empty`` load the weight first, then call this. Sharded parameters
+        (DTensor) start as whole ones would: A is what the first rank draws, norms are reduced over the shards.
         """
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        _draw_factor(self.lora_A)
         nn.init.zeros_(self.lora_B)
-        row_norm, col_norm = factored.norms(self._dense_weight())
+        row_norm, col_norm = _norms(self._dense_weight())
         self.magnitude_row.copy_(row_norm)
         if self.magnitude_col is not None:
             self.magnitude_col.copy_(col_norm)
@@ -191,8 +192,11 @@ class FusedBoraLinear(nn.Module):
     def effective_weight(self) -> Tensor:
         """W' [out_features, in_features], computed in float32 and rounded once; no gradient.
 
-        Its dtype is the weight's; over a quantized weight ``compute_dtype`` or that of the weight it stands for.
+        Its dtype is the weight's; over a quantized weight ``compute_dtype`` or that of the weight it stands for. Raises
+        TypeError for a sharded weight: call this where the parameters are whole, as under FSDP's ``unshard()``.
         """
+        if isinstance(self.weight, Tensor):
+            ops.check_weight(self.weight)
         return factored.effective_weight(
             self._dense_weight(self.compute_dtype),
             self.lora_A,
@@ -245,6 +249,7 @@ class FusedBoraLinear(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self.unmerge()  # a merged weight would be that of the parameters before
+        reuse.forget()  # and so would be scales, where a sharding engine hides the change from autograd's versions
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -256,6 +261,26 @@ class FusedBoraLinear(nn.Module):
         parts += ["detach_norm=True"] if self.detach_norm else []
         parts += ["merged=True"] if self.merged else []
         return ", ".join(parts)
+
+
+def _norms(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column norms, reduced over the shards of a DTensor."""
+    if not hasattr(weight, "placements"):
+        return factored.norms(weight)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return tuple(torch.linalg.vector_norm(weight, dim=dim, dtype=dtype) for dim in (1, 0))
+
+
+def _draw_factor(factor: nn.Parameter) -> None:
+    """Kaiming-uniform in place. Were shards drawn one by one, ranks with equal seeds would repeat each other's rows."""
+    if not hasattr(factor, "placements"):  # not a DTensor
+        nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = torch.empty(factor.shape, dtype=factor.dtype, device=factor.to_local().device)
+    nn.init.kaiming_uniform_(whole, a=math.sqrt(5))
+    factor.copy_(distribute_tensor(whole, factor.device_mesh, factor.placements))
 
 
 class FusedDoraLinear(FusedBoraLinear):

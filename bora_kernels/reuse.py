@@ -46,6 +46,12 @@ def reuse_scales() -> Iterator[None]:
         _scopes[:] = [other for other in _scopes if other is not scope]  # by identity: == would compare tensors
 
 
+def forget() -> None:
+    """End the reuse of everything computed so far."""
+    for entries in (*_scopes, _checkpointed):
+        entries.clear()
+
+
 def scales(
     lora_B: Tensor,
     tensors: tuple[Tensor | None, ...],
