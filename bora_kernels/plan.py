@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,19 @@ class Scales(NamedTuple):
     col_scale: Tensor | None = None  # [K], g = m_c / col_norm
     row_product: Tensor | None = None  # [N, R]
     col_product: Tensor | None = None  # [K, R]
+
+
+class Completion(NamedTuple):
+    """What adds up over the shards of a weight the sums with an entry for each row, and those for each column.
+
+    None where a sum is complete as it is: both for a whole weight, ``row`` for a shard that holds whole rows.
+    """
+
+    row: Callable[[Tensor], Tensor] | None = None
+    col: Callable[[Tensor], Tensor] | None = None
+
+
+COMPLETE = Completion()
 
 
 class Needs(NamedTuple):
