@@ -118,7 +118,8 @@ def bora_linear(
     is DoRA as PEFT computes it, both magnitudes None is LoRA.
 
     Args:
-        x: [..., K], float32, bfloat16, float16 or float64.
+        x: [..., K], float32, bfloat16, float16 or float64. Over a sharded weight (``distributed.sharded``) a DTensor,
+            as all tensors and the result are.
         weight: [N, K], frozen, x's dtype (any of these dtypes under ``torch.autocast``).
         lora_A: [R, K], any floating dtype; float32 keeps small updates.
         lora_B: [N, R].
@@ -143,6 +144,13 @@ def bora_linear(
     Source: BoRA, arXiv 2412.06441, section 3.
     """
     ops.check_options(scaling=scaling, norm_order=norm_order, dropout_p=dropout_p, eps=eps)
+    if type(weight) not in (Tensor, torch.nn.Parameter) and hasattr(weight, "device_mesh"):
+        from .distributed.sharded import bora_linear_sharded  # torch.distributed is imported only when it is used
+
+        return bora_linear_sharded(
+            x, weight, lora_A, lora_B, magnitude_row, magnitude_col, bias, scaling=scaling, norm_order=norm_order,
+            detach_norm=detach_norm, dropout_p=dropout_p if training else 0.0, eps=eps, backend=backend,
+        )  # fmt: skip
     ops.check_tensors(x, weight, lora_A, lora_B, magnitude_row, magnitude_col, bias)
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:

@@ -1,0 +1,6 @@
+"""The layer beyond one device: parallel styles for ``torch.distributed.tensor.parallel.parallelize_module``."""
+
+from .sharded import reuse_norms
+from .tensor_parallel import BoraColwiseParallel, BoraRowwiseParallel
+
+__all__ = ["BoraColwiseParallel", "BoraRowwiseParallel", "reuse_norms"]
