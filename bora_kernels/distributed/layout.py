@@ -97,7 +97,7 @@ def check_placements(parameters: dict[str, Tensor | None], x: Tensor | None = No
             continue
         got = f"{tensor.placements} on {tensor.device_mesh}" if isinstance(tensor, DTensor) else "a plain tensor"
         raise TypeError(
-            f"weight must be a plain dense tensor, got a DTensor (sharded), and where it is by {placements[0]} on {mesh}, "
+            f"weight must be a plain dense tensor, got a DTensor (sharded), and beside {placements[0]} on {mesh} "
             f"{name} must be {expected}, got {got}"
         )
     if x is not None and not isinstance(x, DTensor):
