@@ -139,6 +139,7 @@ def train(
     xs = torch.randn(STEPS, BATCH, TOKENS, WIDTH, generator=generator).to(device, dtype)
     targets = torch.randn(STEPS, BATCH, TOKENS, OUTPUTS, generator=generator).to(device, dtype if exact else None)
     records: dict[str, list[Tensor]] = {name: [] for name in ("loss", *(f"d_{name}" for name in trained))}
+    recorded = gathered if "tp" in run.strategy else local
     for step in steps:
         loss = targets.new_zeros(())
         micro_batches = list(zip(split(run, xs[step]), split(run, targets[step]), strict=True))
@@ -152,13 +153,13 @@ def train(
             loss /= dist.get_world_size()
         records["loss"].append(loss)
         for name, parameter in trained.items():
-            records[f"d_{name}"].append(local(parameter.grad).clone())
+            records[f"d_{name}"].append(recorded(parameter.grad).clone())
         optimizer.step()
         optimizer.zero_grad()
     if save:
         save_checkpoint(save, model, optimizer)
     results = {name: torch.stack(values) for name, values in records.items()}
-    results |= {name: local(parameter.detach()) for name, parameter in trained.items()}
+    results |= {name: recorded(parameter.detach()) for name, parameter in trained.items()}
     return gather(results) if run.strategy == "fsdp" else {name: t.cpu() for name, t in results.items()}
 
 
@@ -247,6 +248,11 @@ def plain_name(name: str) -> str:
 def local(tensor: Tensor) -> Tensor:
     """This rank's rows of a tensor, or all where it is not sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded in any way."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def gather(results: dict[str, Tensor]) -> dict[str, Tensor]:

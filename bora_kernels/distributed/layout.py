@@ -97,8 +97,8 @@ def check_placements(parameters: dict[str, Tensor | None], x: Tensor | None = No
             continue
         got = f"{tensor.placements} on {tensor.device_mesh}" if isinstance(tensor, DTensor) else "a plain tensor"
         raise TypeError(
-            f"weight must be a plain dense tensor, got a DTensor (sharded), and beside {placements[0]} on {mesh} "
-            f"{name} must be {expected}, got {got}"
+            f"weight must be a plain dense tensor, got a DTensor (sharded), and beside {placements[0]!r} on {mesh} "
+            f"{name} must be {expected!r}, got {got}"
         )
     if x is not None and not isinstance(x, DTensor):
         raise TypeError(f"x must be a DTensor on the mesh of weight, got {type(x).__name__}")

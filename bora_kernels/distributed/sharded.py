@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import autograd, factored, ops
 from ..plan import Needs, Scales, accumulation_dtype, separate_product, zero_stand_in
@@ -56,24 +57,27 @@ def reuse_norms() -> Iterator[None]:
     """Within this scope a sharded layer computes and all-reduces its norms once, at its first forward.
 
     For parameters that stay as they are: the micro-batches of one optimizer step, forward and backward under activation
-    checkpointing, evaluation. Leave it before the optimizer's step. In-place changes are noticed and the norms computed
-    anew; changes through ``.data``, or through an engine that keeps the parameters elsewhere, are not.
+    checkpointing, evaluation. After the step of a ``torch.optim`` optimizer, and after an in-place operation on a
+    parameter, norms are computed anew; any other change within the scope (``.data``, a loop over ``to_local()``)
+    goes unnoticed.
     """
     global _reused
     outer = _reused
     _reused = {} if outer is None else outer
+    hook = register_optimizer_step_post_hook(lambda *_: _reused.clear())
     try:
         yield
     finally:
+        hook.remove()
         _reused = outer
 
 
 def _compute_scales(parameters: tuple[DTensor | None, ...], layout: Layout, options: Options) -> Scales:
-    local = [None if t is None else t.detach().to_local() for t in parameters]
     key = (tuple(map(id, parameters)), options.scaling, options.norm_order, options.eps)
-    versions = [t._version for t in local if t is not None]
+    versions = [t._version for t in parameters if t is not None]
     if _reused is not None and key in _reused and _reused[key][0] == versions:
         return _reused[key][-1]
+    local = [None if t is None else t.detach().to_local() for t in parameters]
     with torch.autocast(local[0].device.type, enabled=False):
         scales = factored.compute_scales(
             *local, scaling=options.scaling, norm_order=options.norm_order, eps=options.eps,
