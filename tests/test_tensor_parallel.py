@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accuracy import assert_accurate
-from cases import NAMES, TRAINED, VARIANTS, Case, check_layer, run
+from cases import NAMES, SCALING, TRAINED, VARIANTS, Case, check_layer, run
 from distributed import Collectives, RankErrors, launch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -33,7 +33,12 @@ RUNS = [
     for checkpointing in ("", "inside")
 ]
 RUNS += [Run("tp", dora=True), Run("tp", dora=True, detach_norm=True, sequence=True), Run("tp", micro_batches=2)]
-RUNS_2D = [replace(run, strategy="fsdp_tp") for run in RUNS]
+RUNS_ON = {
+    2: RUNS + [Run("tp", order, precision="bf16_base") for order in ("row_col", "col_row")],
+    4: RUNS[1::3]
+    + [replace(run, strategy="fsdp_tp") for run in RUNS]
+    + [Run("fsdp_tp", order, precision="bf16_policy") for order in ("row_col", "col_row")],
+}
 
 
 @functools.cache
@@ -44,7 +49,7 @@ def single(run: Run, exact: bool) -> dict:
 @functools.cache
 def trained_by(world_size: int) -> dict:
     """What each rank got for each of the runs: {run: [rank's results]}."""
-    runs = RUNS if world_size == 2 else RUNS + RUNS_2D
+    runs = RUNS_ON[world_size]
     return dict(zip(runs, zip(*launch(train_all, world_size, runs, timeout=120), strict=True), strict=True))
 
 
@@ -55,7 +60,7 @@ def train_all(runs: list[Run]) -> list[dict]:
 
 def assert_as_on_one_process(actual: dict, run: Run) -> None:
     """By the accuracy rule: "plain" is the layer on one process, "exact" the dense reference in float64."""
-    one = Run(order=run.order, detach_norm=run.detach_norm, dora=run.dora)
+    one = Run(order=run.order, detach_norm=run.detach_norm, dora=run.dora, precision=run.precision)
     triple = actual, single(one, exact=False), single(one, exact=True)
     for names, samples in (({"loss"}, STEPS), (actual.keys() - {"loss"}, RANK * WIDTH)):
         assert_accurate(*({name: results[name] for name in names} for results in triple), samples=samples)
@@ -63,7 +68,7 @@ def assert_as_on_one_process(actual: dict, run: Run) -> None:
 
 @pytest.mark.parametrize(
     "world_size, run",
-    [(2, run) for run in RUNS] + [(4, run) for run in RUNS + RUNS_2D],
+    [(world_size, run) for world_size, runs in RUNS_ON.items() for run in runs],
     ids=lambda value: str(value) if isinstance(value, Run) else f"{value}ranks",
 )
 def test_five_steps_equal_those_of_one_process(world_size, run):
@@ -414,3 +419,50 @@ def check_errors() -> None:
 
 def test_misuse_is_refused_by_name():
     launch(check_errors, 2)
+
+
+# ---- one rank ----
+
+
+def check_one_rank(device: str, dtype: torch.dtype, N: int, K: int, M: int) -> None:
+    """A group of one adds nothing: the same operators, so the same bits."""
+    case = Case(M, N, K, 16, dtype=dtype)
+    mesh = init_device_mesh(device, (1,))
+    for placements in PLACEMENTS.values():
+        bare, sharded = (
+            run(layer, case.inputs(device), case.upstream(device), scaling=SCALING)
+            for layer in (bora_linear, functools.partial(sharded_layer, mesh, placements))
+        )
+        for name, value in bare.items():
+            assert torch.equal(sharded[name], value), name
+
+
+def test_one_rank_computes_the_same_bits():
+    launch(check_one_rank, 1, "cpu", torch.float32, 41, 27, 5)
+
+
+@pytest.mark.gpu
+def test_one_rank_computes_the_same_bits_over_nccl():
+    launch(check_one_rank, 1, "cuda", torch.bfloat16, 4096, 4096, 2048, backend="nccl")
+
+
+def time_one_rank() -> dict[str, float]:
+    """Milliseconds of forward and backward of a large layer: bare, and tensor parallel on a mesh of one device."""
+    from triton.testing import do_bench
+
+    mesh = init_device_mesh("cuda", (1,))
+    layers = {"bare": FusedBoraLinear(4096, 14336, dtype=torch.bfloat16, device="cuda")}
+    for name, style in (("colwise", BoraColwiseParallel()), ("rowwise", BoraRowwiseParallel())):
+        layers[name] = parallelize_module(copy.deepcopy(layers["bare"]), mesh, style)
+    x = torch.randn(8192, 4096, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    dy = torch.randn(8192, 14336, dtype=torch.bfloat16, device="cuda")
+    rounds = [
+        {name: do_bench(lambda layer=layer: layer(x).backward(dy)) for name, layer in layers.items()} for _ in range(5)
+    ]
+    return {name: min(round[name] for round in rounds) for name in layers}
+
+
+@pytest.mark.gpu
+def test_one_rank_costs_at_most_3_percent():
+    (times,) = launch(time_one_rank, 1, backend="nccl")
+    assert max(times["colwise"], times["rowwise"]) <= 1.03 * times["bare"], times
