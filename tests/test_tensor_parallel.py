@@ -207,6 +207,28 @@ def test_any_layout_of_input_and_output(style):
     launch(check_layouts, 2, style)
 
 
+def check_autocast() -> None:
+    x, dy = (t.float() for t in x_and_dy())
+    for style in STYLES.values():
+        torch.manual_seed(3)
+        bare = FusedBoraLinear(27, 41, 3)
+        sharded = parallelize_module(copy.deepcopy(bare), init_device_mesh("cpu", (dist.get_world_size(),)), style)
+        results = {}
+        for name, layer in {"bare": bare, "sharded": sharded, "float32": bare}.items():
+            leaf = x.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=name != "float32"):
+                y = layer(leaf)
+            y.backward(dy.to(y.dtype))
+            results[name] = {"y": y.detach(), "dx": leaf.grad}
+        exact = {name: t.double() for name, t in results["float32"].items()}
+        plain = {name: t.to(results["bare"][name].dtype) for name, t in results["bare"].items()}
+        assert_accurate(results["sharded"], plain, exact, samples=24)
+
+
+def test_autocast_computes_in_its_dtype():
+    launch(check_autocast, 2)
+
+
 # ---- dropout ----
 
 

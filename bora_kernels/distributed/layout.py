@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,6 @@ class Layout(NamedTuple):
     by_rows: bool
     x_placement: Placement
     x_shape: torch.Size
-    x_stride: tuple[int, ...]
 
     def all_reduce(self, tensor: Tensor, between: Callable[[], None] = lambda: None) -> Tensor:
         """The sum over the shards, in place where it can be; ``between`` runs while it is under way."""
@@ -70,10 +70,22 @@ class Layout(NamedTuple):
     def _start(self, tensor: Tensor, source: Placement, target: Placement) -> Tensor:
         if source == target:
             return tensor
-        whole = DTensor.from_local(
-            tensor, self.mesh, [source], run_check=False, shape=self.x_shape, stride=self.x_stride
-        )
+        whole = as_dtensor(tensor, self.mesh, source, self.x_shape)
         return whole.redistribute(placements=[target], async_op=True).to_local()
+
+
+def as_dtensor(tensor: Tensor, mesh: DeviceMesh, placement: Placement, shape: Sequence[int]) -> DTensor:
+    """This rank's part of a contiguous tensor of that shape, which the ranks may divide unevenly; differentiable."""
+    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return DTensor.from_local(tensor, mesh, [placement], run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def to_local(tensor: DTensor | None) -> Tensor | None:
+    """This rank's part, with a gradient placed as the tensor is."""
+    if tensor is None:
+        return None
+    with torch.set_grad_enabled(torch.is_grad_enabled() and tensor.requires_grad):  # a frozen one costs the host less
+        return tensor.to_local(grad_placements=tensor.placements)
 
 
 def finish(tensor: Tensor) -> Tensor:

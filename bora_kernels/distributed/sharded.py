@@ -33,7 +33,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import autograd, factored, ops
 from ..plan import Needs, Scales, accumulation_dtype, separate_product, zero_stand_in
-from .layout import Layout, check_placements, finish
+from .layout import Layout, as_dtensor, check_placements, finish, to_local
 
 
 class Options(NamedTuple):
@@ -77,7 +77,7 @@ def _compute_scales(parameters: tuple[DTensor | None, ...], layout: Layout, opti
     versions = [t._version for t in parameters if t is not None]
     if _reused is not None and key in _reused and _reused[key][0] == versions:
         return _reused[key][-1]
-    local = [None if t is None else t.detach().to_local() for t in parameters]
+    local = [to_local(t) for t in parameters]
     with torch.autocast(local[0].device.type, enabled=False):
         scales = factored.compute_scales(
             *local, scaling=options.scaling, norm_order=options.norm_order, eps=options.eps,
@@ -295,7 +295,7 @@ def bora_linear_sharded(
     ops.check_tensors(x, *parameters.values(), sharded=True)
     if backend == "reference":
         raise ValueError('backend must be "triton", "torch" or None for a sharded weight, got "reference"')
-    local = {name: t if t is None else t.to_local(grad_placements=t.placements) for name, t in parameters.items()}
+    local = {name: to_local(t) for name, t in parameters.items()}
     if weight.device_mesh.size() == 1:
         y = autograd.bora_linear(
             x.to_local(), **local, scaling=scaling, norm_order=norm_order, detach_norm=detach_norm,
@@ -308,15 +308,13 @@ def bora_linear_sharded(
         if 0 in local["weight"].shape:  # more ranks than rows or columns
             backend = "torch"
         backend = ops.choose_backend(backend, x.device, dtype, lora_A.shape[0])
-        layout = Layout(weight.device_mesh, by_rows, x.placements[0], x.shape, x.stride())
+        layout = Layout(weight.device_mesh, by_rows, x.placements[0], x.shape)
         options = Options(scaling, norm_order, detach_norm, dropout_p, eps, backend)
         compute_scales = functools.partial(_compute_scales, tuple(parameters.values())[:5], layout, options)
         x_local = x.to_local(grad_placements=[layout.dx_placement]).to(dtype)
         y = ShardedBoraLinearFunction.apply(x_local, *local.values(), compute_scales, layout, options)
-    shape = torch.Size((*x.shape[:-1], weight.shape[0]))
-    placement = Shard(len(shape) - 1) if by_rows else Partial()
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(y, weight.device_mesh, [placement], run_check=False, shape=shape, stride=stride)
+    placement = Shard(x.ndim - 1) if by_rows else Partial()
+    return as_dtensor(y, weight.device_mesh, placement, (*x.shape[:-1], weight.shape[0]))
 
 
 def effective_weight_sharded(
@@ -336,11 +334,9 @@ def effective_weight_sharded(
         "magnitude_row": magnitude_row, "magnitude_col": magnitude_col,
     }  # fmt: skip
     by_rows = check_placements(parameters)
-    layout = Layout(weight.device_mesh, by_rows, Replicate(), torch.Size(), ())
-    local = (t if t is None else t.detach().to_local() for t in parameters.values())
+    layout = Layout(weight.device_mesh, by_rows, Replicate(), torch.Size())
+    local = map(to_local, parameters.values())
     merged = factored.effective_weight(
         *local, scaling=scaling, norm_order=norm_order, eps=eps, complete=layout.completion()
     )
-    return DTensor.from_local(
-        merged, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
-    )
+    return as_dtensor(merged, weight.device_mesh, weight.placements[0], weight.shape)

@@ -8,14 +8,13 @@ The names are PyTorch's: "colwise" splits the columns of Wᵀ, which are the out
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from ..modules import FusedBoraLinear
-from .layout import BY_COLUMNS, BY_ROWS
+from .layout import BY_COLUMNS, BY_ROWS, as_dtensor
 
 
 class _BoraParallel(ParallelStyle):
@@ -78,9 +77,7 @@ class _BoraParallel(ParallelStyle):
             )
         if not last:
             return DTensor.from_local(x, device_mesh, [placement], run_check=False)
-        shape = torch.Size((*x.shape[:-1], in_features))
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(x, device_mesh, [placement], run_check=False, shape=shape, stride=stride)
+        return as_dtensor(x, device_mesh, placement, (*x.shape[:-1], in_features))
 
     def _prepare_output(self, module: FusedBoraLinear, y: DTensor, device_mesh: DeviceMesh) -> Tensor:
         if tuple(y.placements) != (self.output_layouts,):
