@@ -235,7 +235,9 @@ def check_reuse(style: str) -> None:
         grads = {name: gathered(p.grad) for name, p in layer.named_parameters() if p.requires_grad}
         return grads, (forward.seen + backward.seen).count(norms) - 1  # one is S or D
 
-    optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD(
+        [p for p in layer.parameters() if p.requires_grad], lr=0.1, foreach=True
+    )  # bumps no version
     expected, count = step()
     assert count == 2  # forward, and again in backward
     with reuse_norms():

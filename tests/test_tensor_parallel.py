@@ -3,6 +3,7 @@
 import copy
 import functools
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,14 +11,14 @@ import torch
 import torch.distributed as dist
 from accuracy import assert_accurate
 from cases import SCALING, Case, run
-from distributed import RankErrors, launch
+from distributed import Collectives, RankErrors, launch
 from sharded import PLACEMENTS, STYLES, sharded_layer, styles, whole_and_sharded, x_and_dy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 from training import RANK, STEPS, WIDTH, Run, train
 
 from bora_kernels import FusedBoraLinear, bora_linear
-from bora_kernels.distributed import BoraColwiseParallel, BoraRowwiseParallel
+from bora_kernels.distributed import BoraColwiseParallel, BoraRowwiseParallel, reuse_norms
 
 # ---- training ----
 
@@ -71,6 +72,24 @@ def test_five_steps_equal_those_of_one_process(world_size, run):
     assert_as_on_one_process(first, run)
     for other in others:
         assert all(torch.equal(other[name], value) for name, value in first.items())
+
+
+def train_reusing(run: Run) -> tuple[dict, int, int]:
+    """What ``train`` returns within ``reuse_norms``, and the messages of that run and of one without."""
+    counts = []
+    for scope in (nullcontext, reuse_norms):
+        with scope(), Collectives() as collectives:
+            results = train(run)
+        counts.append(sum(name == "allreduce" for name, _ in collectives.seen))
+    return results, *counts
+
+
+@pytest.mark.parametrize("strategy", ["tp", "fsdp_tp"])
+def test_training_within_reuse_norms_sends_them_once_a_step(strategy):
+    run = Run(strategy, checkpointing="inside", micro_batches=2)
+    for results, without, reusing in launch(train_reusing, 4, run):
+        assert_as_on_one_process(results, run)
+        assert without - reusing == STEPS * 4 * (2 * 2 - 1)  # 4 layers, forward and recomputed, for 2 micro-batches
 
 
 # ---- checkpoints ----
