@@ -137,14 +137,16 @@ def test_rank_that_raises_ends_the_job_with_its_error(style):
 
 
 def check_one_rank(device: str, dtype: torch.dtype, N: int, K: int, M: int) -> None:
-    """A group of one adds nothing: the same operators, so the same bits."""
+    """A group of one adds nothing: the same operators, so the same bits, and no message."""
     case = Case(M, N, K, 16, dtype=dtype)
     mesh = init_device_mesh(device, (1,))
     for placements in PLACEMENTS.values():
-        bare, sharded = (
-            run(layer, case.inputs(device), case.upstream(device), scaling=SCALING)
-            for layer in (bora_linear, functools.partial(sharded_layer, mesh, placements))
-        )
+        with Collectives() as collectives:
+            bare, sharded = (
+                run(layer, case.inputs(device), case.upstream(device), scaling=SCALING)
+                for layer in (bora_linear, functools.partial(sharded_layer, mesh, placements))
+            )
+        assert not collectives.seen
         for name, value in bare.items():
             assert torch.equal(sharded[name], value), name
 
