@@ -124,8 +124,7 @@ def _forward(
         options = (scaling, norm_order, eps)
         scales = reuse.scales(
             lora_B,
-            (*stored, *adapter),
-            (*options, backend),
+            lambda: reuse.state_of((*stored, *adapter), (*options, backend)),
             products,
             lambda: ops.scales(weight, *adapter, *options, products, backend, prepared=prepared),
         )
@@ -173,7 +172,8 @@ def bora_linear(
     is DoRA as PEFT computes it, both magnitudes None is LoRA.
 
     Args:
-        x: [..., K], float32, bfloat16, float16 or float64.
+        x: [..., K], float32, bfloat16, float16 or float64. Over a sharded weight (``distributed.sharded``) a DTensor,
+            as all tensors and the result are.
         weight: [N, K], frozen, x's dtype (any of these dtypes under ``torch.autocast``); or what
             ``quantized.read(linear)`` makes of a quantized layer, which is dense in x's dtype only while it is used.
         lora_A: [R, K], any floating dtype; float32 keeps small updates.
@@ -200,6 +200,13 @@ def bora_linear(
     """
     ops.check_options(scaling=scaling, norm_order=norm_order, dropout_p=dropout_p, eps=eps)
     parameters = (weight, lora_A, lora_B, magnitude_row, magnitude_col, bias)
+    if type(weight) not in (Tensor, torch.nn.Parameter) and hasattr(weight, "device_mesh"):
+        from .distributed.sharded import bora_linear_sharded  # torch.distributed is imported only when it is used
+
+        return bora_linear_sharded(
+            x, *parameters, scaling=scaling, norm_order=norm_order, detach_norm=detach_norm,
+            dropout_p=dropout_p if training else 0.0, eps=eps, backend=backend,
+        )  # fmt: skip
     backend, prepared = ops.prepare(x, parameters, backend)
     if (dtype := ops.autocast_dtype(x)) is not None:
         x = x.to(dtype)

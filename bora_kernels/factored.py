@@ -25,12 +25,14 @@ Source: BoRA, arXiv 2412.06441, section 3; the detached convention is DoRA, arXi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from .plan import (
+    COMPLETE,
+    Completion,
     Needs,
     Scales,
     accumulation_dtype,
@@ -93,24 +95,37 @@ def norms_and_scales(
     scaling: float,
     norm_order: str,
     eps: float,
+    complete: Completion = COMPLETE,
 ) -> Scales:
-    """Norms and scales of the adapted weight, in float32 (float64 for a float64 weight)."""
+    """Norms and scales of the adapted weight, in float32 (float64 for a float64 weight).
+
+    ``complete`` is for a weight that is a shard of a larger one: the norms are those of the whole.
+    """
     if magnitude_row is None:
         return Scales()
     rows_first = norm_order == "row_col" or magnitude_col is None
     dtype = accumulation_dtype(weight.dtype)
-    V, P, Q = _first_second(weight, lora_A, lora_B, rows_first)
+    V, P, Q = first_second(weight, lora_A, lora_B, rows_first)
     m_first, m_second = (magnitude_row, magnitude_col) if rows_first else (magnitude_col, magnitude_row)
+    complete_first, complete_second = complete if rows_first else reversed(complete)
     first_norm = torch.empty(V.shape[0], dtype=dtype, device=weight.device)
     second_squares = torch.zeros(V.shape[1], dtype=dtype, device=weight.device)
-    for rows, V_rows in _blocks(V, P, Q, scaling, dtype):
-        first_norm[rows] = torch.linalg.vector_norm(V_rows, dim=1).clamp_min(eps)
-        if m_second is not None:
-            H = (m_first[rows] / first_norm[rows])[:, None] * V_rows
-            second_squares += H.square().sum(0)
+    if complete_first is not None:  # before the other axis can be scaled, which takes a second sweep
+        for rows, V_rows in _blocks(V, P, Q, scaling, dtype):
+            first_norm[rows] = V_rows.square().sum(1)
+        first_norm = complete_first(first_norm).sqrt().clamp_min(eps)
+    if complete_first is None or m_second is not None:
+        for rows, V_rows in _blocks(V, P, Q, scaling, dtype):
+            if complete_first is None:
+                first_norm[rows] = torch.linalg.vector_norm(V_rows, dim=1).clamp_min(eps)
+            if m_second is not None:
+                H = (m_first[rows] / first_norm[rows])[:, None] * V_rows
+                second_squares += H.square().sum(0)
     first_scale = m_first.to(dtype) / first_norm
     if m_second is None:
         return Scales(first_norm, first_scale)
+    if complete_second is not None:
+        second_squares = complete_second(second_squares)
     second_norm = second_squares.sqrt().clamp_min(eps)
     second_scale = m_second.to(dtype) / second_norm
     if rows_first:
@@ -128,11 +143,13 @@ def effective_weight(
     scaling: float,
     norm_order: str,
     eps: float,
+    complete: Completion = COMPLETE,
 ) -> Tensor:
     """W' = diag(a)·V·diag(g), made in blocks of rows in float32 and rounded once to the weight's dtype."""
     scales = norms_and_scales(
-        weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling=scaling, norm_order=norm_order, eps=eps
-    )
+        weight, lora_A, lora_B, magnitude_row, magnitude_col,
+        scaling=scaling, norm_order=norm_order, eps=eps, complete=complete,
+    )  # fmt: skip
     merged = torch.empty_like(weight)
     for rows, V in _blocks(weight, lora_B, lora_A.T, scaling, accumulation_dtype(weight.dtype)):
         if scales.row_scale is not None:
@@ -216,24 +233,12 @@ def backward(
     if needs.lora_A:
         dA = _scaled((v.to(dy.dtype).T @ _dropped(x, keep, dropout_p)).to(acc), scales.col_scale, 0.0)  # (6)
 
-    live_row, S_true = _live(magnitude_row, scales.row_norm, scales.row_scale, S, stand_in)
-    live_col, D_true = _live(magnitude_col, scales.col_norm, scales.col_scale, D, stand_in)
-    dm_row = S / live_row if needs_S else None  # (7)
-    dm_col = D / live_col if needs_D else None  # (7)
-
     if needs.norm_paths(*members, norm_order, detach_norm):
-        rows_first = norm_order == "row_col" or magnitude_col is None
-        W, P, Q = _first_second(weight, lora_A, lora_B, rows_first)
-        row = (scales.row_norm, scales.row_scale, S_true)
-        col = (scales.col_norm, scales.col_scale, D_true)
-        path, dP, dQ = _norm_paths(W, P, Q, *(row + col if rows_first else col + row), scaling, eps)
-        dA_norm, dB_norm = (dQ.T, dP) if rows_first else (dP.T, dQ)
+        S, D, dA_norm, dB_norm = norm_paths(weight, lora_A, lora_B, scales, S, D, norm_order, scaling, eps)
         dA = dA + dA_norm if needs.lora_A else None
         dB = dB + dB_norm if needs.lora_B else None
-        if rows_first and dm_row is not None:
-            dm_row = dm_row + path / live_row  # (9)
-        elif not rows_first and dm_col is not None:
-            dm_col = dm_col + path / live_col  # (9)
+    dm_row = S / live_magnitude(magnitude_row, scales.row_norm, scales.row_scale, stand_in) if needs_S else None  # (7)
+    dm_col = D / live_magnitude(magnitude_col, scales.col_norm, scales.col_scale, stand_in) if needs_D else None  # (7)
 
     return (
         dx if needs.x else None,
@@ -244,41 +249,55 @@ def backward(
     )
 
 
-def _norm_paths(
-    W: Tensor,  # [first, second]
-    P: Tensor,  # [first, R]
-    Q: Tensor,  # [second, R]
-    first_norm: Tensor,
-    first_scale: Tensor,
-    S_first: Tensor,
-    second_norm: Tensor | None,
-    second_scale: Tensor | None,
-    S_second: Tensor | None,
+def norm_paths(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scales: Scales,
+    S: Tensor,
+    D: Tensor | None,
+    norm_order: str,
     scaling: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Equations (8) to (11): first_scale²⊙w, and what the norms add to dP and dQ."""
+    complete_first: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Equations (8) to (11): S and D, that of the first axis as S'_first, and what the norms add to dA and dB.
+
+    For a shard of a weight the sum of the second axis must be complete; that of the first is completed here.
+    """
+    rows_first = norm_order == "row_col" or scales.col_norm is None
+    row, col = (scales.row_norm, scales.row_scale, S), (scales.col_norm, scales.col_scale, D)
+    (first_norm, first_scale, S_first), (second_norm, second_scale, S_second) = (row, col) if rows_first else (col, row)
+    W, P, Q = first_second(weight, lora_A, lora_B, rows_first)
     acc = first_norm.dtype
     P, Q = P.to(acc), Q.to(acc)
-    path = torch.zeros_like(first_norm)
     dP, dQ = torch.empty_like(P), torch.zeros_like(Q)
+    S_first = S_first.clone()
+    a2 = first_scale.square()
     if S_second is not None:
-        kappa = torch.where(second_norm > eps, -S_second / second_norm.square(), 0.0)
-    for rows, V in _blocks(W, P, Q, scaling, acc):
-        a2 = first_scale[rows].square()
+        kappa = torch.where((second_norm > eps) & (second_scale != 0), -S_second / second_norm.square(), 0.0)
+    if complete_first is not None:
         if S_second is not None:
-            path[rows] = a2 * (V.square() @ kappa)  # (8)
-        lam = -(S_first[rows] + path[rows]) / first_norm[rows].square()  # (9)
+            for rows, V in _blocks(W, P, Q, scaling, acc):
+                S_first[rows] += a2[rows] * (V.square() @ kappa)  # (8)
+        S_first = complete_first(S_first)
+    live = (first_scale != 0).to(acc)  # a factor, so that NaN stays NaN
+    for rows, V in _blocks(W, P, Q, scaling, acc):
+        if complete_first is None and S_second is not None:
+            S_first[rows] += a2[rows] * (V.square() @ kappa)  # (8)
+        lam = -S_first[rows] * live[rows] / first_norm[rows].square()  # (9)
         lam = torch.where(first_norm[rows] > eps, lam, 0.0)[:, None]
         dP[rows] = scaling * lam * (V @ Q)  # (10)
         dQ += scaling * (V.T @ (lam * P[rows]))  # (11)
         if S_second is not None:
-            dP[rows] += scaling * a2[:, None] * (V @ (kappa[:, None] * Q))
-            dQ += scaling * kappa[:, None] * (V.T @ (a2[:, None] * P[rows]))
-    return path, dP, dQ
+            dP[rows] += scaling * a2[rows, None] * (V @ (kappa[:, None] * Q))
+            dQ += scaling * kappa[:, None] * (V.T @ (a2[rows, None] * P[rows]))
+    if rows_first:
+        return S_first, S_second, dQ.T, dP
+    return S_second, S_first, dP.T, dQ
 
 
-def _first_second(weight: Tensor, lora_A: Tensor, lora_B: Tensor, rows_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+def first_second(weight: Tensor, lora_A: Tensor, lora_B: Tensor, rows_first: bool) -> tuple[Tensor, Tensor, Tensor]:
     """W [first, second] and the factors P [first, R], Q [second, R]: views only."""
     return (weight, lora_B, lora_A.T) if rows_first else (weight.T, lora_A.T, lora_B)
 
@@ -292,14 +311,9 @@ def _blocks(W: Tensor, P: Tensor, Q: Tensor, scaling: float, dtype: torch.dtype)
         yield rows, torch.addmm(W[rows].to(dtype), P[rows].to(dtype), Q_t)
 
 
-def _live(
-    magnitude: Tensor | None, norm: Tensor | None, scale: Tensor | None, total: Tensor | None, stand_in: float
-) -> tuple[Tensor | None, Tensor | None]:
-    """The magnitude that a sum was made with, and the sum as the true magnitude makes it."""
-    if total is None:
-        return None, None
-    zero = scale == 0
-    return torch.where(zero, stand_in * norm, magnitude.to(norm.dtype)), torch.where(zero, 0.0, total)
+def live_magnitude(magnitude: Tensor, norm: Tensor, scale: Tensor, stand_in: float) -> Tensor:
+    """The magnitude that S or D was made with: that of the stand-in where the scale is zero."""
+    return torch.where(scale == 0, stand_in * norm, magnitude.to(norm.dtype))
 
 
 def _scaled(t: Tensor, scale: Tensor | None, stand_in: float) -> Tensor:

@@ -192,12 +192,14 @@ class FusedBoraLinear(nn.Module):
     def effective_weight(self) -> Tensor:
         """W' [out_features, in_features], computed in float32 and rounded once; no gradient.
 
-        Its dtype is the weight's; over a quantized weight ``compute_dtype`` or that of the weight it stands for. Raises
-        TypeError for a sharded weight: call this where the parameters are whole, as under FSDP's ``unshard()``.
+        Its dtype is the weight's; over a quantized weight ``compute_dtype`` or that of the weight it stands for. A
+        DTensor, sharded as the weight is, where the layer is tensor parallel. Raises TypeError for parameters that are
+        sharded otherwise: call this where they are whole, as under FSDP's ``unshard()``.
         """
-        if isinstance(self.weight, Tensor):
-            ops.check_weight(self.weight)
-        return factored.effective_weight(
+        compute = factored.effective_weight
+        if hasattr(self.weight, "device_mesh"):
+            from .distributed.sharded import effective_weight_sharded as compute
+        return compute(
             self._dense_weight(self.compute_dtype),
             self.lora_A,
             self.lora_B,

@@ -128,11 +128,14 @@ def check_options(*, scaling: float, norm_order: str, dropout_p: float, eps: flo
         raise ValueError(f"eps must be positive and finite, got {eps}")
 
 
-def check_weight(weight: Tensor, name: str = "weight") -> None:
-    """Raise TypeError or ValueError for a base weight that the layer cannot read: quantized, sharded, not 2-D."""
+def check_weight(weight: Tensor, name: str = "weight", *, sharded: bool = False) -> None:
+    """Raise TypeError or ValueError for a base weight that the layer cannot read: quantized, sharded, not 2-D.
+
+    ``sharded`` admits a DTensor.
+    """
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(weight).__name__}")
-    if not torch.compiler.is_compiling() and type(weight) not in (Tensor, torch.nn.Parameter):
+    if not sharded and not torch.compiler.is_compiling() and type(weight) not in (Tensor, torch.nn.Parameter):
         if is_traceable_wrapper_subclass(weight):
             kind = type(weight).__name__
             raise TypeError(f"{name} must be a plain dense tensor, got a {kind} (sharded or quantized)")
@@ -155,11 +158,13 @@ def check_tensors(
     magnitude_row: Tensor | None,
     magnitude_col: Tensor | None,
     bias: Tensor | None,
+    *,
+    sharded: bool = False,
 ) -> None:
     """Raise TypeError or ValueError that names the argument, what was expected and what came."""
     is_quantized = isinstance(weight, Quantized)
     if not is_quantized:  # a quantized weight was checked when it was read
-        check_weight(weight)
+        check_weight(weight, sharded=sharded)
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight must be frozen (requires_grad=False): the fused layer computes no gradient for it")
     N, K = weight.shape

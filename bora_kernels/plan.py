@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,19 @@ def join_scales(scales: Scales, N: int, K: int, R: int) -> Tensor:
         if value is not None:
             place.copy_(value)
     return flat
+
+
+class Completion(NamedTuple):
+    """What adds up over the shards of a weight the sums with an entry for each row, and those for each column.
+
+    None where a sum is complete as it is: both for a whole weight, ``row`` for a shard that holds whole rows.
+    """
+
+    row: Callable[[Tensor], Tensor] | None = None
+    col: Callable[[Tensor], Tensor] | None = None
+
+
+COMPLETE = Completion()
 
 
 class Needs(NamedTuple):

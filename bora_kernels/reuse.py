@@ -54,12 +54,11 @@ def forget() -> None:
 
 def scales(
     lora_B: Tensor,
-    tensors: tuple[Tensor | None, ...],
-    options: tuple,
+    state: Callable[[], tuple | None],
     products: bool,
     compute: Callable[[], Tensor],
 ) -> Tensor:
-    """Flat scales of a layer, known by its lora_B: ``compute()``, or what it gave before for tensors in this state."""
+    """Flat scales of a layer, known by its lora_B: ``compute()``, or what it gave before in the same ``state()``."""
     if torch.compiler.is_compiling():
         return compute()
     in_backward = torch._C._current_graph_task_id() != -1
@@ -69,9 +68,9 @@ def scales(
         entries, find, keep = _checkpointed, in_backward, not in_backward
     else:
         return compute()
-    if any(tensor is not None and tensor.is_inference() for tensor in tensors):
-        return compute()  # such tensors have no version
-    fingerprint = (options, *(None if t is None else (t.data_ptr(), t._version, t.dtype, t.shape) for t in tensors))
+    fingerprint = state()
+    if fingerprint is None:
+        return compute()
     entry: _Entry | None = entries.get(lora_B) if find else None
     if not keep:
         entries.pop(lora_B, None)
@@ -81,6 +80,13 @@ def scales(
     if keep:
         entries[lora_B] = (fingerprint, products, flat)
     return flat
+
+
+def state_of(tensors: tuple[Tensor | None, ...], options: tuple) -> tuple | None:
+    """What scales are computed from; None for tensors without a version."""
+    if any(tensor is not None and tensor.is_inference() for tensor in tensors):
+        return None
+    return options, *(None if t is None else (t.data_ptr(), t._version, t.dtype, t.shape) for t in tensors)
 
 
 def _in_checkpoint() -> bool:

@@ -18,6 +18,8 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _SLOW_IMPORTS = [  # those that are not installed are passed over
     "pytest",
@@ -113,3 +115,22 @@ def _run(
     except BaseException:
         answer = (False, traceback.format_exc())
     sender.send_bytes(pickle.dumps(answer))
+
+
+class Collectives(TorchDispatchMode):
+    """Lists each collective with the number of elements of its larger side, and adds up the bytes of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+        self.bytes = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        name = operator.__name__.split(".")[0].strip("_")
+        if "c10d" in operator.namespace and name not in ("wait_tensor", "wrap_tensor_autograd"):
+            tensors = [t for t in tree_leaves((args, result)) if isinstance(t, torch.Tensor)]
+            largest = max(tensors, key=torch.Tensor.numel)
+            self.seen.append((name, largest.numel()))
+            self.bytes += largest.nbytes
+        return result

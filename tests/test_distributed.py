@@ -9,12 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from accuracy import assert_accurate
-from distributed import RankErrors, launch
+from distributed import Collectives, RankErrors, launch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
 from training import ADAPTERS, BATCH, HIDDEN, RANK, STEPS, WIDTH, Model, Run, distribute, train
 
 from bora_kernels import FusedBoraLinear
@@ -120,20 +119,6 @@ def test_one_rank_costs_at_most_3_percent():
 
 
 # ---- what is communicated ----
-
-
-class Collectives(TorchDispatchMode):
-    """Lists each collective with the number of elements of its larger side."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if "c10d" in operator.namespace:
-            tensors = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
-            self.seen.append((operator.__name__.split(".")[0].strip("_"), max(t.numel() for t in tensors)))
-        return operator(*args, **(kwargs or {}))
 
 
 def collectives_of_a_step(run: Run) -> list[tuple[str, int]]:

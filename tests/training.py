@@ -14,11 +14,14 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from bora_kernels import FusedBoraLinear
+from bora_kernels import FusedBoraLinear, FusedDoraLinear
+from bora_kernels.distributed import BoraColwiseParallel, BoraRowwiseParallel
 
 WIDTH, HIDDEN, RANK, OUTPUTS = 22, 37, 3, 5  # 2 and 4 ranks divide none of them but WIDTH by 2
 STEPS, BATCH, TOKENS = 5, 8, 3
@@ -29,7 +32,7 @@ ADAPTERS = StateDictOptions(ignore_frozen_params=True, strict=False)  # what a c
 class Run:
     """How the model is trained; the defaults are one process in float32."""
 
-    strategy: str = "single"  # or "ddp", "fsdp"
+    strategy: str = "single"  # or "ddp", "fsdp", "tp", "fsdp_tp" (pairs of ranks are tensor parallel)
     order: str = "row_col"
     detach_norm: bool = False
     checkpointing: str = ""  # "inside" the forward of a block, or a wrapper put on "before" or "after" sharding
@@ -37,6 +40,8 @@ class Run:
     peft: bool = False  # the layers are those of the PEFT integration
     micro_batches: int = 1
     offload: bool = False
+    sequence: bool = False  # between the layers of tensor parallel blocks, tokens are sharded
+    dora: bool = False
 
     def __str__(self) -> str:
         parts = [self.strategy, self.order, "detached" if self.detach_norm else "exact", self.precision]
@@ -44,6 +49,8 @@ class Run:
         parts += [f"checkpointing_{self.checkpointing}"] if self.checkpointing else []
         parts += [f"{self.micro_batches}micro_batches"] if self.micro_batches > 1 else []
         parts += ["offload"] if self.offload else []
+        parts += ["sequence"] if self.sequence else []
+        parts += ["dora"] if self.dora else []
         return "-".join(parts)
 
 
@@ -53,8 +60,9 @@ class Block(nn.Module):
     def __init__(self, run: Run) -> None:
         super().__init__()
         options = {"r": RANK, "norm_order": run.order, "detach_norm": run.detach_norm}
-        self.up = FusedBoraLinear(WIDTH, HIDDEN, **options)
-        self.down = FusedBoraLinear(HIDDEN, WIDTH, bias=False, **options)
+        layer = FusedDoraLinear if run.dora else FusedBoraLinear
+        self.up = layer(WIDTH, HIDDEN, **options)
+        self.down = layer(HIDDEN, WIDTH, bias=False, **options)
         self.checkpointing = run.checkpointing == "inside"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,26 +140,27 @@ def train(
     xs = torch.randn(STEPS, BATCH, TOKENS, WIDTH, generator=generator).to(device, dtype)
     targets = torch.randn(STEPS, BATCH, TOKENS, OUTPUTS, generator=generator).to(device, dtype if exact else None)
     records: dict[str, list[Tensor]] = {name: [] for name in ("loss", *(f"d_{name}" for name in trained))}
+    recorded = gathered if "tp" in run.strategy else local
     for step in steps:
         loss = targets.new_zeros(())
         micro_batches = list(zip(split(run, xs[step]), split(run, targets[step]), strict=True))
         for i, (x, target) in enumerate(micro_batches):
             with synchronization(run, model, last=i == len(micro_batches) - 1):
                 part = F.mse_loss(predict(run, model, x, exact).to(target.dtype), target) / len(micro_batches)
-                part.backward()
+                (part / tensor_parallel_size(run) if run.sequence else part).backward()  # parts of a mean
                 loss += part.detach()
         if run.strategy != "single":
             dist.all_reduce(loss)
             loss /= dist.get_world_size()
         records["loss"].append(loss)
         for name, parameter in trained.items():
-            records[f"d_{name}"].append(local(parameter.grad).clone())
+            records[f"d_{name}"].append(recorded(parameter.grad).clone())
         optimizer.step()
         optimizer.zero_grad()
     if save:
         save_checkpoint(save, model, optimizer)
     results = {name: torch.stack(values) for name, values in records.items()}
-    results |= {name: local(parameter.detach()) for name, parameter in trained.items()}
+    results |= {name: recorded(parameter.detach()) for name, parameter in trained.items()}
     return gather(results) if run.strategy == "fsdp" else {name: t.cpu() for name, t in results.items()}
 
 
@@ -163,11 +172,22 @@ def distribute(run: Run, model: Model, device: str) -> nn.Module:
             blocks[i] = checkpoint_wrapper(block)
     if run.strategy == "ddp":
         return DistributedDataParallel(model)
-    if run.strategy == "fsdp":
+    if run.strategy != "single":
+        size = tensor_parallel_size(run)
+        mesh = init_device_mesh(device, (dist.get_world_size() // size, size), mesh_dim_names=("dp", "tp"))
+    if "tp" in run.strategy:
+        tokens = Shard(0) if run.sequence else None
+        for block in blocks:
+            styles = {
+                "up": BoraColwiseParallel(input_layouts=tokens),
+                "down": BoraRowwiseParallel(output_layouts=tokens),
+            }
+            parallelize_module(block, mesh["tp"], styles)
+    if "fsdp" in run.strategy:
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if run.precision == "bf16_policy" else None, reduce_dtype=torch.float32
         )
-        options = {"mesh": init_device_mesh(device, (dist.get_world_size(),)), "mp_policy": policy}
+        options = {"mesh": mesh["dp"], "mp_policy": policy}
         if run.offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=device != "cpu")
         for block in blocks:
@@ -182,13 +202,21 @@ def distribute(run: Run, model: Model, device: str) -> nn.Module:
 def split(run: Run, batch: Tensor) -> tuple[Tensor, ...]:
     """The micro-batches of this rank."""
     if run.strategy != "single":
-        batch = batch.chunk(dist.get_world_size())[dist.get_rank()]
+        replicas = 1 if run.sequence else tensor_parallel_size(run)
+        batch = batch.chunk(dist.get_world_size() // replicas)[dist.get_rank() // replicas]
     return batch.chunk(run.micro_batches)
+
+
+def tensor_parallel_size(run: Run) -> int:
+    """How many ranks share a layer."""
+    if run.strategy == "tp":
+        return dist.get_world_size()
+    return 2 if run.strategy == "fsdp_tp" else 1
 
 
 def synchronization(run: Run, model: nn.Module, *, last: bool):
     """Gradients are reduced only in the backward of the last micro-batch."""
-    if run.strategy == "fsdp":
+    if "fsdp" in run.strategy:
         model.set_requires_gradient_sync(last)
     return model.no_sync() if run.strategy == "ddp" and not last else nullcontext()
 
@@ -221,6 +249,11 @@ def plain_name(name: str) -> str:
 def local(tensor: Tensor) -> Tensor:
     """This rank's rows of a tensor, or all where it is not sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded in any way."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def gather(results: dict[str, Tensor]) -> dict[str, Tensor]:

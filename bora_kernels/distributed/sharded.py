@@ -1,0 +1,318 @@
+"""The layer over a weight that is sharded by rows or by columns: DTensors in, a DTensor out.
+
+Every rank runs the operators of the whole layer on its shard. What is left is to complete the sums over the sharded
+axis. With the numbers of ``factored``, and [K] ([N]) for vectors of the replicated axis:
+
+    weight sharded by            rows                     columns
+    shards                       W0, B, m_r, bias, y      W0, A, m_c, x, dx
+    replicas                     A, m_c, x                B, m_r, bias, dy
+    forward, all-reduced         squares of γ   [K]       squares of ρ   [N]
+    backward, all-reduced        D   [K]                  S   [N]
+    and then                     dA  [R, K]               dB  [N, R]
+    left as a partial sum        dx                       y
+
+The sum for the axis normalized second is completed before (8), the other as S' of (9), so that either order takes one
+vector. With detached norms the backward's two are one message. DoRA by rows and LoRA all-reduce dA or dB alone.
+docs/tensor_parallel.md has the derivation, the bytes, and what overlaps.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from .. import autograd, factored, ops, reuse
+from ..plan import Needs, accumulation_dtype, join_scales, separate_product, split_scales, zero_stand_in
+from .layout import Layout, as_dtensor, check_placements, finish, to_local
+
+
+class Options(NamedTuple):
+    """What is the same on every rank and for all data."""
+
+    scaling: float
+    norm_order: str
+    detach_norm: bool
+    dropout_p: float
+    eps: float
+    backend: str
+
+
+def _compute_scales(parameters: tuple[DTensor | None, ...], layout: Layout, options: Options) -> Tensor | None:
+    """The flat scales of this rank's shard; the norms are those of the whole weight."""
+    local = [to_local(t) for t in parameters]
+    if local[3] is None:
+        return None
+
+    def compute() -> Tensor:
+        with torch.autocast(local[0].device.type, enabled=False):
+            scales = factored.norms_and_scales(
+                *local, scaling=options.scaling, norm_order=options.norm_order, eps=options.eps,
+                complete=layout.completion(),
+            )  # fmt: skip
+        return join_scales(scales, *local[0].shape, local[1].shape[0])
+
+    def state() -> tuple:  # the same on every rank: addresses are not, and a rank alone must not leave out a message
+        versions = (None if t is None else (id(t), t._version) for t in parameters)
+        return options.scaling, options.norm_order, options.eps, *versions
+
+    return reuse.scales(parameters[2], state, False, compute)
+
+
+# --- the layer --------------------------------------------------------------------------------------------------------
+
+
+class ShardedBoraLinearFunction(torch.autograd.Function):
+    """``BoraLinearFunction`` on shards: the local tensors come in, the local output and gradients go out."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,  # this rank's part of [..., K], as layout says
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        magnitude_row: Tensor | None,
+        magnitude_col: Tensor | None,
+        bias: Tensor | None,
+        compute_scales: Callable[[], Tensor | None],
+        layout: Layout,
+        options: Options,
+    ) -> Tensor:
+        x = layout.gather(x)
+        scales = compute_scales()  # while x is under way
+        x = finish(x)
+        flat = x.reshape(math.prod(x.shape[:-1]), weight.shape[1])
+        dropout = _draw_dropout(flat, layout, options) if options.dropout_p > 0.0 else None
+        if not layout.by_rows and layout.mesh.get_local_rank() != 0:
+            bias = None  # y is a sum over the ranks
+        needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
+        members = magnitude_row is not None, magnitude_col is not None
+        needs_S, needs_D = needs.sums(*members, options.norm_order, options.detach_norm)
+        y, product, u = ops.forward(
+            flat, weight, lora_A, lora_B, scales, bias, dropout,
+            options.scaling, options.dropout_p, members[1], needs_S, options.backend,
+        )  # fmt: skip
+        if not separate_product(flat.dtype, bias):
+            product = y
+        ctx.save_for_backward(
+            flat if needs.lora_A or needs_D else None,
+            weight,
+            lora_A,
+            lora_B,
+            magnitude_row,
+            magnitude_col,
+            scales,
+            product if needs_S else None,
+            u if needs.lora_B else None,
+            dropout,
+        )
+        ctx.needs, ctx.layout, ctx.options = needs, layout, options
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        dx = dA = dB = dm_row = dm_col = d_bias = None
+        dy = finish(dy)
+        tokens = dy.shape[:-1]
+        dy = dy.reshape(math.prod(tokens), dy.shape[-1])
+        if any(ctx.needs):
+            with torch.autocast(dy.device.type, enabled=False):
+                gradients = _backward(dy, tokens, *ctx.saved_tensors, ctx.needs, ctx.layout, ctx.options)
+            dx, dA, dB, dm_row, dm_col = (
+                gradient if need else None for gradient, need in zip(gradients, ctx.needs, strict=True)
+            )
+        if ctx.needs_input_grad[6]:
+            d_bias = dy.sum(0)
+        return dx, None, dA, dB, dm_row, dm_col, d_bias, None, None, None
+
+
+def _backward(
+    dy: Tensor,
+    tokens: torch.Size,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude_row: Tensor | None,
+    magnitude_col: Tensor | None,
+    flat_scales: Tensor | None,
+    product: Tensor | None,
+    u: Tensor | None,
+    dropout: Tensor | None,
+    needs: Needs,
+    layout: Layout,
+    options: Options,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, lora_A, lora_B, magnitude_row and magnitude_col, complete for the replicated ones."""
+    scaling, norm_order, detach_norm, dropout_p, eps, backend = options
+    members = magnitude_row is not None, magnitude_col is not None
+    needs_S, needs_D = needs.sums(*members, norm_order, detach_norm)
+    adapter = (lora_A, lora_B, magnitude_row, magnitude_col)
+    wide = [None if t is None else t.to(accumulation_dtype(weight.dtype)) for t in adapter]  # partial sums are wide
+    asked = Needs(needs.x, needs.lora_A, needs.lora_B, needs_S, needs_D)
+    gradients = ops.backward(
+        dy, x, weight, *wide, flat_scales, product, u, dropout,
+        scaling, norm_order, True, dropout_p, eps, list(asked), backend,
+    )  # (3) to (7)  # fmt: skip
+    dx, dA, dB, dm_row, dm_col = (g if need else None for g, need in zip(gradients, asked, strict=True))
+
+    def send_dx() -> None:  # behind the first small message and beside what is computed from it
+        nonlocal dx
+        dx = None if dx is None else layout.scatter(dx.view(*tokens, weight.shape[1]))
+
+    if not needs.norm_paths(*members, norm_order, detach_norm):
+        if layout.by_rows:
+            dA, dm_col = _all_reduce_together(layout, send_dx, dA, dm_col)
+        else:
+            dB, dm_row = _all_reduce_together(layout, send_dx, dB, dm_row)
+    else:
+        stand_in = zero_stand_in(dy.dtype)
+        scales = split_scales(flat_scales, *weight.shape, lora_A.shape[0], members[1])
+        row_norm, row_scale, col_norm, col_scale = scales[:4]
+        live_row = factored.live_magnitude(magnitude_row, row_norm, row_scale, stand_in)
+        live_col = None if col_norm is None else factored.live_magnitude(magnitude_col, col_norm, col_scale, stand_in)
+        S, D = dm_row * live_row, None if live_col is None else dm_col * live_col
+        rows_first = norm_order == "row_col" or col_norm is None
+        complete_first = None
+        if rows_first != layout.by_rows:  # the axis normalized first is the replicated one
+            complete_first = functools.partial(layout.all_reduce, between=send_dx)
+        elif col_norm is None:
+            send_dx()
+        elif layout.by_rows:
+            D = layout.all_reduce(D, between=send_dx)
+        else:
+            S = layout.all_reduce(S, between=send_dx)
+        S, D, dA_norm, dB_norm = factored.norm_paths(
+            weight, lora_A, lora_B, scales, S, D, norm_order, scaling, eps, complete_first
+        )  # (8) to (11)
+        dm_row, dm_col = S / live_row, None if live_col is None else D / live_col
+        dA = dA + dA_norm if needs.lora_A else None
+        dB = dB + dB_norm if needs.lora_B else None
+        if layout.by_rows and needs.lora_A:
+            dA = layout.all_reduce(dA)
+        elif not layout.by_rows and needs.lora_B:
+            dB = layout.all_reduce(dB)
+    adapter_gradients = (
+        gradient.to(parameter.dtype) if need else None
+        for gradient, parameter, need in zip((dA, dB, dm_row, dm_col), adapter, needs[1:], strict=True)
+    )
+    return None if dx is None else finish(dx), *adapter_gradients
+
+
+def _all_reduce_together(
+    layout: Layout, between: Callable[[], None], factor: Tensor | None, vector: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The sums over the shards of those that there are, as one message."""
+    present = [t for t in (factor, vector) if t is not None]
+    if not present:
+        between()
+        return None, None
+    message = layout.all_reduce(torch.cat([t.flatten() for t in present]), between)
+    parts = [part.view_as(t) for part, t in zip(message.split([t.numel() for t in present]), present, strict=True)]
+    return None if factor is None else parts.pop(0), None if vector is None else parts.pop(0)
+
+
+def _draw_dropout(x: Tensor, layout: Layout, options: Options) -> Tensor:
+    """``ops.draw_dropout`` from a seed that the ranks share, plus their number where each has columns of its own."""
+    seed = torch.randint(0, 2**31 - 1, (1,), device=x.device)
+    dist.broadcast(seed, group=layout.mesh.get_group(), group_src=0)
+    if not layout.by_rows:
+        seed += layout.mesh.get_local_rank()
+    if options.backend == "triton":
+        return seed
+    generator = torch.Generator(x.device).manual_seed(int(seed))
+    return torch.rand(x.shape, device=x.device, generator=generator) >= options.dropout_p
+
+
+def bora_linear_sharded(
+    x: DTensor,
+    weight: DTensor,
+    lora_A: DTensor,
+    lora_B: DTensor,
+    magnitude_row: DTensor | None,
+    magnitude_col: DTensor | None,
+    bias: DTensor | None,
+    *,
+    scaling: float,
+    norm_order: str,
+    detach_norm: bool,
+    dropout_p: float,
+    eps: float,
+    backend: str | None,
+) -> DTensor:
+    """``bora_linear`` over a weight that is sharded on a mesh of one dimension; ``bora_linear`` calls it for a DTensor.
+
+    Args:
+        x: [..., K], of any placement on the weight's mesh. It is brought to where it is needed (replicated for a
+            weight sharded by rows, sharded over K for one sharded by columns), and its gradient back.
+        weight, lora_A, lora_B, magnitude_row, magnitude_col, bias: placed as in ``BY_ROWS`` or ``BY_COLUMNS``.
+        scaling, norm_order, detach_norm, eps: as in ``bora_linear``, the same on every rank.
+        dropout_p: of the low-rank branch's input; 0 outside of training.
+        backend: "triton", "torch" or None to pick by device.
+
+    Returns:
+        y: [..., N], ``Shard(-1)`` for a weight sharded by rows, ``Partial()`` for one sharded by columns.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came, before any communication.
+    """
+    parameters = {
+        "weight": weight, "lora_A": lora_A, "lora_B": lora_B,
+        "magnitude_row": magnitude_row, "magnitude_col": magnitude_col, "bias": bias,
+    }  # fmt: skip
+    by_rows = check_placements(parameters, x)
+    ops.check_tensors(x, *parameters.values(), sharded=True)
+    if backend == "reference":
+        raise ValueError('backend must be "triton", "torch" or None for a sharded weight, got "reference"')
+    local = {name: to_local(t) for name, t in parameters.items()}
+    if weight.device_mesh.size() == 1:
+        y = autograd.bora_linear(
+            x.to_local(), **local, scaling=scaling, norm_order=norm_order, detach_norm=detach_norm,
+            dropout_p=dropout_p, training=True, eps=eps, backend=backend,
+        )  # fmt: skip
+    else:
+        dtype = ops.autocast_dtype(x) or x.dtype
+        if 0 in local["weight"].shape:  # more ranks than rows or columns
+            backend = "torch"
+        backend = ops.choose_backend(backend, x.device, dtype, lora_A.shape[0])
+        layout = Layout(weight.device_mesh, by_rows, x.placements[0], x.shape)
+        options = Options(scaling, norm_order, detach_norm, dropout_p, eps, backend)
+        compute_scales = functools.partial(_compute_scales, tuple(parameters.values())[:5], layout, options)
+        x_local = x.to_local(grad_placements=[layout.dx_placement]).to(dtype)
+        y = ShardedBoraLinearFunction.apply(x_local, *local.values(), compute_scales, layout, options)
+    placement = Shard(x.ndim - 1) if by_rows else Partial()
+    return as_dtensor(y, weight.device_mesh, placement, (*x.shape[:-1], weight.shape[0]))
+
+
+def effective_weight_sharded(
+    weight: DTensor,
+    lora_A: DTensor,
+    lora_B: DTensor,
+    magnitude_row: DTensor | None,
+    magnitude_col: DTensor | None,
+    *,
+    scaling: float,
+    norm_order: str,
+    eps: float,
+) -> DTensor:
+    """W' [N, K] as a DTensor that is sharded as ``weight`` is; see ``factored.effective_weight``."""
+    parameters = {
+        "weight": weight, "lora_A": lora_A, "lora_B": lora_B,
+        "magnitude_row": magnitude_row, "magnitude_col": magnitude_col,
+    }  # fmt: skip
+    by_rows = check_placements(parameters)
+    layout = Layout(weight.device_mesh, by_rows, Replicate(), torch.Size())
+    local = map(to_local, parameters.values())
+    merged = factored.effective_weight(
+        *local, scaling=scaling, norm_order=norm_order, eps=eps, complete=layout.completion()
+    )
+    return as_dtensor(merged, weight.device_mesh, weight.placements[0], weight.shape)
