@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
+from bora_kernels.kernels import driver as cuda_driver
 from bora_kernels.kernels import launch as launching
 from bora_kernels.kernels import replay
 from bora_kernels.kernels.launch import empty, launch, stage
@@ -50,11 +51,15 @@ class Compiled:
         kernel.driver.kernels.append(self)
 
     def launch(self, pointers):
-        values, given = [], iter(pointers)
+        add_scaled(*self.values(pointers))
+
+    def values(self, pointers):
+        """The arguments as the driver reads them when it is called."""
+        values, given = [], iter(range(len(self.sizes)))
         for kind in self.src.signature.values():
             type_ = ctypes.c_uint64 if kind.startswith("*") else TYPES.get(kind)
-            values.append(type_ and type_.from_address(next(given)).value)
-        add_scaled(*values[:5])
+            values.append(type_ and type_.from_address(pointers[next(given)]).value)
+        return values[:5]
 
 
 def add_scaled(a, b, y, n, scale):
@@ -63,14 +68,15 @@ def add_scaled(a, b, y, n, scale):
 
 
 class Driver:
-    """What ``replay`` asks of the CUDA driver and of Triton's."""
+    """What ``driver`` asks of the CUDA library: kernels and graphs, run by Python."""
 
     def __init__(self):
-        self.kernels, self.launches, self.status = [], [], 0
+        self.kernels, self.launches, self.status, self.capturing = [], [], 0, False
+        self.graphs, self.updates = [], 0
 
     def cuLaunchKernel(self, function, *rest):  # noqa: N802
-        *_, stream, pointers, extra = rest
-        self.launches.append((function, rest[:7], stream))
+        *geometry, stream, pointers, extra = rest
+        self.launches.append((function, tuple(geometry), stream))
         if not self.status:
             self.kernels[function].launch(pointers)
         return self.status
@@ -78,13 +84,50 @@ class Driver:
     def cuGetErrorName(self, status, name):  # noqa: N802
         return 0
 
+    def cuGraphCreate(self, graph, flags):  # noqa: N802
+        self.graphs.append([])
+        graph._obj.value = len(self.graphs)
+        return 0
+
+    def cuGraphAddKernelNode_v2(self, node, graph, before, count, kernel):  # noqa: N802
+        nodes = self.graphs[graph.value - 1]
+        assert count == min(1, len(nodes)) and (not count or before._obj.value == len(nodes))
+        nodes.append(None)
+        node._obj.value = len(nodes)
+        return self.cuGraphExecKernelNodeSetParams_v2(graph, node._obj, kernel, made=True)
+
+    def cuGraphInstantiateWithFlags(self, executable, graph, flags):  # noqa: N802
+        executable._obj.value = graph.value
+        return 0
+
+    def cuGraphExecKernelNodeSetParams_v2(self, executable, node, kernel, made=False):  # noqa: N802
+        self.updates += not made
+        compiled = self.kernels[kernel._obj.function or 0]
+        taken = compiled.values(ctypes.cast(kernel._obj.parameters, ctypes.POINTER(ctypes.c_void_p)))
+        self.graphs[executable.value - 1][node.value - 1] = (compiled, taken, kernel._obj)
+        return 0
+
+    def cuGraphLaunch(self, executable, stream):  # noqa: N802
+        for compiled, values, kernel in self.graphs[executable.value - 1] if not self.status else ():
+            geometry = tuple(getattr(kernel, name) for name, _ in kernel._fields_[1:8])
+            self.launches.append((compiled.function, geometry, stream))
+            add_scaled(*values)
+        return self.status
+
+    def cuGraphDestroy(self, graph):  # noqa: N802
+        return 0
+
+    cuGraphExecDestroy = cuGraphDestroy  # noqa: N815
+
 
 @pytest.fixture
 def driver(monkeypatch):
     fake = Driver()
-    monkeypatch.setattr(replay, "_cuda", lambda: fake)
-    monkeypatch.setattr(replay, "_parameter_sizes", lambda function: fake.kernels[function].sizes)
-    monkeypatch.setattr(replay, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 7)))
+    triton_driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 7))
+    monkeypatch.setattr(replay, "triton_driver", triton_driver)
+    monkeypatch.setattr(cuda_driver, "cuda", lambda: fake)
+    monkeypatch.setattr(cuda_driver, "parameter_sizes", lambda function: fake.kernels[function].sizes)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.capturing)
     monkeypatch.setattr(launching, "_replayable", lambda is_cuda: True)
     return fake
 
@@ -124,6 +167,29 @@ def test_replay_on_other_tensors(driver):
         assert_chain(run(a, b, scale=2.0), a, b)
     assert len(calls) == 1 and len(driver.launches) == 9
     assert driver.launches[2] == (2, (2, 3, 1, 128, 1, 1, 0), 7)  # grid, 4 warps, no shared memory; the stream
+
+
+def test_the_graph_takes_addresses_that_moved(driver):
+    run, _ = chain(Kernel(driver))
+    kept = [run(*vectors(), scale=2.0) for _ in range(3)]  # what is kept is not allocated again
+    assert len(driver.graphs) == 1 and driver.updates == 3  # of three kernels, in the second replay
+    a, b = vectors()
+    for _ in range(20):
+        a.normal_()
+        results = run(a, b, scale=2.0)
+        assert_chain(results, a, b)
+        del results
+    assert len(driver.launches) == 3 * 22 and len(kept) == 3
+
+
+def test_captured_launches_are_single_kernels(driver):
+    """A capture takes kernels; the graph afterwards must not run on what the capture's tensors were."""
+    run, _ = chain(Kernel(driver))
+    for driver.capturing in (False, False, True, True, False, True, False):
+        updates = driver.updates
+        a, b = vectors()
+        assert_chain(run(a, b, scale=2.0), a, b)
+        assert not driver.capturing or driver.updates == updates
 
 
 def test_results_are_separate_memory(driver):
@@ -179,7 +245,7 @@ def test_a_failed_launch_raises(driver):
     run, _ = chain(Kernel(driver))
     run(*vectors(), scale=2.0)
     driver.status = 700
-    with pytest.raises(RuntimeError, match=r"cuLaunchKernel failed: error \(700\)"):
+    with pytest.raises(RuntimeError, match=r"cuGraphLaunch failed: error \(700\)"):
         run(*vectors(), scale=2.0)
 
 

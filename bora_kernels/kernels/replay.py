@@ -8,15 +8,15 @@ of a kernel's parameters is compared with that before a plan is used, so that an
 from __future__ import annotations
 
 import ctypes
-import functools
 import struct
 import threading
 
 import torch
 from torch import Tensor
-from triton.runtime import driver
+from triton.runtime import driver as triton_driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import driver
 from .launch import Recording
 
 _ALIGNMENT = 256  # of scratch in the workspace
@@ -36,12 +36,15 @@ class Plan:
         self.returned: list[int | None] = returned  # which result stands at each place of the returned tuple
         self.references: list[_Reference] = references  # the addresses at the head of ``host``
         self.maps: list[_TensorMap] = maps
-        self.launches: list[tuple] = launches  # arguments of cuLaunchKernel around the stream
+        self.launches: list[tuple] = launches  # (geometry, pointers to the parameters, compiled kernel)
         self.host = host
         self.write_addresses = struct.Struct(f"<{len(references)}Q").pack_into
         self.workspace_bytes = workspace_bytes
         self.device, self.device_index = device, device.index
         self.lock = threading.Lock()
+        self.bases: list[int] | None = None  # what ``host`` was written for
+        self.graph: driver.Graph | None = None  # made by the first replay outside of a capture
+        self.graph_is_current = False  # whether the graph has taken what ``host`` holds
 
     @classmethod
     def of(cls, recording: Recording, inputs: list[Tensor], results: tuple[Tensor | None, ...]) -> Plan | None:
@@ -104,16 +107,25 @@ class Plan:
         if self.workspace_bytes:
             workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
             bases.append(workspace.data_ptr())
-        stream = driver.active.get_current_stream(self.device_index)
-        launch_kernel = _cuda().cuLaunchKernel
+        stream = triton_driver.active.get_current_stream(self.device_index)
         with self.lock:
-            self.write_addresses(self.host, 0, *[bases[base] + offset for base, offset in self.references])
-            for tensor_map in self.maps:
-                tensor_map.update(bases)
-            for arguments, pointers, _ in self.launches:
-                status = launch_kernel(*arguments, stream, pointers, None)
-                if status:
-                    _raise(status, "cuLaunchKernel")
+            moved = bases != self.bases
+            if moved:
+                self.write_addresses(self.host, 0, *[bases[base] + offset for base, offset in self.references])
+                for tensor_map in self.maps:
+                    tensor_map.update(bases)
+                self.bases = bases
+            if torch.cuda.is_current_stream_capturing():
+                for geometry, pointers, _ in self.launches:
+                    driver.check(driver.cuda().cuLaunchKernel(*geometry, stream, pointers, None), "cuLaunchKernel")
+                self.graph_is_current = self.graph_is_current and not moved
+            else:
+                if self.graph is None:
+                    self.graph = driver.Graph([(geometry, pointers) for geometry, pointers, _ in self.launches])
+                elif moved or not self.graph_is_current:
+                    self.graph.update()
+                self.graph_is_current = True
+                self.graph.launch(stream)
         return tuple([None if index is None else made[index] for index in self.returned])
 
 
@@ -161,7 +173,7 @@ class _Parameters:
         metadata = compiled.metadata
         usual = metadata.num_ctas == 1 and not metadata.launch_cooperative_grid and not metadata.launch_pdl
         scratch = metadata.global_scratch_size or metadata.profile_scratch_size
-        return found if usual and not scratch and _parameter_sizes(compiled.function) == sizes else None
+        return found if usual and not scratch and driver.parameter_sizes(compiled.function) == sizes else None
 
     def _address(self, reference: _Reference) -> int:
         if reference not in self.references:
@@ -223,9 +235,8 @@ class _TensorMap:
         base, offset = self.reference
         address = bases[base] + offset
         if address != self.address:
-            status = _cuda().cuTensorMapEncodeTiled(self.location, *self.before, address, *self.after)
-            if status:
-                _raise(status, "cuTensorMapEncodeTiled")
+            status = driver.cuda().cuTensorMapEncodeTiled(self.location, *self.before, address, *self.after)
+            driver.check(status, "cuTensorMapEncodeTiled")
             self.address = address
 
 
@@ -266,31 +277,3 @@ def _pack(lives: dict[int, tuple[int, int, int]]) -> tuple[dict[int, int], int]:
             offset = max(offset, -(-end // _ALIGNMENT) * _ALIGNMENT)
         offsets[key] = offset
     return offsets, max((offsets[key] + lives[key][0] for key in offsets), default=0)
-
-
-@functools.lru_cache
-def _cuda() -> ctypes.CDLL:
-    cuda = ctypes.CDLL("libcuda.so.1")
-    pointer, unsigned = ctypes.c_void_p, ctypes.c_uint
-    cuda.cuLaunchKernel.argtypes = [pointer, *[unsigned] * 7, pointer, pointer, pointer]
-    cuda.cuTensorMapEncodeTiled.argtypes = [
-        pointer, unsigned, unsigned, pointer, *[pointer] * 4, *[unsigned] * 4,
-    ]  # fmt: skip
-    cuda.cuFuncGetParamInfo.argtypes = [pointer, ctypes.c_size_t, pointer, pointer]
-    return cuda
-
-
-def _parameter_sizes(function: int) -> list[int] | None:
-    """Bytes of each of a kernel's parameters; None where the driver is too old to tell."""
-    if not hasattr(_cuda(), "cuFuncGetParamInfo"):
-        return None
-    sizes, offset, size = [], ctypes.c_size_t(), ctypes.c_size_t()
-    while _cuda().cuFuncGetParamInfo(function, len(sizes), ctypes.byref(offset), ctypes.byref(size)) == 0:
-        sizes.append(size.value)
-    return sizes
-
-
-def _raise(status: int, call: str) -> None:
-    name = ctypes.c_char_p()
-    _cuda().cuGetErrorName(status, ctypes.byref(name))
-    raise RuntimeError(f"{call} failed: {(name.value or b'error').decode()} ({status})")
