@@ -150,7 +150,7 @@ def _backward(
     summed = product if needs_S else None, u if needs.lora_B else None
     if projects and reduces and fuses_passes(target(dy.get_device())[0], lora_A.shape[0], dtype, is_aligned(dy)):
         dy_scaled, v, dB_parts, S_parts = project_and_reduce(
-            dy, summed[0], lora_B.T, scales.row_scale, summed[1], scaling=scaling, precision=precision
+            dy, summed[0], lora_B.T, scales.row_scale, summed[1], scaling=scaling
         )  # (3), (5), (6)
     else:
         if projects:

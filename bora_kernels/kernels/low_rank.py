@@ -19,6 +19,7 @@ from torch import Tensor
 from ..plan import projection_parts
 from .common import dot_split, keep_mask, live_magnitude, load_matrix, load_projection, load_vector, round_with_dither
 from .config import (
+    TRITON_DTYPES,
     cdiv,
     combine_config,
     is_aligned,
@@ -129,7 +130,7 @@ def _project_and_reduce_kernel(
     stride_tm, stride_tc, stride_om, stride_oc, stride_fr, stride_fc,
     R: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_TOTAL: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_TOTAL: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     pid_c, split = tl.program_id(0), tl.program_id(1)
     offs_c = pid_c * BLOCK_SIZE_C + tl.arange(0, BLOCK_SIZE_C)
@@ -139,6 +140,8 @@ def _project_and_reduce_kernel(
     if HAS_SCALE:
         scale = load_vector(scale_ptr, offs_c, C)
         factor *= scale[:, None]
+    high = factor.to(DTYPE)  # as in ``dot_split``, but once
+    low = (factor - high.to(tl.float32)).to(DTYPE)
     end = tl.minimum((split + 1) * split_size, M)
     acc = tl.zeros((BLOCK_SIZE_C, BLOCK_SIZE_R), dtype=tl.float32)
     total = tl.zeros((BLOCK_SIZE_C,), dtype=tl.float32)
@@ -146,19 +149,20 @@ def _project_and_reduce_kernel(
         offs_m = m + tl.arange(0, BLOCK_SIZE_M)
         mask_m = offs_m < end
         t = load_matrix(t_ptr, offs_m, offs_c, end, C, stride_tm, stride_tc)  # [BLOCK_SIZE_M, BLOCK_SIZE_C]
+        wide = t.to(tl.float32)
         if HAS_TOTAL:
             other = load_matrix(other_ptr, offs_m, offs_c, end, C, stride_om, stride_oc)
-            total += tl.sum(t.to(tl.float32) * other.to(tl.float32), axis=0)
+            total += tl.sum(wide * other.to(tl.float32), axis=0)
         if HAS_SCALE:
-            scaled = round_with_dither(t.to(tl.float32) * scale[None, :], offs_m, offs_c, t.dtype)
+            scaled = round_with_dither(wide * scale[None, :], offs_m, offs_c, DTYPE)
             ptrs = scaled_ptr + offs_m.to(tl.int64)[:, None] * C + offs_c[None, :]
             tl.store(ptrs, scaled, mask=mask_m[:, None] & mask_c[None, :])
-        part = dot_split(t, factor, tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_R), dtype=tl.float32), PRECISION)
+        part = tl.dot(t, low, tl.dot(t, high))
         ptrs = new_projection_ptr + (pid_c.to(tl.int64) * M + offs_m)[:, None] * R + offs_r[None, :]
         tl.store(ptrs, part, mask=mask_m[:, None] & mask_r[None, :])
         if HAS_FACTOR:
-            projection = load_projection(projection_ptr, offs_m, offs_r, M, end, R, PARTS).to(t.dtype)
-            acc = tl.dot(tl.trans(t), projection, acc, input_precision=PRECISION)
+            projection = load_projection(projection_ptr, offs_m, offs_r, M, end, R, PARTS).to(DTYPE)
+            acc = tl.dot(tl.trans(t), projection, acc)
     base = split.to(tl.int64) * C + offs_c
     if HAS_TOTAL:
         tl.store(total_parts_ptr + base, total, mask=mask_c)
@@ -285,11 +289,10 @@ def project_and_reduce(
     projection: Tensor | None,
     *,
     scaling: float,
-    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """What ``project`` (without dropout) and ``reduce`` return for the same t: t⊙scale, s·(t⊙scale)·factorᵀ, parts.
 
-    For ranks that ``config.fuses_passes`` accepts.
+    For half-precision t, where ``config.fuses_passes`` accepts it.
     """
     (M, C), R = t.shape, factor.shape[0]
     parts = 1 if projection is None else parts_in_use(projection.shape[0], M)
@@ -309,7 +312,7 @@ def project_and_reduce(
         stride_tm=t.stride(0), stride_tc=t.stride(1), stride_om=other_strides[0], stride_oc=other_strides[1],
         stride_fr=factor.stride(0), stride_fc=factor.stride(1),
         R=R, PARTS=parts, HAS_SCALE=scale is not None, HAS_FACTOR=projection is not None, HAS_TOTAL=other is not None,
-        PRECISION=precision, **config,
+        DTYPE=TRITON_DTYPES[t.dtype], **config,
     )  # fmt: skip
     add_parts(new_parts, new_projection[0], multiplier=scaling)
     return scaled, new_projection, factor_parts, total_parts
