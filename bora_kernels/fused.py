@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels.config import fuses_passes, is_aligned, target
 from .kernels.gemm import scaled_gemm
 from .kernels.launch import empty, stage
-from .kernels.low_rank import combine, project, project_and_reduce, reduce
+from .kernels.low_rank import combine, project, reduce
 from .kernels.moments import Axis, add_norm_path, norm
 from .plan import Needs, projection_parts, scales_size, separate_product, split_scales, zero_stand_in
 
@@ -146,20 +145,14 @@ def _backward(
     stand_in = zero_stand_in(dtype)
     dx = dA = dB = dm_row = dm_col = row_coefficient = col_coefficient = dx_product = v = None
 
-    projects, reduces = needs.x or needs.lora_A or needs_D, needs.lora_B or needs_S
-    summed = product if needs_S else None, u if needs.lora_B else None
-    if projects and reduces and fuses_passes(target(dy.get_device())[0], lora_A.shape[0], dtype, is_aligned(dy)):
-        dy_scaled, v, dB_parts, S_parts = project_and_reduce(
-            dy, summed[0], lora_B.T, scales.row_scale, summed[1], scaling=scaling
-        )  # (3), (5), (6)
-    else:
-        if projects:
-            dy_scaled, v = project(
-                dy, lora_B.T, scales.row_scale, None, scaling=scaling, dropout_p=0.0, precision=precision
-            )  # (3)
-        if reduces:
-            dB_parts, S_parts = reduce(dy, *summed, None, dropout_p=0.0, precision=precision)
-    if reduces:
+    if needs.x or needs.lora_A or needs_D:
+        dy_scaled, v = project(
+            dy, lora_B.T, scales.row_scale, None, scaling=scaling, dropout_p=0.0, precision=precision
+        )  # (3)
+    if needs.lora_B or needs_S:
+        dB_parts, S_parts = reduce(
+            dy, product if needs_S else None, u if needs.lora_B else None, None, dropout_p=0.0, precision=precision
+        )
         dB = empty(lora_B.shape, torch.float32, device) if needs.lora_B else None
         row_coefficient, dm_row = combine(
             dB_parts, S_parts, scales.row_scale, scales.row_norm, magnitude_row, dB,

@@ -145,7 +145,7 @@ def compile_request(kernel, arguments: dict, arch) -> CompileRequest:
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("arch", PROCESSORS, ids=str)
 def test_every_launch_compiles_within_the_targets_limits(arch, launches, monkeypatch):
-    for module in (config, fused, low_rank, moments):
+    for module in (config, low_rank, moments):
         monkeypatch.setattr(module, "target", lambda index: (arch, PROCESSORS[arch]))
     monkeypatch.setattr(torch.version, "hip", "6.4" if isinstance(arch, str) else None)
     config.gemm_config.cache_clear()
@@ -160,7 +160,7 @@ def test_every_launch_compiles_within_the_targets_limits(arch, launches, monkeyp
         request = compile_request(kernel, arguments, arch)
         requests.setdefault(repr((kernel, request.signature, request.constexprs, request.options)), request)
     launched = {request.kernel.__name__ for request in requests.values()}
-    assert len(launched) == 8 + (arch == 90), "not every kernel was launched"
+    assert len(launched) == 8, "not every kernel was launched"
 
     problems = []
     for request, usage in zip(requests.values(), cross_compile_all(list(requests.values())), strict=True):

@@ -114,22 +114,6 @@ def reduce_config(
     }  # fmt: skip
 
 
-def fuses_passes(arch: int | str, R: int, dtype: torch.dtype, aligned: bool) -> bool:
-    """Whether one pass over dy does the work of ``project`` and ``reduce``: where its registers do not spill."""
-    return is_half(dtype) and R <= 32 and (arch == 0 or (arch == 90 and aligned))
-
-
-@lru_cache
-def project_and_reduce_config(arch: int | str, M: int, C: int, R: int) -> tuple[int, dict]:
-    """Splits of the tokens, and the configuration."""
-    block_m, block_c = 64, 128
-    splits = min(cdiv(M, block_m), 16)
-    return splits, {
-        "BLOCK_SIZE_M": block_m, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": max(16, 1 << (R - 1).bit_length()),
-        "num_warps": 4, "num_stages": 3,
-    }  # fmt: skip
-
-
 def combine_config(R: int) -> dict:
     return {"BLOCK_SIZE_C": 32, "BLOCK_SIZE_R": min(64, 1 << (R - 1).bit_length()), "num_warps": 4}
 

@@ -6,7 +6,6 @@
 ``reduce``      sums over tokens, in one read of t and other:
                 d_factor = tᵀ·projection    total = Σ_m t⊙other
                 t = dy gives dB and S, t = x gives dA and D: (5) and (6)
-``project_and_reduce``  both of these for t = dy in one read, where the rank is small
 ``combine``     adds the parts that ``reduce`` left for each split of the tokens, in a fixed
                 order, and takes the magnitude gradient: (7)
 """
@@ -18,17 +17,7 @@ from torch import Tensor
 
 from ..plan import projection_parts
 from .common import dot_split, keep_mask, live_magnitude, load_matrix, load_projection, load_vector, round_with_dither
-from .config import (
-    TRITON_DTYPES,
-    cdiv,
-    combine_config,
-    is_aligned,
-    parts_in_use,
-    project_and_reduce_config,
-    project_config,
-    reduce_config,
-    target,
-)
+from .config import cdiv, combine_config, is_aligned, parts_in_use, project_config, reduce_config, target
 from .launch import empty, launch
 
 
@@ -113,61 +102,6 @@ def _reduce_kernel(
     if HAS_FACTOR:
         ptrs = factor_parts_ptr + base[:, None] * R + offs_r[None, :]
         tl.store(ptrs, acc, mask=mask_c[:, None] & (offs_r < R)[None, :])
-
-
-@triton.jit
-def _project_and_reduce_kernel(
-    t_ptr,  # [M, C]
-    other_ptr,  # [M, C]
-    scale_ptr,  # [C]
-    factor_ptr,  # [R, C]
-    projection_ptr,  # [PARTS, M, R], contiguous
-    scaled_ptr,  # [M, C], contiguous
-    new_projection_ptr,  # [C blocks, M, R], contiguous
-    factor_parts_ptr,  # [splits, C, R]
-    total_parts_ptr,  # [splits, C]
-    M, C, split_size,
-    stride_tm, stride_tc, stride_om, stride_oc, stride_fr, stride_fc,
-    R: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_TOTAL: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    pid_c, split = tl.program_id(0), tl.program_id(1)
-    offs_c = pid_c * BLOCK_SIZE_C + tl.arange(0, BLOCK_SIZE_C)
-    offs_r = tl.arange(0, BLOCK_SIZE_R)
-    mask_c, mask_r = offs_c < C, offs_r < R
-    factor = load_matrix(factor_ptr, offs_c, offs_r, C, R, stride_fc, stride_fr).to(tl.float32)
-    if HAS_SCALE:
-        scale = load_vector(scale_ptr, offs_c, C)
-        factor *= scale[:, None]
-    high = factor.to(DTYPE)  # as in ``dot_split``, but once
-    low = (factor - high.to(tl.float32)).to(DTYPE)
-    end = tl.minimum((split + 1) * split_size, M)
-    acc = tl.zeros((BLOCK_SIZE_C, BLOCK_SIZE_R), dtype=tl.float32)
-    total = tl.zeros((BLOCK_SIZE_C,), dtype=tl.float32)
-    for m in range(split * split_size, end, BLOCK_SIZE_M):
-        offs_m = m + tl.arange(0, BLOCK_SIZE_M)
-        mask_m = offs_m < end
-        t = load_matrix(t_ptr, offs_m, offs_c, end, C, stride_tm, stride_tc)  # [BLOCK_SIZE_M, BLOCK_SIZE_C]
-        wide = t.to(tl.float32)
-        if HAS_TOTAL:
-            other = load_matrix(other_ptr, offs_m, offs_c, end, C, stride_om, stride_oc)
-            total += tl.sum(wide * other.to(tl.float32), axis=0)
-        if HAS_SCALE:
-            scaled = round_with_dither(wide * scale[None, :], offs_m, offs_c, DTYPE)
-            ptrs = scaled_ptr + offs_m.to(tl.int64)[:, None] * C + offs_c[None, :]
-            tl.store(ptrs, scaled, mask=mask_m[:, None] & mask_c[None, :])
-        part = tl.dot(t, low, tl.dot(t, high))
-        ptrs = new_projection_ptr + (pid_c.to(tl.int64) * M + offs_m)[:, None] * R + offs_r[None, :]
-        tl.store(ptrs, part, mask=mask_m[:, None] & mask_r[None, :])
-        if HAS_FACTOR:
-            projection = load_projection(projection_ptr, offs_m, offs_r, M, end, R, PARTS).to(DTYPE)
-            acc = tl.dot(tl.trans(t), projection, acc)
-    base = split.to(tl.int64) * C + offs_c
-    if HAS_TOTAL:
-        tl.store(total_parts_ptr + base, total, mask=mask_c)
-    if HAS_FACTOR:
-        tl.store(factor_parts_ptr + base[:, None] * R + offs_r[None, :], acc, mask=mask_c[:, None] & mask_r[None, :])
 
 
 @triton.jit
@@ -279,48 +213,6 @@ def reduce(
         HAS_DROPOUT=seed is not None, PRECISION=precision, **config,
     )  # fmt: skip
     return factor_parts, total_parts
-
-
-def project_and_reduce(
-    t: Tensor,
-    other: Tensor | None,
-    factor: Tensor,
-    scale: Tensor | None,
-    projection: Tensor | None,
-    *,
-    scaling: float,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """What ``project`` (without dropout) and ``reduce`` return for the same t: t⊙scale, s·(t⊙scale)·factorᵀ, parts.
-
-    For half-precision t, where ``config.fuses_passes`` accepts it.
-    """
-    (M, C), R = t.shape, factor.shape[0]
-    parts = 1 if projection is None else parts_in_use(projection.shape[0], M)
-    splits, config = project_and_reduce_config(target(t.get_device())[0], M, C, R)
-    blocks = cdiv(C, config["BLOCK_SIZE_C"])
-    scaled = empty((M, C), t.dtype, t.device) if scale is not None else t
-    new_parts = empty((blocks, M, R), torch.float32, t.device)
-    new_projection = empty((1, M, R), torch.float32, t.device)
-    factor_parts = None if projection is None else empty((splits, C, R), torch.float32, t.device)
-    total_parts = None if other is None else empty((splits, C), torch.float32, t.device)
-    other_strides = (0, 0) if other is None else other.stride()
-    launch(
-        _project_and_reduce_kernel,
-        (blocks, splits),
-        (t, other, scale, factor, projection, scaled, new_parts, factor_parts, total_parts),
-        M=M, C=C, split_size=cdiv(cdiv(M, splits), config["BLOCK_SIZE_M"]) * config["BLOCK_SIZE_M"],
-        stride_tm=t.stride(0), stride_tc=t.stride(1), stride_om=other_strides[0], stride_oc=other_strides[1],
-        stride_fr=factor.stride(0), stride_fc=factor.stride(1),
-        R=R, PARTS=parts, HAS_SCALE=scale is not None, HAS_FACTOR=projection is not None, HAS_TOTAL=other is not None,
-        DTYPE=TRITON_DTYPES[t.dtype], **config,
-    )  # fmt: skip
-    add_parts(new_parts, new_projection[0], multiplier=scaling)
-    return scaled, new_projection, factor_parts, total_parts
-
-
-def add_parts(parts: Tensor, out: Tensor, *, multiplier: float) -> None:
-    """out [C, R] = multiplier·Σ parts [splits, C, R], in a fixed order."""
-    combine(parts, None, None, None, None, out, multiplier=multiplier, eps=0.0, stand_in=0.0)
 
 
 def combine(
