@@ -61,7 +61,7 @@ def test_tiles_are_those_of_the_dense_weight(nested, dtype, transposed, device):
         *arguments, out, *out.shape, *strides,
         BLOCK=64, NESTED_BLOCK=256 if nested else 0, BLOCK_SIZE_I=64, BLOCK_SIZE_J=64,
     )  # fmt: skip
-    # where the compiler fuses the product and the sum of a nested absmax, its last bit may differ, and then the product's
+    # where the compiler fuses the product and the sum of a nested absmax, its last bit may differ, and the value's
     rounding = 0 if device == "cpu" or not nested else 2 * torch.finfo(dtype).eps
     torch.testing.assert_close(out, expected, rtol=rounding, atol=0)
 
