@@ -152,9 +152,11 @@ class FusedBoraLinear(nn.Module):
         if self.magnitude_col is not None:
             self.magnitude_col.copy_(col_norm)
 
-    def _dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W0: the weight itself, or a quantized one made dense for the caller, in its own dtype or the one given."""
-        return self.weight if isinstance(self.weight, Tensor) else self.weight.stored().dense(dtype)
+    def _dense_weight(self) -> Tensor:
+        """W0: the weight itself, or a quantized one made dense for the caller, not rounded further than in forward."""
+        if isinstance(self.weight, Tensor):
+            return self.weight
+        return self.weight.stored().dense(self.compute_dtype or self.weight.layout.exact_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x·W'ᵀ + bias for x [..., in_features]; returns [..., out_features] in x's dtype."""
@@ -199,8 +201,8 @@ class FusedBoraLinear(nn.Module):
         compute = factored.effective_weight
         if hasattr(self.weight, "device_mesh"):
             from .distributed.sharded import effective_weight_sharded as compute
-        return compute(
-            self._dense_weight(self.compute_dtype),
+        merged = compute(
+            self._dense_weight(),
             self.lora_A,
             self.lora_B,
             self.magnitude_row,
@@ -209,6 +211,7 @@ class FusedBoraLinear(nn.Module):
             norm_order=self.norm_order,
             eps=_EPS,
         )
+        return merged.to(self.compute_dtype or self.weight.dtype)
 
     @property
     def merged(self) -> bool:

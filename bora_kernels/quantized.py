@@ -39,6 +39,11 @@ class Layout(NamedTuple):
     dtype: torch.dtype  # of the weight that it stands for
     block_size: tuple[int, ...]  # 4 bits: elements for each absmax (and absmax for each nested one); else rows, columns
 
+    @property
+    def exact_dtype(self) -> torch.dtype:
+        """What a dense weight of any dtype is rounded from."""
+        return torch.float32 if self.kind == "int8" else self.dtype
+
 
 class Quantized(NamedTuple):
     """A quantized weight: its layout and its stored tensors. ``bora_linear`` takes one in place of a dense weight."""
@@ -54,11 +59,16 @@ class Quantized(NamedTuple):
         return self.layout.shape
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight that it stands for."""
+        return self.layout.dtype
+
+    @property
     def device(self) -> torch.device:
         return self.parts[0].device
 
     def dense(self, dtype: torch.dtype | None = None, *, backend: str = "torch", stage: str = "") -> Tensor:
-        """The dequantized weight [N, K], rounded to its library's dtype and then to ``dtype`` (None: that dtype)."""
+        """The dequantized weight [N, K], rounded from ``layout.exact_dtype`` to ``dtype`` (None: ``layout.dtype``)."""
         return dense(self.layout, self.parts, dtype or self.layout.dtype, backend, stage)
 
 

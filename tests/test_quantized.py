@@ -76,6 +76,14 @@ def test_dense_weight_is_the_librarys(kind, dtype, device):
     assert 0 < (expected - weight).norm() / weight.norm() < (0.15 if kind in FOUR_BIT else 0.03)
 
 
+@kinds
+def test_exact_dtype_is_what_other_dtypes_are_rounded_from(kind, device):
+    stored = quantized.read(quantized_linear(kind, torch.randn(40, 128, device=device).to(BF16)))
+    exact = stored.layout.exact_dtype
+    assert torch.equal(stored.dense(exact).double(), stored.dense(torch.float64))
+    assert stored.dtype == stored.dense().dtype == stored.layout.dtype
+
+
 @four_bit
 @dtypes
 def test_blocks_that_cross_rows(kind, dtype, device):
@@ -203,12 +211,13 @@ def test_starts_as_the_dequantized_layer_and_copies_nothing(kind, cls, device):
         assert own.data_ptr() == theirs.data_ptr()
     assert layer.bias is linear.bias
 
-    dense = quantized.read(linear).dense()
+    stored = quantized.read(linear)
+    dense = stored.dense(stored.layout.exact_dtype)  # whichever dtype an input has, no other rounds less
     for name, dim in {"magnitude_row": 1, "magnitude_col": 0}.items():
         if getattr(layer, name) is not None:
             expected = torch.linalg.vector_norm(dense.double(), dim=dim).float()
             torch.testing.assert_close(getattr(layer, name).detach(), expected)
-    torch.testing.assert_close(layer.effective_weight(), dense)
+    torch.testing.assert_close(layer.effective_weight(), stored.dense())
     assert {name for name, p in layer.named_parameters() if p.requires_grad} <= {
         "lora_A", "lora_B", "magnitude_row", "magnitude_col"
     }  # fmt: skip

@@ -27,9 +27,15 @@ class BoraQuantizedLinear(BoraLinear):
         return self.__dict__.get("quantized_layer") or self.base_layer
 
     def _weight(self) -> Tensor:
-        """W0 made dense, for the caller alone, in the dtype that the layer computes in or else stands for."""
+        """W0 made dense, for the caller alone, not rounded further than in forward."""
         base = self._quantized()
-        return read(base).dense(getattr(base, "compute_dtype", None))
+        stored = read(base)
+        return stored.dense(getattr(base, "compute_dtype", None) or stored.layout.exact_dtype)
+
+    def effective_weight(self, adapter_name: str) -> Tensor:
+        """W', dense in the dtype that the layer computes in or else stands for, rounded once; no gradient."""
+        base = self._quantized()
+        return super().effective_weight(adapter_name).to(getattr(base, "compute_dtype", None) or read(base).dtype)
 
     def narrow_magnitudes(self, adapter_name: str) -> None:
         """Nothing: a quantized weight's dtype is none for magnitudes."""
