@@ -124,7 +124,7 @@ def _forward(
         options = (scaling, norm_order, eps)
         scales = reuse.scales(
             lora_B,
-            lambda: reuse.state_of((*stored, *adapter), (*options, backend)),
+            lambda: reuse.state_of((*stored, *adapter), (*options, backend, weight.dtype)),
             products,
             lambda: ops.scales(weight, *adapter, *options, products, backend, prepared=prepared),
         )

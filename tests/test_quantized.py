@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from bora_kernels import FusedBoraLinear, FusedDoraLinear, bora_linear, factored, quantized
+from bora_kernels import FusedBoraLinear, FusedDoraLinear, autograd, bora_linear, factored, quantized, reuse_scales
 from bora_kernels.reference import bora_weight_ref
 
 BF16 = torch.bfloat16
@@ -40,10 +40,10 @@ def tokens(device, dtype=BF16, K=128):
     return torch.randn(5, K, device=device, dtype=dtype, requires_grad=True)
 
 
-def results(layer, x):
-    """The output and all gradients."""
-    trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
-    y = layer(x)
+def results(call, x, layer=None):
+    """The output and all gradients; ``layer`` is what has the parameters, unless it is called itself."""
+    trained = [x, *(p for p in (layer or call).parameters() if p.requires_grad)]
+    y = call(x)
     return [y.detach(), *torch.autograd.grad(y.float().square().sum(), trained)]
 
 
@@ -318,6 +318,67 @@ def test_checkpointing(kind, use_reentrant, device):
     y.float().square().sum().backward()
     trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
     assert all_equal([y.detach(), *(t.grad for t in trained)], expected)
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """Notes each dense weight and each computation of norms."""
+    made, dense, scales = [], quantized.dense, autograd.ops.scales
+
+    def noting_dense(*arguments):
+        made.append(arguments[-1])
+        return dense(*arguments)
+
+    def noting_scales(*arguments, **options):
+        made.append("norms")
+        return scales(*arguments, **options)
+
+    monkeypatch.setattr(quantized, "dense", noting_dense)
+    monkeypatch.setattr(autograd.ops, "scales", noting_scales)
+    return made
+
+
+@kinds
+def test_a_scope_reuses_scales(kind, device, work):
+    layer, x = make_layer(kind, device), tokens(device)
+    changing = "scale" if kind in SCALED else "offset" if "nested" in kind else "absmax"
+    expected = results(layer, x)
+    work.clear()
+    with reuse_scales():
+        for _ in range(3):
+            assert all_equal(results(layer, x), expected)
+        assert work == ["forward", "norms", "backward", *["forward", "backward"] * 2]
+        with torch.no_grad():
+            layer.get_parameter(f"weight.{changing}").mul_(2)
+        changed = results(layer, x)
+    assert work.count("norms") == 2
+    assert all_equal(results(layer, x), changed) and not all_equal(changed, expected)
+
+
+@kinds
+def test_a_scope_tells_inputs_of_other_dtypes_apart(kind, device, work):
+    """The dense weight has the input's dtype, so its norms differ too."""
+    layer = make_layer(kind, device)
+    inputs = [tokens(device, dtype) for dtype in (BF16, torch.float32, torch.float64)]
+    expected = [results(layer, x) for x in inputs]
+    work.clear()
+    with reuse_scales():
+        for x, values in zip(inputs, expected, strict=True):
+            assert all_equal(results(layer, x), values)
+    assert work.count("norms") == 3
+
+
+@pytest.mark.parametrize(
+    "kind, backend", [*((kind, "torch") for kind in (*FOUR_BIT, *SCALED)), ("nf4-nested", "triton")]
+)
+def test_a_checkpoint_does_not_repeat_norms(kind, backend, device, work):
+    require(backend, BF16)
+    layer, x = make_layer(kind, device), tokens(device)
+    layer.backend = backend
+    expected = results(layer, x)
+    work.clear()
+    assert all_equal(results(lambda x: checkpoint(layer, x, use_reentrant=False), x, layer), expected)
+    assert work == ["forward", "norms", "forward", "backward"]
 
 
 @kinds
