@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from . import ops
+from . import ops, quantized
 from .conversion import named_modules
 from .modules import FusedBoraLinear
 
@@ -82,13 +82,16 @@ def explain(model: nn.Module) -> Explanation:
 def _report(name: str, module: nn.Module) -> LayerReport | None:
     if isinstance(module, FusedBoraLinear):
         weight, rank, merged = module.weight, module.r, module.merged
+        compute_dtype = module.compute_dtype
     elif _PEFT in sys.modules and isinstance(module, sys.modules[_PEFT].BoraLayer):
-        weight, merged = module.get_base_layer().weight, module.merged
+        base, merged = module.get_base_layer(), module.merged
+        weight = quantized.read(base) or base.weight
+        compute_dtype = getattr(base, "compute_dtype", None)
         active = [] if module.disable_adapters else [n for n in module.active_adapters if n in module.r]
         rank = module.r[active[0]] if active else None
     else:
         return None
-    dtype = getattr(module, "compute_dtype", None) or weight.dtype
+    dtype = compute_dtype or weight.dtype
     backend, reason = _backend(module, weight.device, dtype, rank, merged)
     shape = tuple(weight.shape)
     return LayerReport(name, type(module).__name__, shape, rank, dtype, weight.device, backend, reason)

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from quantized_layers import FOUR_BIT, kinds, quantized_linear
 from torch import nn
 
 from bora_kernels import convert, explain, ops
@@ -139,3 +140,22 @@ def test_layers_of_peft():
         assert reasons(explain(wrapped)) == {("none", "no adapter is active")}
     wrapped.merge_adapter()
     assert reasons(explain(wrapped)) == {("none", "it is merged")}
+
+
+@kinds
+def test_quantized_layers_of_peft(kind):
+    """Told by the weight that they stand for, not by how it is packed."""
+    integration = pytest.importorskip("bora_kernels.integrations.peft", reason="the PEFT integration is needed")
+    peft = pytest.importorskip("peft")
+    bf16 = torch.bfloat16
+    options = {"compute_dtype": bf16} if kind in FOUR_BIT else {}
+    base = nn.ModuleDict({"up": quantized_linear(kind, torch.randn(12, 32).to(bf16), **options)})
+    if kind in FOUR_BIT:
+        base["up"].quant_state.dtype = torch.float16
+    wrapped = peft.get_peft_model(base, integration.BoraConfig(r=3, target_modules=["up"]))
+    (layer,) = explain(wrapped).layers
+    assert (layer.kind, layer.shape, layer.rank) == ("BoraQuantizedLinear", (12, 32), 3)
+    assert (layer.dtype, layer.backend) == (torch.float16 if kind == "int8" else bf16, "torch")
+    wrapped.merge_adapter()
+    (merged,) = explain(wrapped).layers
+    assert (merged.shape, merged.dtype, merged.reason) == (layer.shape, layer.dtype, "it is merged")
