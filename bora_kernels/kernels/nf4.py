@@ -1,12 +1,12 @@
-"""The 4-bit weights of bitsandbytes (NF4 and FP4), decoded where they are used.
+"""The 4-bit weights of bitsandbytes (NF4 and FP4), made dense for a moment.
 
 The weight [N, K] is flat: element e = n·K + k is a half of byte e // 2, the high one for an even e.
 
     (a) W0[e] = code[half]·absmax[e // BLOCK]
     (b) absmax[b] = nested_code[stored[b]]·nested_absmax[b // NESTED_BLOCK] + offset        (double quantization)
 
-``load_nf4`` is what ``load_matrix`` is for a dense weight: any kernel that streams W0 can read 0.56 byte an element
-instead of 2. ``dequantize_nf4`` writes the dense weight, for products that want one. Both give bitsandbytes' values.
+``dequantize_nf4`` writes the dense weight with bitsandbytes' values. Kernels that stream W0 read that one: decoding in
+each of them would take more instructions than it saves bytes (``benchmarks/NOTES.md``).
 
 Source: QLoRA, arXiv 2305.14314, section 3.
 """
@@ -23,30 +23,13 @@ from .launch import empty, launch, stage
 
 
 @triton.jit
-def load_absmax(absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, blocks, mask, NESTED_BLOCK: tl.constexpr):
+def _load_absmax(absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, blocks, mask, NESTED_BLOCK: tl.constexpr):
     """absmax of the given blocks in float32; NESTED_BLOCK is 0, and the nested pointers None, where it is stored so."""
     absmax = tl.load(absmax_ptr + blocks, mask=mask, other=0)
     if NESTED_BLOCK != 0:  # (b)
         nested = tl.load(nested_absmax_ptr + blocks // NESTED_BLOCK, mask=mask, other=0.0)
         absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested + tl.load(offset_ptr)
     return absmax.to(tl.float32)
-
-
-@triton.jit
-def load_nf4(
-    packed_ptr, code_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr,
-    offs_i, offs_j, size_i, size_j, stride_i, stride_j,
-    dtype: tl.constexpr, BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A masked tile [i, j] of the weight or its transpose, rounded to dtype; strides are those of the dense weight."""
-    elements = offs_i.to(tl.int64)[:, None] * stride_i + offs_j.to(tl.int64)[None, :] * stride_j
-    mask = (offs_i < size_i)[:, None] & (offs_j < size_j)[None, :]
-    bytes = tl.load(packed_ptr + elements // 2, mask=mask, other=0).to(tl.int32)
-    halves = tl.where(elements % 2 == 0, bytes >> 4, bytes & 15)
-    absmax = load_absmax(
-        absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, elements // BLOCK, mask, NESTED_BLOCK
-    )
-    return tl.where(mask, tl.load(code_ptr + halves) * absmax, 0.0).to(dtype)  # (a)
 
 
 @triton.jit
@@ -65,7 +48,7 @@ def _dequantize_nf4_kernel(
     blocks = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     offs_byte = blocks[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
     offs_e = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    absmax = load_absmax(
+    absmax = _load_absmax(
         absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, blocks, blocks * BLOCK < E, NESTED_BLOCK
     )[:, None]
     bytes = tl.load(packed_ptr + offs_byte, mask=2 * offs_byte < E, other=0).to(tl.int32)  # [BLOCKS, BLOCK / 2]
