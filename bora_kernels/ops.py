@@ -216,7 +216,7 @@ class Prepared:
 
 
 _prepared: dict[tuple, Prepared] = {}
-_MOST_PREPARED = 4096
+_MOST_PREPARED = 1024
 
 
 def prepare(x: Tensor, tensors: tuple[Tensor | None, ...], backend: str | None) -> tuple[str, Prepared | None]:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_MOST_PLANS = 4096  # a layer adds three for each number of tokens that it meets; beyond this, start anew
+_MOST_PLANS = 1024  # of a stage: a shape of layer adds one for each number of tokens that it meets; then start anew
 
 _thread = threading.local()  # .recording: the stage that this thread records, if any
 

@@ -20,6 +20,7 @@ from . import driver
 from .launch import Recording
 
 _ALIGNMENT = 256  # of scratch in the workspace
+_REPLAYS_BEFORE_GRAPH = 3  # a graph takes device memory, which a number of tokens met once does not deserve
 _SCALAR_FORMATS = {"i32": "<i", "i64": "<q", "fp32": "<f"}
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64  # of a CUtensorMap
 _MAP_DTYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # CUtensorMapDataType
@@ -43,7 +44,8 @@ class Plan:
         self.device, self.device_index = device, device.index
         self.lock = threading.Lock()
         self.bases: list[int] | None = None  # what ``host`` was written for
-        self.graph: driver.Graph | None = None  # made by the first replay outside of a capture
+        self.replays = 0
+        self.graph: driver.Graph | None = None  # made when the plan has proved to be in use, outside of a capture
         self.graph_is_current = False  # whether the graph has taken what ``host`` holds
 
     @classmethod
@@ -115,7 +117,8 @@ class Plan:
                 for tensor_map in self.maps:
                     tensor_map.update(bases)
                 self.bases = bases
-            if torch.cuda.is_current_stream_capturing():
+            self.replays += 1
+            if self.replays < _REPLAYS_BEFORE_GRAPH or torch.cuda.is_current_stream_capturing():
                 for geometry, pointers, _ in self.launches:
                     driver.check(driver.cuda().cuLaunchKernel(*geometry, stream, pointers, None), "cuLaunchKernel")
                 self.graph_is_current = self.graph_is_current and not moved
