@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 LEVELS = ("layer", "model")
+BASES = ("dense", "nf4")
 MODES = ("step", "forward", "inference")  # a workload's references are made once, in its first mode
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -18,7 +19,8 @@ class Case:
 
     ``shape`` is "NxK" (out_features x in_features) for a layer and the name of a stack in ``models`` for a
     model. Modes: "step" is forward and backward (gradients of the input and of the adapters), "forward" is a
-    forward that records a graph, "inference" a forward under ``torch.no_grad``.
+    forward that records a graph, "inference" a forward under ``torch.no_grad``. Over the base "nf4" the linear layers
+    of the model are bitsandbytes' 4-bit ones, in every provider.
     """
 
     level: str
@@ -29,11 +31,13 @@ class Case:
     rank: int
     dtype: str
     checkpointing: bool = False
+    base: str = "dense"
     main_only: bool = False  # a point of a chart: only the providers that charts show
 
     def __str__(self) -> str:
         parts = [self.mode, self.shape, f"{self.batch}x{self.length}", f"r{self.rank}", self.dtype]
-        return "-".join(parts + ["checkpointed"] * self.checkpointing)
+        parts += [self.base] * (self.base != "dense") + ["checkpointed"] * self.checkpointing
+        return "-".join(parts)
 
     @property
     def tokens(self) -> int:
@@ -42,7 +46,7 @@ class Case:
     @property
     def workload(self) -> tuple:
         """What inputs and references depend on."""
-        return (self.level, self.shape, self.batch, self.length, self.rank, self.dtype)
+        return (self.level, self.shape, self.batch, self.length, self.rank, self.dtype, self.base)
 
 
 # (N x K, tokens, rank, modes); the first is the one of --quick
@@ -107,15 +111,19 @@ def model_cases(
     modes: list[str] | None = None,
     quick: bool = False,
 ) -> list[Case]:
-    """The model's cases: every batch with a training step with and without checkpointing, and inference."""
+    """The model's cases: every batch with a training step with and without checkpointing, and inference.
+
+    Over the 4-bit base training only: in eval mode on a CPU bitsandbytes stores the weights anew, with a loss.
+    """
     shape, batches = _MODELS["cuda" if device == "cuda" else "cpu"]
     dtypes = dtypes or ["bf16" if device == "cuda" else "fp32"]
-    runs = [("step", False), ("step", True), ("inference", False)]
+    runs = [("step", False, "dense"), ("step", True, "dense"), ("inference", False, "dense")]
+    runs += [("step", False, "nf4"), ("step", True, "nf4")]
     return [
-        Case("model", mode, shape, batch, length, rank, dtype, checkpointing)
+        Case("model", mode, shape, batch, length, rank, dtype, checkpointing, base)
         for dtype in dtypes
         for rank in ranks or [16]
         for batch, length in (batches[-1:] if quick else batches)
-        for mode, checkpointing in runs
+        for mode, checkpointing, base in runs
         if mode in (modes or MODES)
     ]

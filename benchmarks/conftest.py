@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from .harness import Harness
 from .providers import PROVIDERS
 
 _HARNESS = pytest.StashKey[Harness]()
-_RESULT = pytest.StashKey[Path]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,6 +51,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=names(DTYPES),
         help="dtypes of the base: bf16,fp16,fp32 (default: bf16, on the CPU fp32)",
     )
+    what.addoption(
+        "--cases",
+        help="patterns of names of cases, to split a run: 'step-*-nf4*,step-llama3-8b-4x2048-*' (default: *)",
+    )
     what.addoption("--quick", action="store_true", help="one shape, one model batch, and fewer rounds")
     how = parser.getgroup("bora benchmarks: how and where")
     how.addoption("--device", help="cuda or cpu (default: cuda where there is one)")
@@ -72,7 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
     device = torch.device(option.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     budget = option.budget or (0.1 if option.quick else 0.3)
     least_rounds = 3 if option.quick else 10 if device.type == "cuda" else 5
-    config.stash[_HARNESS] = Harness(device, budget, least_rounds, option.commit)
+    config.stash[_HARNESS] = Harness(device, budget, least_rounds, option.commit, option.results)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -91,6 +95,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         cases = layer_cases(device.type, shapes=option.shapes, tokens=option.tokens, **chosen)
     else:
         cases = model_cases(device.type, **chosen)
+    patterns = (option.cases or "*").split(",")
+    cases = [case for case in cases if any(fnmatch.fnmatchcase(str(case), pattern) for pattern in patterns)]
     names = option.providers or [provider.name for provider in PROVIDERS]
     providers = [provider for provider in PROVIDERS if provider.name in names]
     clock = measure.timer(device)
@@ -116,7 +122,7 @@ def harness(pytestconfig: pytest.Config) -> Harness:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    facts = measure.environment(config.stash[_HARNESS].device, config.option.commit)
+    facts = config.stash[_HARNESS].environment
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return [
         f"device: {facts['device']}" + (f" ({facts['gpu']})" if "gpu" in facts else f" ({facts['cpu']})"),
@@ -125,13 +131,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     ]
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if path := session.config.stash[_HARNESS].write(session.config.option.results):
-        session.config.stash[_RESULT] = path
-
-
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    path = config.stash.get(_RESULT, None)
-    if path is not None:
+    if path := config.stash[_HARNESS].path:
         terminalreporter.section("result")
         terminalreporter.line(f"{path}; tables and charts: python -m benchmarks.report {path}")

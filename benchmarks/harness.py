@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
-import json
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -17,14 +18,18 @@ from . import measure
 from .cases import DTYPES, Case
 from .models import Workload
 from .providers import Provider, install
+from .report import to_json
 from .verify import References, make_step, named
 
 
 class Harness:
     """A session: the device, the present workload, and a record for each case and provider."""
 
-    def __init__(self, device: torch.device, budget: float, least_rounds: int, commit: str | None) -> None:
+    def __init__(
+        self, device: torch.device, budget: float, least_rounds: int, commit: str | None, folder: Path | None = None
+    ) -> None:
         self.device, self.budget, self.least_rounds, self.commit = device, budget, least_rounds, commit
+        self.folder, self.path = folder, None  # where the session's file goes, and the file
         self.records: list[dict] = []
         self.gemm: dict[str, float] = {}
         self._key: tuple | None = None
@@ -38,7 +43,7 @@ class Harness:
         A provider that cannot run here is skipped; one that gives a wrong result fails and is not timed.
         """
         with self.recording(case, provider.name, provider.title) as record:
-            if problem := provider.problem(self.device):
+            if problem := provider.problem(self.device, case.base):
                 record["status"], record["reason"] = "skipped", problem
                 benchmark.skipped = True
                 pytest.skip(problem)
@@ -60,11 +65,12 @@ class Harness:
             gc.collect()  # the step is gone, its modules may be in cycles
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+            self.write()
 
     def _measure(self, case: Case, provider: Provider, benchmark, record: dict) -> None:
         workload, references = self._load(case)
-        root = workload.copy(share=True)
-        adapters = install(provider.adapt, root, workload.targets, case.rank, provider.adapter_dtype(case))
+        root = workload.copy(workload.root, share=True)
+        adapters = install(provider.adapt, root, workload, case.rank, provider.adapter_dtype(case))
         workload.set_mode(root, training=case.mode != "inference", checkpointing=case.checkpointing)
         if provider.merged:
             for name in workload.targets:
@@ -115,24 +121,26 @@ class Harness:
             with contextlib.suppress(RuntimeError):
                 torch.cuda.synchronize(self.device)
 
-    def write(self, folder: Path) -> Path | None:
-        """Write the session to a new file in the folder, a line for each record; None if there is nothing."""
-        if not self.records:
-            return None
-        environment = measure.environment(self.device, self.commit)
-        name = re.sub(r"[^a-z0-9]+", "-", str(environment["device"]).lower()).strip("-")
-        stamp = re.sub(r"[^0-9]+", "-", str(environment["date"])).strip("-")
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{stamp}-{name}.json"
-        for number in range(2, 100):
-            if not path.exists():
-                break
-            path = folder / f"{stamp}-{name}-{number}.json"
-        head = json.dumps({"environment": environment, "gemm_tflops": self.gemm}, indent=1)
-        lines = ",\n".join("  " + json.dumps(record, separators=(",", ":")) for record in self.records)
-        text = f'{head.removesuffix("}").rstrip()},\n "records": [\n{lines}\n ]\n}}\n'
-        path.write_text(text, encoding="utf-8")
-        return path
+    @functools.cached_property
+    def environment(self) -> dict:
+        return measure.environment(self.device, self.commit)
+
+    def write(self) -> None:
+        """Write all records to the session's file, after each of them: a session that is cut off loses one."""
+        if self.folder is None:
+            return
+        self.path = self.path or self._new_path()
+        partial = self.path.with_suffix(".partial")
+        result = {"environment": self.environment, "gemm_tflops": self.gemm, "records": self.records}
+        partial.write_text(to_json(result), encoding="utf-8")
+        partial.replace(self.path)
+
+    def _new_path(self) -> Path:
+        name = re.sub(r"[^a-z0-9]+", "-", str(self.environment["device"]).lower()).strip("-")
+        stamp = re.sub(r"[^0-9]+", "-", str(self.environment["date"])).strip("-")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        names = (f"{stamp}-{name}{f'-{number}' * (number > 1)}.json" for number in itertools.count(1))
+        return next(path for path in map(self.folder.joinpath, names) if not path.exists())
 
 
 def _significant(value: float) -> float:

@@ -24,7 +24,7 @@ import bora_kernels
 
 _L2_FLUSH_BYTES = 256 * 2**20
 _WARMUP_SECONDS = 0.03
-_LIBRARIES = ("torch", "triton", "peft", "transformers", "pytest-benchmark")
+_LIBRARIES = ("torch", "triton", "peft", "transformers", "bitsandbytes", "pytest-benchmark")
 CLOCKS = {
     "cuda": "CUDA events around one step that starts on an idle device with a cold L2 cache; launches count",
     "cpu": "time.perf_counter around one step",

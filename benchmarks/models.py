@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bora_kernels import quantized
+
 from .cases import DTYPES, Case
 
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -34,7 +36,8 @@ STACKS = {"llama3-8b": StackShape(4096, 14336, 32, 8), "tiny": StackShape(256, 7
 class Workload:
     """A case's base model, its input x and the gradient dy of its output; the same values on every run.
 
-    ``targets`` names the linear layers that get an adapter.
+    ``targets`` names the linear layers that get an adapter. ``root`` is what providers adapt and ``dense`` what the
+    references do: the same modules, or those with the weights that the 4-bit ones of ``root`` stand for.
     """
 
     def __init__(self, case: Case, device: torch.device) -> None:
@@ -43,25 +46,26 @@ class Workload:
         with torch.device(device):
             if case.level == "layer":
                 out_features, in_features = (int(size) for size in case.shape.split("x"))
-                self.root: nn.Module = _Layer(in_features, out_features, dtype)
+                self.dense: nn.Module = _Layer(in_features, out_features, dtype)
                 width = (in_features, out_features)
                 self.targets = ["linear"]
             else:
                 stack = STACKS[case.shape]
-                self.root = (_TransformersStack if HAS_TRANSFORMERS else _PlainStack)(stack, dtype)
+                self.dense = (_TransformersStack if HAS_TRANSFORMERS else _PlainStack)(stack, dtype)
                 width = (stack.hidden, stack.hidden)
-                names = (name for name, _ in self.root.named_modules())
+                names = (name for name, _ in self.dense.named_modules())
                 self.targets = [name for name in names if name.endswith(_LINEARS)]
             self.x, self.dy = (torch.randn(case.batch, case.length, size, dtype=dtype) for size in width)
-        self.root.requires_grad_(False)
+        self.dense.requires_grad_(False)
+        self.root = self.dense if case.base == "dense" else _quantize(self.dense, self.targets)
         self.is_layer = case.level == "layer"
-        weights = (self.root.get_submodule(name).weight for name in self.targets)
-        self.forward_flop = 2 * case.tokens * sum(weight.numel() for weight in weights)
+        self.weights = [self.dense.get_submodule(name).weight for name in self.targets]
+        self.forward_flop = 2 * case.tokens * sum(weight.numel() for weight in self.weights)
 
-    def copy(self, *, share: bool) -> nn.Module:
-        """A new module tree, with the same weights (``share``) or copies of them."""
-        tensors = (*self.root.parameters(), *self.root.buffers()) if share else ()
-        return copy.deepcopy(self.root, {id(tensor): tensor for tensor in tensors})
+    def copy(self, root: nn.Module, *, share: bool) -> nn.Module:
+        """A new module tree like ``root`` or ``dense``, with the same weights (``share``) or copies of them."""
+        tensors = (*root.parameters(), *root.buffers()) if share else ()
+        return copy.deepcopy(root, {id(tensor): tensor for tensor in tensors})
 
     def callable(self, root: nn.Module) -> nn.Module:
         """What is called in a step: the layer itself, without a wrapper around it, or the stack."""
@@ -71,6 +75,26 @@ class Workload:
         root.train(training)
         if not self.is_layer:
             root.set_checkpointing(checkpointing)
+
+
+@torch.no_grad()
+def _quantize(dense: nn.Module, targets: list[str]) -> nn.Module:
+    """A copy with NF4 layers (double quantization, as QLoRA has them); ``dense`` gets the weights they stand for."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    root = copy.deepcopy(dense, {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())})
+    for name in targets:
+        weight = dense.get_submodule(name).weight
+        out_features, in_features = weight.shape
+        with torch.device("meta"):
+            linear = Linear4bit(in_features, out_features, bias=False, compute_dtype=weight.dtype)
+        linear.weight = Params4bit(
+            weight.cpu().clone(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=linear
+        )
+        root.set_submodule(name, linear.to(weight.device))
+        weight.copy_(quantized.read(linear).dense(weight.dtype))
+    root.is_loaded_in_4bit = True  # what PEFT looks at
+    return root
 
 
 class _Layer(nn.Module):

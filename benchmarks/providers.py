@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import bora_kernels
 from bora_kernels import FusedBoraLinear, FusedDoraLinear, reference
 
-from .cases import DTYPES, LEVELS, MODES, Case
+from .cases import BASES, DTYPES, LEVELS, MODES, Case
+from .models import Workload
 
 Adapter = dict[str, nn.Parameter]  # "lora_A" [R, K], "lora_B" [N, R], "magnitude_row" [N], "magnitude_col" [K]
 KINDS = {
@@ -54,6 +55,7 @@ class Provider:
     graphed: bool = False  # timed in a CUDA graph as well
     levels: tuple[str, ...] = LEVELS
     modes: tuple[str, ...] = MODES
+    bases: tuple[str, ...] = BASES
     library: str | None = None
     compiled: bool = False
     merged: bool = False
@@ -65,14 +67,14 @@ class Provider:
     def runs(self, case: Case) -> bool:
         """Whether the provider has a place in the case at all."""
         same = self.half and case.dtype == "fp32"  # as the provider with float32 adapters
-        return (
-            case.level in self.levels and case.mode in self.modes and not same and (self.charted or not case.main_only)
-        )
+        has_place = case.level in self.levels and case.mode in self.modes and case.base in self.bases
+        return has_place and not same and (self.charted or not case.main_only)
 
-    def problem(self, device: torch.device) -> str | None:
+    def problem(self, device: torch.device, base: str) -> str | None:
         """Why it cannot run here, or None."""
-        if self.library is not None and importlib.util.find_spec(self.library) is None:
-            return f"{self.library} is not installed"
+        for library in (self.library, "bitsandbytes" if base == "nf4" else None):
+            if library is not None and importlib.util.find_spec(library) is None:
+                return f"{library} is not installed"
         if self.compiled and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
             return "torch.compile needs a C++ compiler on the CPU"
         return None
@@ -100,13 +102,12 @@ def adapter_values(weight: Tensor, rank: int, seed: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def install(
-    adapt: Callable, root: nn.Module, targets: list[str], rank: int, adapter_dtype: torch.dtype
+    adapt: Callable, root: nn.Module, workload: Workload, rank: int, adapter_dtype: torch.dtype
 ) -> list[Adapter]:
-    """Adapt the root's targets and give every adapter its values; only they are trained."""
-    weights = [root.get_submodule(name).weight for name in targets]
-    adapters = adapt(root, targets, rank, adapter_dtype)
+    """Adapt the targets in a root of the workload and give every adapter its values; only they are trained."""
+    adapters = adapt(root, workload.targets, rank, adapter_dtype)
     root.requires_grad_(False)
-    for seed, (weight, adapter) in enumerate(zip(weights, adapters, strict=True)):
+    for seed, (weight, adapter) in enumerate(zip(workload.weights, adapters, strict=True)):
         values = adapter_values(weight, rank, seed)
         for kind, parameter in adapter.items():
             parameter.copy_(values[kind])
@@ -184,13 +185,16 @@ def _parameters(layer: nn.Module, member: str) -> Adapter:
     return {kind: getattr(layer, kind) for kind in KINDS[member]}
 
 
-def _peft(use_dora: bool) -> Callable:
+def _peft(member: str) -> Callable:
+    """LoRA and DoRA as PEFT has them, BoRA as this package adds it to PEFT."""
+
     def adapt(root: nn.Module, targets: list[str], rank: int, adapter_dtype: torch.dtype) -> list[Adapter]:
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(
-            r=rank, lora_alpha=SCALING * rank, target_modules=targets, use_dora=use_dora, lora_dropout=0.0
-        )
+        from bora_kernels.integrations.peft import BoraConfig
+
+        config_type = BoraConfig if member == "bora" else LoraConfig
+        config = config_type(r=rank, lora_alpha=SCALING * rank, target_modules=targets, use_dora=member == "dora")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on models without a configuration
             get_peft_model(root, config, autocast_adapter_dtype=adapter_dtype == torch.float32)
@@ -198,8 +202,13 @@ def _peft(use_dora: bool) -> Callable:
         for name in targets:
             layer = root.get_submodule(name)
             adapter = {"lora_A": layer.lora_A["default"].weight, "lora_B": layer.lora_B["default"].weight}
-            if use_dora:
+            if member == "dora":
                 adapter["magnitude_row"] = layer.lora_magnitude_vector["default"].weight
+            elif member == "bora":
+                adapter["magnitude_row"] = layer.lora_magnitude_row["default"].weight
+                adapter["magnitude_col"] = layer.lora_magnitude_col["default"].weight
+            for parameter in adapter.values():  # over a quantized weight PEFT leaves them in float32
+                parameter.data = parameter.data.to(adapter_dtype)
             adapters.append(adapter)
         return adapters
 
@@ -212,26 +221,35 @@ _fused_dora, _fused_bora = _fused(FusedDoraLinear, True), _fused(FusedBoraLinear
 _HALF = "adapters in the base's dtype"
 _peer = functools.partial(Provider, charted=True, library="peft")
 _layer = functools.partial(Provider, levels=("layer",))
+_dense_base = functools.partial(Provider, bases=("dense",))
 _ours = functools.partial(Provider, ours=True, graphed=True)
 
 PROVIDERS = [
     Provider("frozen", "frozen nn.Linear", _NONE, dense(_NONE), charted=True, graphed=True),
-    _peer("peft-lora", "PEFT LoRA", _LORA, _peft(False)),
-    _peer("peft-lora-half", f"PEFT LoRA, {_HALF}", _LORA, _peft(False), half=True),
-    _peer("peft-dora", "PEFT DoRA", _DORA, _peft(True)),
-    _peer("peft-dora-half", f"PEFT DoRA, {_HALF}", _DORA, _peft(True), half=True),
+    _peer("peft-lora", "PEFT LoRA", _LORA, _peft("lora")),
+    _peer("peft-lora-half", f"PEFT LoRA, {_HALF}", _LORA, _peft("lora"), half=True),
+    _peer("peft-dora", "PEFT DoRA", _DORA, _peft("dora")),
+    _peer("peft-dora-half", f"PEFT DoRA, {_HALF}", _DORA, _peft("dora"), half=True),
     _layer("dense-dora", "dense DoRA", _DORA, dense(_DORA)),
-    Provider("dense-bora", "dense BoRA", _BORA, dense(_BORA)),
+    _dense_base("dense-bora", "dense BoRA", _BORA, dense(_BORA)),
     _ours("fused-dora", "FusedDoraLinear, detached", _DORA, _fused_dora),
     _ours("fused-bora", "FusedBoraLinear", _BORA, _fused_bora, charted=True),
-    _ours("fused-bora-detached", "FusedBoraLinear, detached", _BORA_DETACHED, _fused(FusedBoraLinear, True)),
+    _ours(
+        "fused-bora-detached",
+        "FusedBoraLinear, detached",
+        _BORA_DETACHED,
+        _fused(FusedBoraLinear, True),
+        levels=("layer",),
+    ),
+    _ours("peft-bora", "BoraConfig in PEFT", _BORA, _peft("bora"), levels=("model",), library="peft"),
     _ours("fused-bora-merged", "FusedBoraLinear, merged", _BORA, _fused_bora, modes=("inference",), merged=True),
 ]
-if hasattr(bora_kernels, "reuse_scales"):  # a step after another one with the same adapter
-    _reusing = functools.partial(_ours, modes=("step", "inference"), scope=bora_kernels.reuse_scales)
-    PROVIDERS += [
-        _reusing("fused-dora-reused", "FusedDoraLinear, detached, scales reused", _DORA, _fused_dora),
-        _reusing("fused-bora-reused", "FusedBoraLinear, scales reused", _BORA, _fused_bora),
-    ]
+_reusing = functools.partial(_ours, modes=("step", "inference"), scope=bora_kernels.reuse_scales)
+PROVIDERS += [  # a step after another one with the same adapter
+    _reusing(
+        "fused-dora-reused", "FusedDoraLinear, detached, scales reused", _DORA, _fused_dora, levels=("layer",)
+    ),
+    _reusing("fused-bora-reused", "FusedBoraLinear, scales reused", _BORA, _fused_bora),
+]
 # last, because what its compiler leaves behind could disturb the others
 PROVIDERS.append(_layer("dense-bora-compiled", "dense BoRA, torch.compile", _BORA, dense(_BORA, True), compiled=True))

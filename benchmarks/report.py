@@ -1,6 +1,9 @@
-"""Tables and charts of a result: ``python -m benchmarks.report RESULT.json [--output DIR]``.
+"""Tables and charts of results: ``python -m benchmarks.report RESULT.json [RESULT.json ...] [--output DIR]``.
 
-Writes ``report.md`` and, with matplotlib, PNG charts of time and memory; the tables are printed as well.
+Writes ``report.md`` and, with matplotlib, PNG charts of time and memory; the tables are printed as well. Several results
+of one machine and commit are merged, and ``--merged FILE`` keeps the merged result. A case is never put together from
+several results, whose ratios would be between processes: the last result that has the case counts. So split a run by
+``--levels`` and ``--cases``, not by ``--providers``.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-CASE_FIELDS = ("level", "mode", "shape", "batch", "length", "rank", "dtype", "checkpointing")
+CASE_FIELDS = ("level", "mode", "shape", "batch", "length", "rank", "dtype", "checkpointing", "base")
 PEERS = {  # what ratios are to: of several, the fastest (for memory the smallest) of those that were measured
     "frozen": [("frozen",)],
     "LoRA": [("peft-lora", "peft-lora-half")],
@@ -25,7 +28,7 @@ SUMMARY = (
     "dense-bora",
     "dense-bora-compiled",
 )
-SUMMARY += ("fused-dora", "fused-bora")
+SUMMARY += ("fused-dora", "fused-bora", "fused-bora-reused", "peft-bora", "fused-bora-merged")
 _NOTES = """\
 Time: median of single steps; the clock: {clock}.
 "step" is forward and backward, with the gradients of the input and of the adapter; "forward" records a graph;
@@ -39,10 +42,38 @@ the better one{dense}. "error" is the largest error against the exact result ove
 in the same dtypes; it has to be at most about 2 for this package and 8 for peers, or there is no time."""
 
 
+def to_json(result: dict) -> str:
+    """A result as the text of a file, with a line for each record."""
+    head = json.dumps({name: value for name, value in result.items() if name != "records"}, indent=1)
+    lines = ",\n".join("  " + json.dumps(record, separators=(",", ":")) for record in result["records"])
+    return f'{head.removesuffix("}").rstrip()},\n "records": [\n{lines}\n ]\n}}\n'
+
+
+def merge(results: list[dict]) -> dict:
+    """One result of several; a case is that of the last result that has it.
+
+    Raises ValueError for results of different machines, versions or commits.
+    """
+    first = results[0]["environment"]
+    records: dict[tuple, list[dict]] = {}
+    gemm: dict[str, float] = {}
+    for result in results:
+        for name in first.keys() | result["environment"].keys():
+            mine, theirs = first.get(name), result["environment"].get(name)
+            if name != "date" and mine != theirs:
+                raise ValueError(f"results must be of one machine and commit, got {name} {mine} and {theirs}")
+        gemm = result["gemm_tflops"] | gemm
+        cases = by_case(result["records"])
+        records |= {key: list(case.values()) for key, case in cases.items()}
+    return {"environment": first, "gemm_tflops": gemm, "records": [r for case in records.values() for r in case]}
+
+
 def load(path: Path) -> dict:
     result = json.loads(path.read_text(encoding="utf-8"))
     if not {"environment", "gemm_tflops", "records"} <= result.keys():
         raise ValueError(f"{path} is not a result of pytest benchmarks")
+    for record in result["records"]:
+        record.setdefault("base", "dense")  # as it was before there were others
     return result
 
 
@@ -65,10 +96,10 @@ def ratio(record: dict, case: dict[str, dict], peer: str, field: str = "median")
 
 def title(key: tuple) -> str:
     """A case in words."""
-    level, mode, shape, batch, length, rank, dtype, checkpointing = key
+    level, mode, shape, batch, length, rank, dtype, checkpointing, base = key
     tokens = f"{batch * length} tokens" if level == "layer" else f"{batch}×{length} tokens"
     parts = [shape.replace("x", "×") if level == "layer" else shape, tokens, f"r = {rank}", dtype]
-    return f"{level}, {mode}: " + ", ".join(parts + ["checkpointed"] * checkpointing)
+    return f"{level}, {mode}: " + ", ".join(parts + [f"{base} base"] * (base != "dense") + ["checkpointed"] * checkpointing)
 
 
 def details(key: tuple, case: dict[str, dict], gemm: dict[str, float]) -> str:
@@ -172,13 +203,16 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("result", type=Path, help="a JSON file that pytest benchmarks wrote")
-    parser.add_argument("--output", type=Path, help="folder to write to (default: beside the file, with its name)")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files that pytest benchmarks wrote")
+    parser.add_argument("--output", type=Path, help="folder to write to (default: beside the first, with its name)")
+    parser.add_argument("--merged", type=Path, help="file to write the merged result to")
     options = parser.parse_args(arguments)
     try:
-        result = load(options.result)
-        folder = options.output or options.result.with_suffix("")
+        result = merge([load(path) for path in options.results])
+        folder = options.output or (options.merged or options.results[0]).with_suffix("")
         folder.mkdir(parents=True, exist_ok=True)
+        if options.merged is not None:
+            options.merged.write_text(to_json(result), encoding="utf-8")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -83,8 +83,8 @@ class References:
         return self._plain[key]
 
     def _dense(self, formula: Formula, adapter_dtype: torch.dtype, dtype: torch.dtype | None = None) -> Result:
-        root = self.workload.copy(share=dtype is None)
-        adapters = install(dense(formula), root, self.workload.targets, self.rank, adapter_dtype)
+        root = self.workload.copy(self.workload.dense, share=dtype is None)
+        adapters = install(dense(formula), root, self.workload, self.rank, adapter_dtype)
         x, dy = self.workload.x, self.workload.dy
         if dtype is not None:
             root, x, dy = root.to(dtype), x.to(dtype), dy.to(dtype)
