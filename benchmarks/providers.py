@@ -246,9 +246,7 @@ PROVIDERS = [
 ]
 _reusing = functools.partial(_ours, modes=("step", "inference"), scope=bora_kernels.reuse_scales)
 PROVIDERS += [  # a step after another one with the same adapter
-    _reusing(
-        "fused-dora-reused", "FusedDoraLinear, detached, scales reused", _DORA, _fused_dora, levels=("layer",)
-    ),
+    _reusing("fused-dora-reused", "FusedDoraLinear, detached, scales reused", _DORA, _fused_dora, levels=("layer",)),
     _reusing("fused-bora-reused", "FusedBoraLinear, scales reused", _BORA, _fused_bora),
 ]
 # last, because what its compiler leaves behind could disturb the others

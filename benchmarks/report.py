@@ -1,9 +1,9 @@
 """Tables and charts of results: ``python -m benchmarks.report RESULT.json [RESULT.json ...] [--output DIR]``.
 
-Writes ``report.md`` and, with matplotlib, PNG charts of time and memory; the tables are printed as well. Several results
-of one machine and commit are merged, and ``--merged FILE`` keeps the merged result. A case is never put together from
-several results, whose ratios would be between processes: the last result that has the case counts. So split a run by
-``--levels`` and ``--cases``, not by ``--providers``.
+Writes ``report.md`` and, with matplotlib, PNG charts of time and memory; the tables are printed as well. Several
+results of one machine and commit are merged, and ``--merged FILE`` keeps the merged result. A case is never put
+together from several results, whose ratios would be between processes: the last result that has the case counts. So
+split a run by ``--levels`` and ``--cases``, not by ``--providers``.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ def title(key: tuple) -> str:
     level, mode, shape, batch, length, rank, dtype, checkpointing, base = key
     tokens = f"{batch * length} tokens" if level == "layer" else f"{batch}×{length} tokens"
     parts = [shape.replace("x", "×") if level == "layer" else shape, tokens, f"r = {rank}", dtype]
-    return f"{level}, {mode}: " + ", ".join(parts + [f"{base} base"] * (base != "dense") + ["checkpointed"] * checkpointing)
+    return f"{level}, {mode}: " + ", ".join(
+        parts + [f"{base} base"] * (base != "dense") + ["checkpointed"] * checkpointing
+    )
 
 
 def details(key: tuple, case: dict[str, dict], gemm: dict[str, float]) -> str:
