@@ -42,7 +42,8 @@ from .plan import (
     zero_stand_in,
 )
 
-_CHUNK_ELEMENTS = 1 << 22  # V is made in blocks of rows of at most this many elements: 16 MiB in float32
+_CHUNK_ELEMENTS = 1 << 22  # what is widened is made in blocks of rows of at most this many elements: 16 MiB in float32
+_CACHED_ELEMENTS = 1 << 18  # the same on a CPU, for blocks that are passed over several times: they stay in its cache
 _DITHER_ROW, _DITHER_COL = 0xC13FA9A9, 0x91E10DA5  # steps of the two-dimensional R2 sequence, in units of 2⁻³²
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of a float32 mantissa
 
@@ -52,7 +53,7 @@ def norms(weight: Tensor) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(weight.dtype)
     row_norm = torch.empty(weight.shape[0], dtype=dtype, device=weight.device)
     col_squares = torch.zeros(weight.shape[1], dtype=dtype, device=weight.device)
-    step = max(1, _CHUNK_ELEMENTS // weight.shape[1])
+    step = _block_rows(weight)
     for start in range(0, weight.shape[0], step):
         wide = weight[start : start + step].to(dtype)
         row_norm[start : start + step] = torch.linalg.vector_norm(wide, dim=1)
@@ -112,15 +113,15 @@ def norms_and_scales(
     second_squares = torch.zeros(V.shape[1], dtype=dtype, device=weight.device)
     if complete_first is not None:  # before the other axis can be scaled, which takes a second sweep
         for rows, V_rows in _blocks(V, P, Q, scaling, dtype):
-            first_norm[rows] = V_rows.square().sum(1)
+            first_norm[rows] = V_rows.square_().sum(1)
         first_norm = complete_first(first_norm).sqrt().clamp_min(eps)
     if complete_first is None or m_second is not None:
         for rows, V_rows in _blocks(V, P, Q, scaling, dtype):
             if complete_first is None:
                 first_norm[rows] = torch.linalg.vector_norm(V_rows, dim=1).clamp_min(eps)
             if m_second is not None:
-                H = (m_first[rows] / first_norm[rows])[:, None] * V_rows
-                second_squares += H.square().sum(0)
+                H = V_rows.mul_((m_first[rows] / first_norm[rows])[:, None])
+                second_squares += H.square_().sum(0)
     first_scale = m_first.to(dtype) / first_norm
     if m_second is None:
         return Scales(first_norm, first_scale)
@@ -153,8 +154,8 @@ def effective_weight(
     merged = torch.empty_like(weight)
     for rows, V in _blocks(weight, lora_B, lora_A.T, scaling, accumulation_dtype(weight.dtype)):
         if scales.row_scale is not None:
-            V = scales.row_scale[rows, None] * V
-        merged[rows] = V if scales.col_scale is None else V * scales.col_scale
+            V.mul_(scales.row_scale[rows, None])
+        merged[rows] = V if scales.col_scale is None else V.mul_(scales.col_scale)
     return merged
 
 
@@ -176,14 +177,14 @@ def forward(
     """Equations (1) and (2): the output [M, N], the product before the bias where it is kept apart, and u [M, R]."""
     scales = split_scales(scales, *weight.shape, lora_A.shape[0], has_col)
     u = _project(_dropped(x, keep, dropout_p), lora_A, scales.col_scale, scaling)  # (1)
-    x_scaled = _fold(x, scales.col_scale)
-    product = _wide_matmul(x_scaled, weight.T) + _split_matmul(u.to(x.dtype), lora_B.T)  # (2)
+    product = _wide_matmul(_fold(x, scales.col_scale), weight.T)
+    _add_split_matmul(product, u.to(x.dtype), lora_B.T)  # (2)
     stand_in = zero_stand_in(x.dtype)
     apart = separate_product(x.dtype, bias)
-    y = _scaled(product, scales.row_scale, 0.0 if apart else stand_in)
+    kept = _scaled(product, scales.row_scale, stand_in).to(x.dtype, copy=True) if apart and save_product else None
+    y = _scale_(product, scales.row_scale, 0.0 if apart else stand_in)
     if bias is not None:
-        y = y + bias
-    kept = _scaled(product, scales.row_scale, stand_in).to(x.dtype) if apart and save_product else None
+        y += bias
     return y.to(x.dtype), kept, u
 
 
@@ -220,16 +221,19 @@ def backward(
 
     dx = D = None
     if needs.x or needs_D:
-        low_rank = _dropped(_split_matmul(v.to(dy.dtype), lora_A), keep, dropout_p)
-        inner = _wide_matmul(_fold(dy, scales.row_scale), weight) + low_rank
-        dx = _scaled(inner, scales.col_scale, 0.0 if separate_product(dy.dtype, None) else stand_in).to(dy.dtype)  # (4)
+        inner = _wide_matmul(_fold(dy, scales.row_scale), weight)
+        if keep is None:
+            _add_split_matmul(inner, v.to(dy.dtype), lora_A)
+        else:
+            inner += _dropped(_split_matmul(v.to(dy.dtype), lora_A), keep, dropout_p)
         if needs_D:
-            D = (_scaled(inner, scales.col_scale, stand_in) * x).sum(0)  # (5)
-    S = (dy.to(acc) * product).sum(0) if needs_S else None  # (5)
+            D = _scaled(_token_sums(inner, x), scales.col_scale, stand_in)  # (5)
+        dx = _scale_(inner, scales.col_scale, 0.0 if separate_product(dy.dtype, None) else stand_in).to(dy.dtype)  # (4)
+    S = _token_sums(dy, product) if needs_S else None  # (5)
 
     dA = dB = None
     if needs.lora_B:
-        dB = _scaled((dy.T @ u.to(dy.dtype)).T.to(acc), scales.row_scale, 0.0).T  # (6)
+        dB = _scaled((u.to(dy.dtype).T @ dy).to(acc), scales.row_scale, 0.0).T  # (6)
     if needs.lora_A:
         dA = _scaled((v.to(dy.dtype).T @ _dropped(x, keep, dropout_p)).to(acc), scales.col_scale, 0.0)  # (6)
 
@@ -271,7 +275,7 @@ def norm_paths(
     W, P, Q = first_second(weight, lora_A, lora_B, rows_first)
     acc = first_norm.dtype
     P, Q = P.to(acc), Q.to(acc)
-    dP, dQ = torch.empty_like(P), torch.zeros_like(Q)
+    dP, dQ_t = torch.empty_like(P), Q.new_zeros(Q.T.shape)
     S_first = S_first.clone()
     a2 = first_scale.square()
     if S_second is not None:
@@ -288,13 +292,13 @@ def norm_paths(
         lam = -S_first[rows] * live[rows] / first_norm[rows].square()  # (9)
         lam = torch.where(first_norm[rows] > eps, lam, 0.0)[:, None]
         dP[rows] = scaling * lam * (V @ Q)  # (10)
-        dQ += scaling * (V.T @ (lam * P[rows]))  # (11)
+        dQ_t += scaling * ((lam * P[rows]).T @ V)  # (11)
         if S_second is not None:
             dP[rows] += scaling * a2[rows, None] * (V @ (kappa[:, None] * Q))
-            dQ += scaling * kappa[:, None] * (V.T @ (a2[rows, None] * P[rows]))
+            dQ_t += scaling * kappa * ((a2[rows, None] * P[rows]).T @ V)
     if rows_first:
-        return S_first, S_second, dQ.T, dP
-    return S_second, S_first, dP.T, dQ
+        return S_first, S_second, dQ_t, dP
+    return S_second, S_first, dP.T, dQ_t.T
 
 
 def first_second(weight: Tensor, lora_A: Tensor, lora_B: Tensor, rows_first: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -303,12 +307,28 @@ def first_second(weight: Tensor, lora_A: Tensor, lora_B: Tensor, rows_first: boo
 
 
 def _blocks(W: Tensor, P: Tensor, Q: Tensor, scaling: float, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """V = W + s·P·Qᵀ in blocks of rows."""
+    """V = W + s·P·Qᵀ in blocks of rows. All share one buffer, because fresh pages cost a CPU more than the passes."""
     Q_t = scaling * Q.to(dtype).T
-    step = max(1, _CHUNK_ELEMENTS // max(1, W.shape[1]))
+    step = _block_rows(W)
+    buffer = torch.empty(min(step, W.shape[0]), W.shape[1], dtype=dtype, device=W.device)
     for start in range(0, W.shape[0], step):
-        rows = slice(start, start + step)
-        yield rows, torch.addmm(W[rows].to(dtype), P[rows].to(dtype), Q_t)
+        rows = slice(start, min(start + step, W.shape[0]))
+        out = buffer[: rows.stop - start]
+        yield rows, torch.addmm(W[rows].to(dtype), P[rows].to(dtype), Q_t, out=out)
+
+
+def _block_rows(matrix: Tensor) -> int:
+    elements = _CACHED_ELEMENTS if matrix.device.type == "cpu" else _CHUNK_ELEMENTS
+    return max(1, elements // max(1, matrix.shape[1]))
+
+
+def _token_sums(s: Tensor, t: Tensor) -> Tensor:
+    """Σ_m s⊙t [C] in the accumulation dtype."""
+    acc, step = accumulation_dtype(s.dtype), _block_rows(s)
+    sums = s.new_zeros(s.shape[1], dtype=acc)
+    for start in range(0, s.shape[0], step):
+        sums += (s[start : start + step].to(acc) * t[start : start + step]).sum(0)
+    return sums
 
 
 def live_magnitude(magnitude: Tensor, norm: Tensor, scale: Tensor, stand_in: float) -> Tensor:
@@ -319,6 +339,11 @@ def live_magnitude(magnitude: Tensor, norm: Tensor, scale: Tensor, stand_in: flo
 def _scaled(t: Tensor, scale: Tensor | None, stand_in: float) -> Tensor:
     """t⊙scale over the last dimension, with ``stand_in`` where the scale is zero."""
     return t if scale is None else t * torch.where(scale == 0, stand_in, scale)
+
+
+def _scale_(t: Tensor, scale: Tensor | None, stand_in: float) -> Tensor:
+    """``_scaled`` in place."""
+    return t if scale is None else t.mul_(torch.where(scale == 0, stand_in, scale))
 
 
 def _dropped(t: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
@@ -340,6 +365,14 @@ def _split_matmul(t: Tensor, f: Tensor) -> Tensor:
     high = f.to(t.dtype)
     low = (f.to(acc) - high.to(acc)).to(t.dtype)
     return _wide_matmul(t, high) + _wide_matmul(t, low)
+
+
+def _add_split_matmul(out: Tensor, t: Tensor, f: Tensor) -> None:
+    """out += t·f, as ``_split_matmul`` makes it."""
+    if t.dtype in _DROPPED_BITS:
+        out += _split_matmul(t, f)
+    else:
+        out.addmm_(t, f.to(t.dtype))
 
 
 def _wide_matmul(t: Tensor, matrix: Tensor) -> Tensor:

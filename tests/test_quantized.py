@@ -104,8 +104,8 @@ def test_wide_intermediates_are_made_in_blocks(kind, device, monkeypatch):
     """Nothing of the weight's size is made in float32, neither from a 8-bit weight nor for norms."""
     stored = quantized.read(quantized_linear(kind, torch.randn(40, 128, device=device).to(BF16)))
     expected = stored.dense(BF16)
-    for module in (quantized, factored):
-        monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 3 * 128)
+    for module, name in ((quantized, "_CHUNK"), (factored, "_CHUNK"), (factored, "_CACHED")):
+        monkeypatch.setattr(module, f"{name}_ELEMENTS", 3 * 128)
 
     class Sizes(TorchDispatchMode):
         largest = 0
