@@ -15,8 +15,9 @@ import torch
 from benchmarks import report
 from benchmarks.cases import Case
 from benchmarks.harness import Harness
-from benchmarks.providers import DenseLinear, Formula, Provider, dense
-from benchmarks.verify import WrongResult
+from benchmarks.models import Workload
+from benchmarks.providers import PROVIDERS, DenseLinear, Formula, Provider, dense, install
+from benchmarks.verify import References, WrongResult, make_step, named
 
 ROOT = Path(__file__).parent.parent
 BORA = Formula("bora")
@@ -76,6 +77,40 @@ def test_report_command(result: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         assert not (folder / "rank.png").exists()  # one rank makes no chart
 
 
+def test_report_merges_whole_cases(result: Path, tmp_path: Path) -> None:
+    """The second result's case replaces the first's; nothing is put together from two processes."""
+    second = report.load(result)
+    second["records"] = [_record("frozen", 256, 2.0), _record("fused-bora", 512, 3.0)]
+    second["environment"]["date"] = "2000-01-02"
+    second["gemm_tflops"] = {"bf16": 3.0, "fp32": 1.0}
+    other, merged = tmp_path / "other.json", tmp_path / "merged.json"
+    other.write_text(report.to_json(second), encoding="utf-8")
+    assert report.main([str(result), str(other), "--merged", str(merged)]) == 0
+    assert (tmp_path / "merged" / "report.md").exists()
+    cases = report.by_case(report.load(merged)["records"])
+    medians = {key[4]: {name: record.get("median") for name, record in case.items()} for key, case in cases.items()}
+    assert len(medians[128]) == 6 and medians[256] == {"frozen": 2e-3} and medians[512] == {"fused-bora": 3e-3}
+    assert report.load(merged)["gemm_tflops"] == {"bf16": 2.0, "fp32": 1.0}
+
+
+def test_report_refuses_results_of_two_commits(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    second = report.load(result)
+    second["environment"]["commit"] = "def"
+    other = tmp_path / "other.json"
+    other.write_text(report.to_json(second), encoding="utf-8")
+    assert report.main([str(result), str(other)]) == 1
+    assert "commit abc and def" in capsys.readouterr().err
+
+
+def test_report_of_results_without_bases(result: Path) -> None:
+    """A recorded result says nothing of bases; a 4-bit case is named as one."""
+    loaded = report.load(result)
+    loaded["records"].append({**_record("frozen", 128, 1.0), "base": "nf4"})
+    text = report.markdown(loaded)
+    assert "step: 64×64, 128 tokens, r = 8, bf16\n" in text
+    assert "step: 64×64, 128 tokens, r = 8, bf16, nf4 base\n" in text
+
+
 def test_report_refuses_other_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "other.json"
     path.write_text("{}")
@@ -86,9 +121,10 @@ def test_report_refuses_other_files(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.slow
 def test_quick_run(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
-    providers = ["frozen", "dense-bora", "fused-bora"]
+    providers = ["frozen", "fused-bora", "fused-bora-reused"]
     command = [sys.executable, "-m", "pytest", "benchmarks", "--quick", "--device", "cpu", "-p", "no:cacheprovider"]
     command += ["--shapes", "48x64", "--tokens", "16", "--providers", ",".join(providers), "--results", str(tmp_path)]
+    command += ["--cases", "*-fp32"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON", "PYTEST"))}
     environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
@@ -104,13 +140,44 @@ def test_quick_run(tmp_path: Path) -> None:
         ("model", "step"),
         ("model", "inference"),
     }
-    for case in cases.values():
-        assert list(case) == providers
+    for (_, mode, *_), case in cases.items():
+        assert list(case) == [name for name in providers if mode != "forward" or name != "fused-bora-reused"]
         assert all(record["median"] > 0 and record["error_ratio"] <= 3 for record in case.values())
         assert report.ratio(case["fused-bora"], case, "frozen") == pytest.approx(
             case["fused-bora"]["median"] / case["frozen"]["median"]
         )
     assert "FusedBoraLinear" in report.markdown(result)
+
+
+NF4 = Case("model", "step", "tiny", 1, 8, 4, "fp32", base="nf4")
+
+
+@pytest.mark.parametrize("provider", [p for p in PROVIDERS if p.runs(NF4)], ids=lambda p: p.name)
+def test_providers_over_4_bits(provider: Provider) -> None:
+    """Each adapts the 4-bit layers themselves, shares their memory, and is right about the weights they stand for."""
+    pytest.importorskip("bitsandbytes")
+    if provider.library is not None:
+        pytest.importorskip(provider.library)
+    workload = Workload(NF4, torch.device("cpu"))
+    memory = {workload.root.get_submodule(name).weight.data_ptr() for name in workload.targets}
+    root = workload.copy(workload.root, share=True)
+    adapters = install(provider.adapt, root, workload, NF4.rank, torch.float32)
+    assert memory <= {tensor.data_ptr() for tensor in (*root.parameters(), *root.buffers())}
+    assert not any(tensor.shape == workload.weights[0].shape for tensor in (*root.parameters(), *root.buffers()))
+    workload.set_mode(root, training=True, checkpointing=False)
+    step = make_step(root, workload.x.requires_grad_(), workload.dy, adapters, "step")
+    assert References(workload, NF4.rank).check(named(step(), adapters), provider, torch.float32) <= 8
+
+
+def test_bora_of_peft_has_its_own_layers() -> None:
+    pytest.importorskip("peft")
+    case = Case("model", "step", "tiny", 1, 8, 4, "fp32")
+    workload = Workload(case, torch.device("cpu"))
+    (provider,) = [p for p in PROVIDERS if p.name == "peft-bora"]
+    root = workload.copy(workload.root, share=True)
+    adapters = install(provider.adapt, root, workload, case.rank, torch.float32)
+    assert {type(root.get_submodule(name)).__name__ for name in workload.targets} == {"BoraLinear"}
+    assert all(list(adapter) == ["lora_A", "lora_B", "magnitude_row", "magnitude_col"] for adapter in adapters)
 
 
 class _NoBenchmark:
