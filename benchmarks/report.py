@@ -52,20 +52,20 @@ def to_json(result: dict) -> str:
 def merge(results: list[dict]) -> dict:
     """One result of several; a case is that of the last result that has it.
 
-    Raises ValueError for results of different machines, versions or commits.
+    Raises ValueError for results of different devices, versions or commits. Other facts that differ are listed.
     """
-    first = results[0]["environment"]
-    records: dict[tuple, list[dict]] = {}
-    gemm: dict[str, float] = {}
+    environment, gemm, cases = dict(results[0]["environment"]), {}, {}
     for result in results:
-        for name in first.keys() | result["environment"].keys():
-            mine, theirs = first.get(name), result["environment"].get(name)
-            if name != "date" and mine != theirs:
-                raise ValueError(f"results must be of one machine and commit, got {name} {mine} and {theirs}")
+        for name, value in result["environment"].items():
+            known = environment.setdefault(name, value)
+            if value != known and name in ("device", "versions", "commit", "clock"):
+                raise ValueError(f"results must have the same {name}, got {known} and {value}")
+            if value != known and value not in known.split("; "):
+                environment[name] = f"{known}; {value}"
         gemm = result["gemm_tflops"] | gemm
-        cases = by_case(result["records"])
-        records |= {key: list(case.values()) for key, case in cases.items()}
-    return {"environment": first, "gemm_tflops": gemm, "records": [r for case in records.values() for r in case]}
+        cases |= by_case(result["records"])
+    records = [record for case in cases.values() for record in case.values()]
+    return {"environment": environment, "gemm_tflops": gemm, "records": records}
 
 
 def load(path: Path) -> dict:
@@ -152,10 +152,14 @@ def summary(cases: dict[tuple, dict[str, dict]], level: str) -> str:
                 cell += f" · {record['peak_bytes'] / 2**20:.0f}"
             times = ratio(record, case, "frozen")
             cells.append(cell + (f" ({times:.2f}×)" if times and name != "frozen" else ""))
+        graph = case.get("fused-bora", {}).get("graph_median")
+        frozen = case.get("frozen", {}).get("median")  # as its users run it
+        cells.append(_number(graph and 1e3 * graph, 3) + (f" ({graph / frozen:.2f}×)" if graph and frozen else ""))
         rows.append([title(key).removeprefix(f"{level}, "), *cells])
     weighed = any(record.get("peak_bytes") for case in shown.values() for record in case.values())
     caption = f"ms{' · peak MiB' * weighed} (multiple of the frozen time)"
-    return f"## {level.capitalize()}: {caption}\n\n" + _table(["case", *(titles[name] for name in names)], rows)
+    header = ["case", *(titles[name] for name in names), "FusedBoraLinear as a CUDA graph"]
+    return f"## {level.capitalize()}: {caption}\n\n" + _table(header, rows)
 
 
 def markdown(result: dict, charts: list[str] = ()) -> str:

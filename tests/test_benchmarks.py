@@ -77,6 +77,16 @@ def test_report_command(result: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         assert not (folder / "rank.png").exists()  # one rank makes no chart
 
 
+def test_report_shows_the_graph_beside_the_frozen_layer(result: Path) -> None:
+    loaded = report.load(result)
+    for record in loaded["records"]:
+        if record["provider"] in ("frozen", "fused-bora") and record["length"] == 128:
+            record["graph_median"] = 9e-4
+    header, _, row, other = report.summary(report.by_case(loaded["records"]), "layer").splitlines()[2:]
+    assert header.endswith("FusedBoraLinear as a CUDA graph |")
+    assert row.endswith("| 0.900 (0.90×) |") and other.endswith("|  |")
+
+
 def test_report_merges_whole_cases(result: Path, tmp_path: Path) -> None:
     """The second result's case replaces the first's; nothing is put together from two processes."""
     second = report.load(result)
@@ -90,6 +100,7 @@ def test_report_merges_whole_cases(result: Path, tmp_path: Path) -> None:
     cases = report.by_case(report.load(merged)["records"])
     medians = {key[4]: {name: record.get("median") for name, record in case.items()} for key, case in cases.items()}
     assert len(medians[128]) == 6 and medians[256] == {"frozen": 2e-3} and medians[512] == {"fused-bora": 3e-3}
+    assert report.load(merged)["environment"]["date"] == "2000-01-01; 2000-01-02"
     assert report.load(merged)["gemm_tflops"] == {"bf16": 2.0, "fp32": 1.0}
 
 
@@ -99,7 +110,7 @@ def test_report_refuses_results_of_two_commits(result: Path, tmp_path: Path, cap
     other = tmp_path / "other.json"
     other.write_text(report.to_json(second), encoding="utf-8")
     assert report.main([str(result), str(other)]) == 1
-    assert "commit abc and def" in capsys.readouterr().err
+    assert "same commit, got abc and def" in capsys.readouterr().err
 
 
 def test_report_of_results_without_bases(result: Path) -> None:
