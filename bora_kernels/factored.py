@@ -275,27 +275,34 @@ def norm_paths(
     W, P, Q = first_second(weight, lora_A, lora_B, rows_first)
     acc = first_norm.dtype
     P, Q = P.to(acc), Q.to(acc)
-    dP, dQ_t = torch.empty_like(P), Q.new_zeros(Q.T.shape)
-    S_first = S_first.clone()
-    a2 = first_scale.square()
+    S_first, lam = S_first.clone(), torch.empty_like(S_first)
+    a2, R, second_factors = first_scale.square(), P.shape[1], Q
     if S_second is not None:
         kappa = torch.where((second_norm > eps) & (second_scale != 0), -S_second / second_norm.square(), 0.0)
+        second_factors = torch.cat([Q, kappa[:, None] * Q], 1)
     if complete_first is not None:
         if S_second is not None:
             for rows, V in _blocks(W, P, Q, scaling, acc):
                 S_first[rows] += a2[rows] * (V.square() @ kappa)  # (8)
         S_first = complete_first(S_first)
     live = (first_scale != 0).to(acc)  # a factor, so that NaN stays NaN
+    V_second = P.new_empty(P.shape[0], second_factors.shape[1])
+    first_V = P.new_zeros(second_factors.shape[1], Q.shape[0])
     for rows, V in _blocks(W, P, Q, scaling, acc):
         if complete_first is None and S_second is not None:
             S_first[rows] += a2[rows] * (V.square() @ kappa)  # (8)
-        lam = -S_first[rows] * live[rows] / first_norm[rows].square()  # (9)
-        lam = torch.where(first_norm[rows] > eps, lam, 0.0)[:, None]
-        dP[rows] = scaling * lam * (V @ Q)  # (10)
-        dQ_t += scaling * ((lam * P[rows]).T @ V)  # (11)
+        lam_rows = -S_first[rows] * live[rows] / first_norm[rows].square()  # (9)
+        lam[rows] = torch.where(first_norm[rows] > eps, lam_rows, 0.0)
+        first_factors = lam[rows, None] * P[rows]
         if S_second is not None:
-            dP[rows] += scaling * a2[rows, None] * (V @ (kappa[:, None] * Q))
-            dQ_t += scaling * kappa * ((a2[rows, None] * P[rows]).T @ V)
+            first_factors = torch.cat([first_factors, a2[rows, None] * P[rows]], 1)
+        V_second[rows] = V @ second_factors
+        first_V += first_factors.T @ V
+    dP, dQ_t = lam[:, None] * V_second[:, :R], first_V[:R]
+    if S_second is not None:
+        dP += a2[:, None] * V_second[:, R:]
+        dQ_t += kappa * first_V[R:]
+    dP, dQ_t = scaling * dP, scaling * dQ_t  # (10), (11)
     if rows_first:
         return S_first, S_second, dQ_t, dP
     return S_second, S_first, dP.T, dQ_t.T
