@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 from dataclasses import dataclass
 
@@ -38,6 +39,10 @@ class Case:
         parts = [self.mode, self.shape, f"{self.batch}x{self.length}", f"r{self.rank}", self.dtype]
         parts += [self.base] * (self.base != "dense") + ["checkpointed"] * self.checkpointing
         return "-".join(parts)
+
+    def matches(self, patterns: str | None) -> bool:
+        """Whether the name is like one of several patterns, with commas between them; None is like every name."""
+        return any(fnmatch.fnmatchcase(str(self), pattern) for pattern in (patterns or "*").split(","))
 
     @property
     def tokens(self) -> int:

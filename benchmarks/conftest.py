@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from pathlib import Path
 
 import pytest
@@ -95,8 +94,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         cases = layer_cases(device.type, shapes=option.shapes, tokens=option.tokens, **chosen)
     else:
         cases = model_cases(device.type, **chosen)
-    patterns = (option.cases or "*").split(",")
-    cases = [case for case in cases if any(fnmatch.fnmatchcase(str(case), pattern) for pattern in patterns)]
+    cases = [case for case in cases if case.matches(option.cases)]
     names = option.providers or [provider.name for provider in PROVIDERS]
     providers = [provider for provider in PROVIDERS if provider.name in names]
     clock = measure.timer(device)

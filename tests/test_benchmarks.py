@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import report
-from benchmarks.cases import Case
+from benchmarks.cases import Case, model_cases
 from benchmarks.harness import Harness
 from benchmarks.models import Workload
 from benchmarks.providers import PROVIDERS, DenseLinear, Formula, Provider, dense, install
@@ -238,3 +238,10 @@ def test_missing_library_is_skipped() -> None:
     with pytest.raises(pytest.skip.Exception):
         harness.measure(case, provider, _NoBenchmark())
     assert [(r["status"], r["reason"]) for r in harness.records] == [("skipped", "no_such_library is not installed")]
+
+
+def test_patterns_of_cases() -> None:
+    names = "step-llama3-8b-4x2048-r16-bf16-nf4-checkpointed", "inference-llama3-8b-1x1024-r16-bf16"
+    case = {str(case): case for case in model_cases("cuda")}
+    for patterns, expected in ((None, (True, True)), ("*-nf4*,x", (True, False)), ("*-bf16", (False, True))):
+        assert tuple(case[name].matches(patterns) for name in names) == expected
