@@ -41,10 +41,9 @@ from .plan import (
     split_scales,
     zero_stand_in,
 )
+from .rounding import HALF_PRECISION, fold, round_weight
 
 _CHUNK_ELEMENTS = 1 << 22  # V is made in blocks of rows of at most this many elements: 16 MiB in float32
-_DITHER_ROW, _DITHER_COL = 0xC13FA9A9, 0x91E10DA5  # steps of the two-dimensional R2 sequence, in units of 2⁻³²
-_DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of a float32 mantissa
 
 
 def norms(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +54,7 @@ def norms(weight: Tensor) -> tuple[Tensor, Tensor]:
     step = max(1, _CHUNK_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         wide = weight[start : start + step].to(dtype)
-        row_norm[start : start + step] = torch.linalg.vector_norm(wide, dim=1)
+        row_norm[start : start + step] = wide.square().sum(1).sqrt()
         col_squares += wide.square().sum(0)
     return row_norm, col_squares.sqrt()
 
@@ -117,7 +116,7 @@ def norms_and_scales(
     if complete_first is None or m_second is not None:
         for rows, V_rows in _blocks(V, P, Q, scaling, dtype):
             if complete_first is None:
-                first_norm[rows] = torch.linalg.vector_norm(V_rows, dim=1).clamp_min(eps)
+                first_norm[rows] = V_rows.square().sum(1).sqrt().clamp_min(eps)
             if m_second is not None:
                 H = (m_first[rows] / first_norm[rows])[:, None] * V_rows
                 second_squares += H.square().sum(0)
@@ -144,8 +143,12 @@ def effective_weight(
     norm_order: str,
     eps: float,
     complete: Completion = COMPLETE,
+    offset: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """W' = diag(a)·V·diag(g), made in blocks of rows in float32 and rounded once to the weight's dtype."""
+    """W' = diag(a)·V·diag(g), made in blocks of rows in float32 and rounded once to the weight's dtype.
+
+    ``offset`` is the row and the column of a larger weight where this shard of it starts; see ``round_weight``.
+    """
     scales = norms_and_scales(
         weight, lora_A, lora_B, magnitude_row, magnitude_col,
         scaling=scaling, norm_order=norm_order, eps=eps, complete=complete,
@@ -154,7 +157,8 @@ def effective_weight(
     for rows, V in _blocks(weight, lora_B, lora_A.T, scaling, accumulation_dtype(weight.dtype)):
         if scales.row_scale is not None:
             V = scales.row_scale[rows, None] * V
-        merged[rows] = V if scales.col_scale is None else V * scales.col_scale
+        V = V if scales.col_scale is None else V * scales.col_scale
+        merged[rows] = round_weight(V, weight.dtype, (offset[0] + rows.start, offset[1]))
     return merged
 
 
@@ -176,7 +180,7 @@ def forward(
     """Equations (1) and (2): the output [M, N], the product before the bias where it is kept apart, and u [M, R]."""
     scales = split_scales(scales, *weight.shape, lora_A.shape[0], has_col)
     u = _project(_dropped(x, keep, dropout_p), lora_A, scales.col_scale, scaling)  # (1)
-    x_scaled = _fold(x, scales.col_scale)
+    x_scaled = fold(x, scales.col_scale)
     product = _wide_matmul(x_scaled, weight.T) + _split_matmul(u.to(x.dtype), lora_B.T)  # (2)
     stand_in = zero_stand_in(x.dtype)
     apart = separate_product(x.dtype, bias)
@@ -221,7 +225,7 @@ def backward(
     dx = D = None
     if needs.x or needs_D:
         low_rank = _dropped(_split_matmul(v.to(dy.dtype), lora_A), keep, dropout_p)
-        inner = _wide_matmul(_fold(dy, scales.row_scale), weight) + low_rank
+        inner = _wide_matmul(fold(dy, scales.row_scale), weight) + low_rank
         dx = _scaled(inner, scales.col_scale, 0.0 if separate_product(dy.dtype, None) else stand_in).to(dy.dtype)  # (4)
         if needs_D:
             D = (_scaled(inner, scales.col_scale, stand_in) * x).sum(0)  # (5)
@@ -335,7 +339,7 @@ def _project(t: Tensor, factor: Tensor, scale: Tensor | None, scaling: float) ->
 def _split_matmul(t: Tensor, f: Tensor) -> Tensor:
     """t·f in the accumulation dtype, with f as two half-precision terms, so that no small update of f is lost."""
     acc = accumulation_dtype(t.dtype)
-    if t.dtype not in _DROPPED_BITS:
+    if t.dtype not in HALF_PRECISION:
         return t @ f.to(acc)
     high = f.to(t.dtype)
     low = (f.to(acc) - high.to(acc)).to(t.dtype)
@@ -348,7 +352,7 @@ def _wide_matmul(t: Tensor, matrix: Tensor) -> Tensor:
     CUDA has half-precision products with a float32 result. Elsewhere the matrix is widened in blocks of rows.
     """
     acc = accumulation_dtype(t.dtype)
-    if t.dtype not in _DROPPED_BITS:
+    if t.dtype not in HALF_PRECISION:
         return t @ matrix.to(acc)
     if t.is_cuda and "dtype" in torch.ops.aten.mm.overloads():
         return torch.mm(t, matrix.to(t.dtype), out_dtype=acc)
@@ -358,23 +362,3 @@ def _wide_matmul(t: Tensor, matrix: Tensor) -> Tensor:
         rows = slice(start, start + step)
         out.addmm_(t[:, rows].to(acc), matrix[rows].to(acc))
     return out
-
-
-def _fold(t: Tensor, scale: Tensor | None) -> Tensor:
-    """t⊙scale rounded to t's dtype with a fixed dither per element, which is unbiased and keeps exact values exact.
-
-    Rounding to the nearest would lose every scale within half an ulp of 1.
-    """
-    if scale is None:
-        return t
-    if t.dtype not in _DROPPED_BITS:
-        return t * scale.to(t.dtype)
-    bits = _DROPPED_BITS[t.dtype]
-    wide = t.float() * scale
-    steps = [
-        (torch.arange(n, device=t.device) * step).to(torch.int32)  # wraps modulo 2³²
-        for n, step in zip(t.shape, (_DITHER_ROW, _DITHER_COL), strict=True)
-    ]
-    noise = ((steps[0][:, None] + steps[1]) >> (32 - bits)) & ((1 << bits) - 1)
-    rounded = ((wide.view(torch.int32) + noise) & -(1 << bits)).view(torch.float32)
-    return torch.where(torch.isnan(wide), wide, rounded).to(t.dtype)

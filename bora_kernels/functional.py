@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .plan import accumulation_dtype
+from .rounding import round_weight
 
 _CHUNK_ELEMENTS = 1 << 22  # V is made in blocks of at most this many elements: 16 MiB in float32
 
@@ -179,7 +180,7 @@ def merged_weight(
     norm_order: str = "row_col",
     eps: float = 1e-12,
 ) -> Tensor:
-    """W' = a⊙V⊙g [N, K, P], made in blocks in float32 and rounded once to weight's dtype.
+    """W' = a⊙V⊙g [N, K, P], made in blocks in float32 and rounded once to weight's dtype (``round_weight``).
 
     Shapes as in ``axis_scales``.
     """
@@ -189,7 +190,8 @@ def merged_weight(
     merged = torch.empty_like(weight)
     for rows, V in _blocks(weight, lora_A, lora_B, scaling, 0):
         V = row_scale[rows, None, None] * V
-        merged[rows] = V if col_scale is None else V * col_scale[:, None]
+        V = V if col_scale is None else V * col_scale[:, None]
+        merged[rows] = round_weight(V.flatten(1), weight.dtype, (rows.start, 0)).view_as(V)
     return merged
 
 
@@ -213,7 +215,7 @@ class _AxisScales(torch.autograd.Function):
         first_norm = torch.zeros(weight.shape[first], dtype=dtype, device=weight.device)
         second_squares = torch.zeros(weight.shape[1 - first], dtype=dtype, device=weight.device)
         for part, V in _blocks(weight, lora_A, lora_B, scaling, first):
-            first_norm[part] = torch.linalg.vector_norm(V, dim=(1, 2)).clamp_min(eps)
+            first_norm[part] = V.square().sum((1, 2)).sqrt().clamp_min(eps)
             if m_second is not None:
                 H = (m_first[part] / first_norm[part])[:, None, None] * V
                 second_squares += H.square().sum((0, 2))

@@ -192,6 +192,10 @@ class FusedBoraLinear(nn.Module):
     def effective_weight(self) -> Tensor:
         """W' [out_features, in_features], computed in float32 and rounded once; no gradient.
 
+        In half precision the rounding has a fixed dither, so that updates below half a unit in the last place are not
+        lost: an error of less than one unit, zero on average (``rounding.round_weight``). A layer that was not trained
+        gives W0 to the bit.
+
         Its dtype is the weight's; over a quantized weight ``compute_dtype`` or that of the weight it stands for. A
         DTensor, sharded as the weight is, where the layer is tensor parallel. Raises TypeError for parameters that are
         sharded otherwise: call this where they are whole, as under FSDP's ``unshard()``.
@@ -270,7 +274,8 @@ def _norms(weight: Tensor) -> tuple[Tensor, Tensor]:
     if not hasattr(weight, "placements"):
         return factored.norms(weight)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return tuple(torch.linalg.vector_norm(weight, dim=dim, dtype=dtype) for dim in (1, 0))
+    squares = weight.detach().to(dtype).square()
+    return squares.sum(1).sqrt(), squares.sum(0).sqrt()
 
 
 def _draw_factor(factor: nn.Parameter) -> None:

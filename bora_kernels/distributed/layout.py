@@ -51,6 +51,12 @@ class Layout(NamedTuple):
     def completion(self) -> Completion:
         return Completion(col=self.all_reduce) if self.by_rows else Completion(row=self.all_reduce)
 
+    def offset(self, shape: torch.Size) -> tuple[int, int]:
+        """The row and the column of a weight of that shape where this rank's shard starts."""
+        size = shape[0 if self.by_rows else 1]
+        start = min(size, self.mesh.get_local_rank() * -(-size // self.mesh.size()))
+        return (start, 0) if self.by_rows else (0, start)
+
     def gather(self, x: Tensor) -> Tensor:
         """Start to bring x from its own placement to where the product takes it."""
         return self._start(x, self.x_placement, self._inner)
