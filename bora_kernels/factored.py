@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from .plan import (
+    CHUNK_ELEMENTS,
     COMPLETE,
     Completion,
     Needs,
@@ -43,15 +44,13 @@ from .plan import (
 )
 from .rounding import HALF_PRECISION, fold, round_weight
 
-_CHUNK_ELEMENTS = 1 << 22  # V is made in blocks of rows of at most this many elements: 16 MiB in float32
-
 
 def norms(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Row norms [N] and column norms [K] of a weight, made in blocks of rows in the accumulation dtype."""
     dtype = accumulation_dtype(weight.dtype)
     row_norm = torch.empty(weight.shape[0], dtype=dtype, device=weight.device)
     col_squares = torch.zeros(weight.shape[1], dtype=dtype, device=weight.device)
-    step = max(1, _CHUNK_ELEMENTS // weight.shape[1])
+    step = max(1, CHUNK_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         wide = weight[start : start + step].to(dtype)
         row_norm[start : start + step] = wide.square().sum(1).sqrt()
@@ -309,7 +308,7 @@ def first_second(weight: Tensor, lora_A: Tensor, lora_B: Tensor, rows_first: boo
 def _blocks(W: Tensor, P: Tensor, Q: Tensor, scaling: float, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """V = W + s·P·Qᵀ in blocks of rows."""
     Q_t = scaling * Q.to(dtype).T
-    step = max(1, _CHUNK_ELEMENTS // max(1, W.shape[1]))
+    step = max(1, CHUNK_ELEMENTS // max(1, W.shape[1]))
     for start in range(0, W.shape[0], step):
         rows = slice(start, start + step)
         yield rows, torch.addmm(W[rows].to(dtype), P[rows].to(dtype), Q_t)
@@ -357,7 +356,7 @@ def _wide_matmul(t: Tensor, matrix: Tensor) -> Tensor:
     if t.is_cuda and "dtype" in torch.ops.aten.mm.overloads():
         return torch.mm(t, matrix.to(t.dtype), out_dtype=acc)
     out = t.new_zeros(t.shape[0], matrix.shape[1], dtype=acc)
-    step = max(1, _CHUNK_ELEMENTS // matrix.shape[1])
+    step = max(1, CHUNK_ELEMENTS // matrix.shape[1])
     for start in range(0, matrix.shape[0], step):
         rows = slice(start, start + step)
         out.addmm_(t[:, rows].to(acc), matrix[rows].to(acc))

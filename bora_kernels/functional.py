@@ -27,10 +27,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .plan import accumulation_dtype
+from .plan import CHUNK_ELEMENTS, accumulation_dtype
 from .rounding import round_weight
-
-_CHUNK_ELEMENTS = 1 << 22  # V is made in blocks of at most this many elements: 16 MiB in float32
 
 
 def bora_embedding(
@@ -291,7 +289,7 @@ def _blocks(
     """V in blocks along the first axis, which comes to the front: [part, K, P] of rows or [part, N, P] of columns."""
     dtype = accumulation_dtype(weight.dtype)
     A, B = lora_A.to(dtype), scaling * lora_B.to(dtype)
-    step = max(1, _CHUNK_ELEMENTS * weight.shape[first] // weight.numel())
+    step = max(1, CHUNK_ELEMENTS * weight.shape[first] // weight.numel())
     for start in range(0, weight.shape[first], step):
         part = slice(start, start + step)
         if first == 0:

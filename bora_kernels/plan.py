@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 NORM_ORDERS = ("row_col", "col_row")
+CHUNK_ELEMENTS = 1 << 22  # dense weights are made in blocks of at most this many elements: 16 MiB in float32
 
 
 class Scales(NamedTuple):

@@ -97,7 +97,7 @@ def test_wide_intermediates_are_made_in_blocks(kind, device, monkeypatch):
     stored = quantized.read(quantized_linear(kind, torch.randn(40, 128, device=device).to(BF16)))
     expected = stored.dense(BF16)
     for module in (quantized, factored):
-        monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 3 * 128)
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 3 * 128)
 
     class Sizes(TorchDispatchMode):
         largest = 0
