@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from . import factored, ops, quantized, reuse
 from .autograd import bora_linear
-
-_EPS = 1e-12  # norms are clamped here, as in torch.nn.functional.normalize
+from .plan import EPS
 
 
 class FusedBoraLinear(nn.Module):
@@ -109,7 +108,7 @@ class FusedBoraLinear(nn.Module):
         if not (isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point):
             raise TypeError(f"adapter_dtype must be a floating-point dtype, got {adapter_dtype!r}")
         scaling = alpha / (math.sqrt(r) if rslora else r)
-        ops.check_options(scaling=scaling, norm_order=norm_order, dropout_p=dropout, eps=_EPS)
+        ops.check_options(scaling=scaling, norm_order=norm_order, dropout_p=dropout, eps=EPS)
         stored = quantized.read(linear)
         if stored is None:
             ops.check_weight(linear.weight, "linear.weight")
@@ -184,7 +183,7 @@ class FusedBoraLinear(nn.Module):
             detach_norm=self.detach_norm,
             dropout_p=self.dropout,
             training=self.training,
-            eps=_EPS,
+            eps=EPS,
             backend=self.backend,
         )
 
@@ -211,7 +210,7 @@ class FusedBoraLinear(nn.Module):
             self.magnitude_col,
             scaling=self.scaling,
             norm_order=self.norm_order,
-            eps=_EPS,
+            eps=EPS,
         )
 
     @property
