@@ -52,9 +52,9 @@ def norms(weight: Tensor) -> tuple[Tensor, Tensor]:
     col_squares = torch.zeros(weight.shape[1], dtype=dtype, device=weight.device)
     step = max(1, CHUNK_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], step):
-        wide = weight[start : start + step].to(dtype)
-        row_norm[start : start + step] = wide.square().sum(1).sqrt()
-        col_squares += wide.square().sum(0)
+        squares = weight[start : start + step].to(dtype).square()
+        row_norm[start : start + step] = squares.sum(1).sqrt()
+        col_squares += squares.sum(0)
     return row_norm, col_squares.sqrt()
 
 

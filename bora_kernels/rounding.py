@@ -39,7 +39,8 @@ def round_weight(wide: Tensor, dtype: torch.dtype, offset: tuple[int, int] = (0,
     if dtype not in _DROPPED_BITS:
         return wide.to(dtype)
     half = 1 << (_SPARE_BITS - 1)
-    return _round(wide, dtype, _noise(wide, dtype, offset) & -2 * half | half)  # to the nearest of them, then dither
+    noise = (_noise(wide, dtype, offset) & -2 * half) | half  # its low bits round to the nearest
+    return _round(wide, dtype, noise)
 
 
 def _noise(wide: Tensor, dtype: torch.dtype, offset: tuple[int, int]) -> Tensor:
