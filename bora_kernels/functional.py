@@ -90,10 +90,8 @@ def bora_conv(
     convolve(x, weight) is the layer's convolution without its bias; it has one group.
     In half precision x⊙(g − 1) is convolved beside x, because rounding x⊙g would lose every g within half an ulp of 1.
     """
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device_type))
-    with torch.autocast(device_type, enabled=False):
+    x = x.to(ops.autocast_dtype(x) or x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
         row_scale, col_scale = axis_scales(
             weight.flatten(2), lora_A.flatten(2), lora_B, magnitude_row, magnitude_col,
             scaling=scaling, norm_order=norm_order, detach_norm=detach_norm, eps=eps,
