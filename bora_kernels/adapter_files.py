@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .modules import _EPS
+from .plan import EPS
 
 FORMAT_VERSION = "1.0"  # a reader refuses a newer major version; a newer minor one only adds what it may ignore
 TENSOR_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -86,7 +86,7 @@ def write_adapter(
     if sharded:
         kind = type(tensors[sharded[0]]).__name__
         raise ValueError(f"state_dict must hold whole tensors, got a {kind} for {sharded[0]}")
-    header = {"format": "pt", "format_version": FORMAT_VERSION, "library_version": __version__, "eps": repr(_EPS)}
+    header = {"format": "pt", "format_version": FORMAT_VERSION, "library_version": __version__, "eps": repr(EPS)}
     header |= {k: v if isinstance(v, str) else json.dumps(v) for k, v in asdict(description).items()}
     config = {
         "peft_type": "BORA",
@@ -142,8 +142,8 @@ def _from_header(header: Mapping[str, str], path: Path) -> AdapterDescription:
     if not major.isdigit() or int(major) > int(FORMAT_VERSION.partition(".")[0]):
         writer = header.get("library_version", "an unknown version")
         raise ValueError(f"{path} must have format {FORMAT_VERSION} or older, got {version} of bora_kernels {writer}")
-    if float(header.get("eps", "nan")) != _EPS:
-        raise ValueError(f"{path} must have eps {_EPS}, got {header.get('eps')}")
+    if float(header.get("eps", "nan")) != EPS:
+        raise ValueError(f"{path} must have eps {EPS}, got {header.get('eps')}")
     texts = ("method", "norm_order")
     values = {name: header[name] for name in ("method", *_CONFIG_KEYS) if name in header}
     return _description({k: v if k in texts else json.loads(v) for k, v in values.items()}, path)

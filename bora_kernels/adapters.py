@@ -140,8 +140,9 @@ def load_adapter(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
 def merge_adapter(model: nn.Module) -> nn.Module:
     """Replace every adapted layer in place by a plain, frozen ``torch.nn.Linear`` with the weight W'.
 
-    W' is computed in float32 and rounded once to the weight's dtype. The model then needs this package no more. To go
-    back and forth instead, call ``merge()`` and ``unmerge()`` of the layers, which keep W0.
+    W' is computed in float32 and rounded once to the weight's dtype, in half precision with dither (see
+    ``FusedBoraLinear.effective_weight``). The model then needs this package no more. To go back and forth instead, call
+    ``merge()`` and ``unmerge()`` of the layers, which keep W0.
 
     Returns:
         The same model.

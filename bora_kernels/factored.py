@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from .plan import (
+    CHUNK_ELEMENTS,
     COMPLETE,
     Completion,
     Needs,
@@ -41,11 +42,9 @@ from .plan import (
     split_scales,
     zero_stand_in,
 )
+from .rounding import HALF_PRECISION, fold, round_weight
 
-_CHUNK_ELEMENTS = 1 << 22  # what is widened is made in blocks of rows of at most this many elements: 16 MiB in float32
-_CACHED_ELEMENTS = 1 << 18  # the same on a CPU, for blocks that are passed over several times: they stay in its cache
-_DITHER_ROW, _DITHER_COL = 0xC13FA9A9, 0x91E10DA5  # steps of the two-dimensional R2 sequence, in units of 2⁻³²
-_DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of a float32 mantissa
+_CACHED_ELEMENTS = 1 << 18  # of a block on a CPU that is passed over several times: it stays in the cache
 
 
 def norms(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,9 +54,9 @@ def norms(weight: Tensor) -> tuple[Tensor, Tensor]:
     col_squares = torch.zeros(weight.shape[1], dtype=dtype, device=weight.device)
     step = _block_rows(weight)
     for start in range(0, weight.shape[0], step):
-        wide = weight[start : start + step].to(dtype)
-        row_norm[start : start + step] = torch.linalg.vector_norm(wide, dim=1)
-        col_squares += wide.square().sum(0)
+        squares = weight[start : start + step].to(dtype).square()
+        row_norm[start : start + step] = squares.sum(1).sqrt()
+        col_squares += squares.sum(0)
     return row_norm, col_squares.sqrt()
 
 
@@ -118,7 +117,7 @@ def norms_and_scales(
     if complete_first is None or m_second is not None:
         for rows, V_rows in _blocks(V, P, Q, scaling, dtype):
             if complete_first is None:
-                first_norm[rows] = torch.linalg.vector_norm(V_rows, dim=1).clamp_min(eps)
+                first_norm[rows] = V_rows.square().sum(1).sqrt().clamp_min(eps)
             if m_second is not None:
                 H = V_rows.mul_((m_first[rows] / first_norm[rows])[:, None])
                 second_squares += H.square_().sum(0)
@@ -145,8 +144,12 @@ def effective_weight(
     norm_order: str,
     eps: float,
     complete: Completion = COMPLETE,
+    offset: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """W' = diag(a)·V·diag(g), made in blocks of rows in float32 and rounded once to the weight's dtype."""
+    """W' = diag(a)·V·diag(g), made in blocks of rows in float32 and rounded once to the weight's dtype.
+
+    ``offset`` is the row and the column of a larger weight where this shard of it starts; see ``round_weight``.
+    """
     scales = norms_and_scales(
         weight, lora_A, lora_B, magnitude_row, magnitude_col,
         scaling=scaling, norm_order=norm_order, eps=eps, complete=complete,
@@ -155,7 +158,8 @@ def effective_weight(
     for rows, V in _blocks(weight, lora_B, lora_A.T, scaling, accumulation_dtype(weight.dtype)):
         if scales.row_scale is not None:
             V.mul_(scales.row_scale[rows, None])
-        merged[rows] = V if scales.col_scale is None else V.mul_(scales.col_scale)
+        V = V if scales.col_scale is None else V.mul_(scales.col_scale)
+        merged[rows] = round_weight(V, weight.dtype, (offset[0] + rows.start, offset[1]))
     return merged
 
 
@@ -177,7 +181,7 @@ def forward(
     """Equations (1) and (2): the output [M, N], the product before the bias where it is kept apart, and u [M, R]."""
     scales = split_scales(scales, *weight.shape, lora_A.shape[0], has_col)
     u = _project(_dropped(x, keep, dropout_p), lora_A, scales.col_scale, scaling)  # (1)
-    product = _wide_matmul(_fold(x, scales.col_scale), weight.T)
+    product = _wide_matmul(fold(x, scales.col_scale), weight.T)
     _add_split_matmul(product, u.to(x.dtype), lora_B.T)  # (2)
     stand_in = zero_stand_in(x.dtype)
     apart = separate_product(x.dtype, bias)
@@ -221,7 +225,7 @@ def backward(
 
     dx = D = None
     if needs.x or needs_D:
-        inner = _wide_matmul(_fold(dy, scales.row_scale), weight)
+        inner = _wide_matmul(fold(dy, scales.row_scale), weight)
         if keep is None:
             _add_split_matmul(inner, v.to(dy.dtype), lora_A)
         else:
@@ -325,7 +329,7 @@ def _blocks(W: Tensor, P: Tensor, Q: Tensor, scaling: float, dtype: torch.dtype)
 
 
 def _block_rows(matrix: Tensor) -> int:
-    elements = _CACHED_ELEMENTS if matrix.device.type == "cpu" else _CHUNK_ELEMENTS
+    elements = _CACHED_ELEMENTS if matrix.device.type == "cpu" else CHUNK_ELEMENTS
     return max(1, elements // max(1, matrix.shape[1]))
 
 
@@ -367,7 +371,7 @@ def _project(t: Tensor, factor: Tensor, scale: Tensor | None, scaling: float) ->
 def _split_matmul(t: Tensor, f: Tensor) -> Tensor:
     """t·f in the accumulation dtype, with f as two half-precision terms, so that no small update of f is lost."""
     acc = accumulation_dtype(t.dtype)
-    if t.dtype not in _DROPPED_BITS:
+    if t.dtype not in HALF_PRECISION:
         return t @ f.to(acc)
     high = f.to(t.dtype)
     low = (f.to(acc) - high.to(acc)).to(t.dtype)
@@ -376,7 +380,7 @@ def _split_matmul(t: Tensor, f: Tensor) -> Tensor:
 
 def _add_split_matmul(out: Tensor, t: Tensor, f: Tensor) -> None:
     """out += t·f, as ``_split_matmul`` makes it."""
-    if t.dtype in _DROPPED_BITS:
+    if t.dtype in HALF_PRECISION:
         out += _split_matmul(t, f)
     else:
         out.addmm_(t, f.to(t.dtype))
@@ -388,33 +392,13 @@ def _wide_matmul(t: Tensor, matrix: Tensor) -> Tensor:
     CUDA has half-precision products with a float32 result. Elsewhere the matrix is widened in blocks of rows.
     """
     acc = accumulation_dtype(t.dtype)
-    if t.dtype not in _DROPPED_BITS:
+    if t.dtype not in HALF_PRECISION:
         return t @ matrix.to(acc)
     if t.is_cuda and "dtype" in torch.ops.aten.mm.overloads():
         return torch.mm(t, matrix.to(t.dtype), out_dtype=acc)
     out = t.new_zeros(t.shape[0], matrix.shape[1], dtype=acc)
-    step = max(1, _CHUNK_ELEMENTS // matrix.shape[1])
+    step = max(1, CHUNK_ELEMENTS // matrix.shape[1])
     for start in range(0, matrix.shape[0], step):
         rows = slice(start, start + step)
         out.addmm_(t[:, rows].to(acc), matrix[rows].to(acc))
     return out
-
-
-def _fold(t: Tensor, scale: Tensor | None) -> Tensor:
-    """t⊙scale rounded to t's dtype with a fixed dither per element, which is unbiased and keeps exact values exact.
-
-    Rounding to the nearest would lose every scale within half an ulp of 1.
-    """
-    if scale is None:
-        return t
-    if t.dtype not in _DROPPED_BITS:
-        return t * scale.to(t.dtype)
-    bits = _DROPPED_BITS[t.dtype]
-    wide = t.float() * scale
-    steps = [
-        (torch.arange(n, device=t.device) * step).to(torch.int32)  # wraps modulo 2³²
-        for n, step in zip(t.shape, (_DITHER_ROW, _DITHER_COL), strict=True)
-    ]
-    noise = ((steps[0][:, None] + steps[1]) >> (32 - bits)) & ((1 << bits) - 1)
-    rounded = ((wide.view(torch.int32) + noise) & -(1 << bits)).view(torch.float32)
-    return torch.where(torch.isnan(wide), wide, rounded).to(t.dtype)

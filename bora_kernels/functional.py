@@ -27,9 +27,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .plan import accumulation_dtype
-
-_CHUNK_ELEMENTS = 1 << 22  # V is made in blocks of at most this many elements: 16 MiB in float32
+from .plan import CHUNK_ELEMENTS, accumulation_dtype
+from .rounding import round_weight
 
 
 def bora_embedding(
@@ -91,10 +90,8 @@ def bora_conv(
     convolve(x, weight) is the layer's convolution without its bias; it has one group.
     In half precision x⊙(g − 1) is convolved beside x, because rounding x⊙g would lose every g within half an ulp of 1.
     """
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device_type))
-    with torch.autocast(device_type, enabled=False):
+    x = x.to(ops.autocast_dtype(x) or x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
         row_scale, col_scale = axis_scales(
             weight.flatten(2), lora_A.flatten(2), lora_B, magnitude_row, magnitude_col,
             scaling=scaling, norm_order=norm_order, detach_norm=detach_norm, eps=eps,
@@ -179,7 +176,7 @@ def merged_weight(
     norm_order: str = "row_col",
     eps: float = 1e-12,
 ) -> Tensor:
-    """W' = a⊙V⊙g [N, K, P], made in blocks in float32 and rounded once to weight's dtype.
+    """W' = a⊙V⊙g [N, K, P], made in blocks in float32 and rounded once to weight's dtype (``round_weight``).
 
     Shapes as in ``axis_scales``.
     """
@@ -189,7 +186,8 @@ def merged_weight(
     merged = torch.empty_like(weight)
     for rows, V in _blocks(weight, lora_A, lora_B, scaling, 0):
         V = row_scale[rows, None, None] * V
-        merged[rows] = V if col_scale is None else V * col_scale[:, None]
+        V = V if col_scale is None else V * col_scale[:, None]
+        merged[rows] = round_weight(V.flatten(1), weight.dtype, (rows.start, 0)).view_as(V)
     return merged
 
 
@@ -213,7 +211,7 @@ class _AxisScales(torch.autograd.Function):
         first_norm = torch.zeros(weight.shape[first], dtype=dtype, device=weight.device)
         second_squares = torch.zeros(weight.shape[1 - first], dtype=dtype, device=weight.device)
         for part, V in _blocks(weight, lora_A, lora_B, scaling, first):
-            first_norm[part] = torch.linalg.vector_norm(V, dim=(1, 2)).clamp_min(eps)
+            first_norm[part] = V.square().sum((1, 2)).sqrt().clamp_min(eps)
             if m_second is not None:
                 H = (m_first[part] / first_norm[part])[:, None, None] * V
                 second_squares += H.square().sum((0, 2))
@@ -289,7 +287,7 @@ def _blocks(
     """V in blocks along the first axis, which comes to the front: [part, K, P] of rows or [part, N, P] of columns."""
     dtype = accumulation_dtype(weight.dtype)
     A, B = lora_A.to(dtype), scaling * lora_B.to(dtype)
-    step = max(1, _CHUNK_ELEMENTS * weight.shape[first] // weight.numel())
+    step = max(1, CHUNK_ELEMENTS * weight.shape[first] // weight.numel())
     for start in range(0, weight.shape[first], step):
         part = slice(start, start + step)
         if first == 0:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from . import factored, ops, quantized, reuse
 from .autograd import bora_linear
-
-_EPS = 1e-12  # norms are clamped here, as in torch.nn.functional.normalize
+from .plan import EPS
 
 
 class FusedBoraLinear(nn.Module):
@@ -109,7 +108,7 @@ class FusedBoraLinear(nn.Module):
         if not (isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point):
             raise TypeError(f"adapter_dtype must be a floating-point dtype, got {adapter_dtype!r}")
         scaling = alpha / (math.sqrt(r) if rslora else r)
-        ops.check_options(scaling=scaling, norm_order=norm_order, dropout_p=dropout, eps=_EPS)
+        ops.check_options(scaling=scaling, norm_order=norm_order, dropout_p=dropout, eps=EPS)
         stored = quantized.read(linear)
         if stored is None:
             ops.check_weight(linear.weight, "linear.weight")
@@ -186,13 +185,17 @@ class FusedBoraLinear(nn.Module):
             detach_norm=self.detach_norm,
             dropout_p=self.dropout,
             training=self.training,
-            eps=_EPS,
+            eps=EPS,
             backend=self.backend,
         )
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """W' [out_features, in_features], computed in float32 and rounded once; no gradient.
+
+        In half precision the rounding has a fixed dither, so that updates below half a unit in the last place are not
+        lost: an error of less than one unit, zero on average (``rounding.round_weight``). A layer that was not trained
+        gives W0 to the bit.
 
         Its dtype is the weight's; over a quantized weight ``compute_dtype`` or that of the weight it stands for. A
         DTensor, sharded as the weight is, where the layer is tensor parallel. Raises TypeError for parameters that are
@@ -209,7 +212,7 @@ class FusedBoraLinear(nn.Module):
             self.magnitude_col,
             scaling=self.scaling,
             norm_order=self.norm_order,
-            eps=_EPS,
+            eps=EPS,
         )
         return merged.to(self.compute_dtype or self.weight.dtype)
 
@@ -273,7 +276,8 @@ def _norms(weight: Tensor) -> tuple[Tensor, Tensor]:
     if not hasattr(weight, "placements"):
         return factored.norms(weight)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return tuple(torch.linalg.vector_norm(weight, dim=dim, dtype=dtype) for dim in (1, 0))
+    squares = weight.detach().to(dtype).square()
+    return squares.sum(1).sqrt(), squares.sum(0).sqrt()
 
 
 def _draw_factor(factor: nn.Parameter) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 NORM_ORDERS = ("row_col", "col_row")
+EPS = 1e-12  # norms are clamped here, as in torch.nn.functional.normalize
+CHUNK_ELEMENTS = 1 << 22  # dense weights are made in blocks of at most this many elements: 16 MiB in float32
 
 
 class Scales(NamedTuple):

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .plan import CHUNK_ELEMENTS
+
 _FOUR_BIT = ("nf4", "fp4")
 _PART_NAMES = {
     "nf4": ("packed", "code", "absmax", "nested_absmax", "nested_code", "offset"),
@@ -28,7 +30,6 @@ _PART_NAMES = {
     "affine": ("data", "scale", "zero_point"),
 }
 _INT8_STEP = 7.874015718698502e-3  # 1/127, as bitsandbytes rounds it
-_CHUNK_ELEMENTS = 1 << 22  # wide intermediates are made in blocks of rows of at most this many elements
 
 
 class Layout(NamedTuple):
@@ -219,7 +220,7 @@ def _dequantize_rows(parts, kind, shape, block_size, own_dtype, dtype):
     (N, K), (block_n, block_k) = shape, block_size
     scale = scale.view(N // block_n, K // block_k)
     out = torch.empty(shape, dtype=dtype, device=data.device)
-    step = max(1, _CHUNK_ELEMENTS // K)
+    step = max(1, CHUNK_ELEMENTS // K)
     for start in range(0, N, step):
         wide = data[start : start + step].float().view(-1, K // block_k, block_k)
         blocks = torch.arange(start, start + len(wide), device=data.device) // block_n

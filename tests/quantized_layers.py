@@ -1,11 +1,15 @@
-"""Linear layers of every quantized kind, as their libraries make them."""
+"""Linear layers of every quantized kind, as their libraries make them, and adapted ones over them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from cases import Case
 from torch import Tensor, nn
 
+from bora_kernels import FusedBoraLinear
+
+BF16 = torch.bfloat16
 FOUR_BIT = ("nf4", "nf4-nested", "fp4", "fp4-nested")
 SCALED = ("int8", "torchao-int8", "torchao-int8-groups", "torchao-float8")
 kinds = pytest.mark.parametrize("kind", [*FOUR_BIT, *SCALED])
@@ -52,3 +56,35 @@ def _bitsandbytes(kind: str, weight: Tensor, bias: Tensor | None, options: dict)
     if bias is not None:
         linear.bias = nn.Parameter(bias.cpu().clone(), requires_grad=False)
     return linear.to(weight.device)
+
+
+def make_layer(kind, device, seed=0, **options):
+    """A bfloat16 layer [64, 128] after some training, over a base of its own."""
+    inputs = Case(N=64, K=128, R=4, dtype=BF16, seed=seed).inputs(device)
+    layer = FusedBoraLinear.from_linear(
+        quantized_linear(kind, inputs["weight"], inputs["bias"]), r=4, alpha=2, **options
+    )
+    with torch.no_grad():
+        for name in ("lora_A", "lora_B"):
+            getattr(layer, name).copy_(inputs[name])
+        layer.magnitude_row.mul_(1 + 0.1 * torch.randn(64, device=device))
+    return layer
+
+
+def tokens(device, dtype=BF16, K=128):
+    return torch.randn(5, K, device=device, dtype=dtype, requires_grad=True)
+
+
+def results(layer, x):
+    """The output and all gradients."""
+    trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    y = layer(x)
+    return [y.detach(), *torch.autograd.grad(y.float().square().sum(), trained)]
+
+
+def parts(layer):
+    return [part.clone() for part in layer.weight.stored().parts]
+
+
+def all_equal(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

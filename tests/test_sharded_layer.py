@@ -284,6 +284,22 @@ def test_merged_layer_runs_on_shards(style):
     launch(check_merge, 2, style)
 
 
+def check_rounding(style: str) -> None:
+    layers = whole_layer, sharded = whole_and_sharded(STYLES[style])
+    for layer in layers:
+        layer.weight = torch.nn.Parameter(layer.weight.detach().bfloat16(), requires_grad=False)
+    different = sharded.effective_weight().full_tensor() != whole_layer.effective_weight()
+    assert different.float().mean() < 0.01  # norms that differ in float32's last places move a few
+    sharded.reset_parameters()
+    assert torch.equal(sharded.effective_weight().full_tensor(), whole_layer.weight)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@styles
+def test_merged_weight_is_rounded_on_shards_as_in_the_whole(style, ranks):
+    launch(check_rounding, ranks, style)
+
+
 # ---- errors ----
 
 

@@ -17,13 +17,15 @@ from cases import require
 from conftest import INTERPRETING
 
 from bora_kernels import bora_linear
-from bora_kernels.reference import bora_linear_ref
+from bora_kernels.factored import effective_weight
+from bora_kernels.reference import bora_linear_ref, bora_weight_ref
 
 M, N, K, R = 4096, 128, 64, 8
 SCALING = 0.5
 STEP = 1e-3
 PERTURBED = ("lora_B", "magnitude_row", "magnitude_col")
 SETTINGS = list(product(("torch", "triton"), ("row_col", "col_row"), ("start", "trained")))
+orders = pytest.mark.parametrize("order", ("row_col", "col_row"))
 if INTERPRETING:  # slow
     SETTINGS.remove(("triton", "col_row", "start"))
     SETTINGS.remove(("triton", "row_col", "trained"))
@@ -110,3 +112,23 @@ def test_criterion_separates_the_dense_product_from_rounding_to_the_nearest(devi
 
     assert all(passes(*agreement(dense, layer, name)) for name in PERTURBED)
     assert not passes(*agreement(folded, layer, "magnitude_col"))
+
+
+@orders
+@pytest.mark.parametrize("name", PERTURBED)
+def test_small_updates_reach_the_merged_weight(name, order, device):
+    """Slope of W' − W0 on its exact value, for an untrained layer with one parameter moved.
+
+    An element moves by a unit in the last place or not at all, so their cosine says little.
+    """
+    moved = perturbed(make_layer(False, device), name)
+    del moved["x"]
+    start = moved["weight"].double()
+    exact = bora_weight_ref(**{key: t.double() for key, t in moved.items()}, scaling=SCALING, norm_order=order)
+    merged = effective_weight(**moved, scaling=SCALING, norm_order=order, eps=1e-12)
+
+    def slope(weight):
+        return ((weight.double() - start) * (exact - start)).sum() / (exact - start).square().sum()
+
+    assert abs(slope(merged) - 1) <= 0.1
+    assert not abs(slope(exact.to(merged.dtype)) - 1) <= 0.1  # rounded to the nearest

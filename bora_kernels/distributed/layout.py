@@ -51,6 +51,11 @@ class Layout(NamedTuple):
     def completion(self) -> Completion:
         return Completion(col=self.all_reduce) if self.by_rows else Completion(row=self.all_reduce)
 
+    def offset(self, shape: torch.Size) -> tuple[int, int]:
+        """The row and the column of a weight of that shape where this rank's shard starts."""
+        start, _ = shard_bounds(shape[0 if self.by_rows else 1], self.mesh)
+        return (start, 0) if self.by_rows else (0, start)
+
     def gather(self, x: Tensor) -> Tensor:
         """Start to bring x from its own placement to where the product takes it."""
         return self._start(x, self.x_placement, self._inner)
@@ -72,6 +77,13 @@ class Layout(NamedTuple):
             return tensor
         whole = as_dtensor(tensor, self.mesh, source, self.x_shape)
         return whole.redistribute(placements=[target], async_op=True).to_local()
+
+
+def shard_bounds(size: int, mesh: DeviceMesh) -> tuple[int, int]:
+    """Where this rank's shard of a dimension of that size starts and ends; the last ranks may have less, or none."""
+    step = -(-size // mesh.size())
+    start = min(size, step * mesh.get_local_rank())
+    return start, min(size, start + step)
 
 
 def as_dtensor(tensor: Tensor, mesh: DeviceMesh, placement: Placement, shape: Sequence[int]) -> DTensor:

@@ -313,6 +313,7 @@ def effective_weight_sharded(
     layout = Layout(weight.device_mesh, by_rows, Replicate(), torch.Size())
     local = map(to_local, parameters.values())
     merged = factored.effective_weight(
-        *local, scaling=scaling, norm_order=norm_order, eps=eps, complete=layout.completion()
-    )
+        *local, scaling=scaling, norm_order=norm_order, eps=eps,
+        complete=layout.completion(), offset=layout.offset(weight.shape),
+    )  # fmt: skip
     return as_dtensor(merged, weight.device_mesh, weight.placements[0], weight.shape)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from ..modules import FusedBoraLinear
-from .layout import BY_COLUMNS, BY_ROWS, as_dtensor
+from .layout import BY_COLUMNS, BY_ROWS, as_dtensor, shard_bounds
 
 
 class _BoraParallel(ParallelStyle):
@@ -66,11 +66,8 @@ class _BoraParallel(ParallelStyle):
         """A plain tensor as the DTensor that ``input_layouts`` says it is part of; features may divide unevenly."""
         placement = self.input_layouts
         last = isinstance(placement, Shard) and placement.dim in (-1, x.ndim - 1)
-        expected = in_features
-        if last:
-            size, rank = device_mesh.size(), device_mesh.get_local_rank()
-            step = -(-in_features // size)
-            expected = max(0, min(step, in_features - step * rank))
+        start, end = shard_bounds(in_features, device_mesh) if last else (0, in_features)
+        expected = end - start
         if x.ndim == 0 or x.shape[-1] != expected:
             raise ValueError(
                 f"x must be [..., {expected}] for {placement} of {in_features} in_features, got {list(x.shape)}"

@@ -131,7 +131,8 @@ class BoraLayer:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def effective_weight(self, adapter_name: str) -> Tensor:
-        """W' in the base weight's layout, computed in float32 and rounded once to its dtype; no gradient."""
+        """W' in the base weight's layout, computed in float32 and rounded once to its dtype, in half precision with
+        dither (``rounding.round_weight``); no gradient."""
         return self._effective_weight(*self._matrices(adapter_name), adapter_name)
 
     def _effective_weight(self, weight: Tensor, A: Tensor, B: Tensor, adapter_name: str) -> Tensor:

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from .config import BoraConfig
 from .layers import BoraLayer, check_single
-from .targets import layer_class
-
-_CHANGES_BASE = ("pissa", "olora")
+from .targets import changes_base, layer_class
 
 
 class BoraModel(LoraModel):
@@ -44,7 +42,7 @@ class BoraModel(LoraModel):
                 inside += (f"{name}.",)
             if self._check_target_module_exists(peft_config, name):
                 layer_class(module, peft_config, name)
-                if getattr(module, "merged", False) and str(peft_config.init_lora_weights).startswith(_CHANGES_BASE):
+                if getattr(module, "merged", False) and changes_base(peft_config):
                     raise ValueError(
                         f"init_lora_weights={peft_config.init_lora_weights!r} changes base weights, and {name} is "
                         "merged: call unmerge_adapter first"

@@ -43,12 +43,16 @@ def layer_class(module: nn.Module, config: BoraConfig, name: str) -> type[BoraLa
     return BoraQuantizedLinear if quantized else _LAYERS[kind]
 
 
+def changes_base(config: BoraConfig) -> bool:
+    """Whether new adapters start with a change of the base weight."""
+    return str(config.init_lora_weights).startswith(("pissa", "olora"))
+
+
 def _problem(base: nn.Module, kind: type[nn.Module], quantized: bool, config: BoraConfig) -> str | None:
     """What keeps a layer of a known type from being adapted."""
     init = config.init_lora_weights
     if quantized:
-        changes = isinstance(init, str) and init.startswith(("pissa", "olora"))
-        return f"init_lora_weights={init!r} would quantize its weight again" if changes else None
+        return f"init_lora_weights={init!r} would quantize its weight again" if changes_base(config) else None
     scaled = kind is nn.Embedding and hasattr(base, "embed_scale")
     if getattr(base, "_hf_tp_plan", None) is not None:
         return f"its weight is sharded (tensor parallel plan {base._hf_tp_plan!r})"
