@@ -89,7 +89,7 @@ def test_training_within_reuse_scales_sends_them_once_a_step(strategy):
     run = Run(strategy, checkpointing="inside", micro_batches=2)
     for results, without, reusing in launch(train_reusing, 4, run):
         assert_as_on_one_process(results, run)
-        assert without - reusing == STEPS * 4  # 4 layers' second micro-batch; recomputed forwards find their norms anyway
+        assert without - reusing == STEPS * 4  # the second micro-batch of 4 layers; recomputations reuse them anyway
 
 
 # ---- checkpoints ----
