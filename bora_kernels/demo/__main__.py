@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from . import METHODS
 
 _LIBRARIES = ("transformers", "safetensors", "matplotlib", "tqdm")
+# PEFT imports quantization libraries where they are installed; what they warn of then has no part in the demo.
+_CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"the demo needs {', '.join(missing)}: pip install bora-kernels[demo]", file=sys.stderr)
         return 1
 
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     # Imported only now, so that --help works and a missing library is named above.
     from .experiment import Settings, run
     from .models import AdapterOptions
