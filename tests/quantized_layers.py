@@ -75,10 +75,10 @@ def tokens(device, dtype=BF16, K=128):
     return torch.randn(5, K, device=device, dtype=dtype, requires_grad=True)
 
 
-def results(layer, x):
-    """The output and all gradients."""
-    trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
-    y = layer(x)
+def results(call, x, layer=None):
+    """The output and all gradients; ``layer`` is what has the parameters, unless it is called itself."""
+    trained = [x, *(p for p in (layer or call).parameters() if p.requires_grad)]
+    y = call(x)
     return [y.detach(), *torch.autograd.grad(y.float().square().sum(), trained)]
 
 
