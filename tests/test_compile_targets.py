@@ -24,9 +24,9 @@ from bora_kernels.kernels import config, gemm, low_rank, moments, nf4
 from bora_kernels.plan import Needs, separate_product
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.uint8: "u8"}
-# ptxas spills a register or two to raise occupancy even where a thread has 40 of its 255. What Triton 3.6 makes of rows
-# that no descriptor can address (two kernels of the fifth case) needs up to 100 bytes more than there are registers.
-TOLERATED_SPILL_BYTES = 32 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 100
+# ptxas spills a register or two to raise occupancy even where a thread has 40 of its 255. Of what Triton 3.6 makes,
+# three variants spill more: two for rows that no descriptor can address (100 bytes, sm_90), one for M = 8 (212, sm_100)
+TOLERATED_SPILL_BYTES = 32 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 212
 PROCESSORS = {80: 108, 90: 132, 100: 148, "gfx942": 304}
 
 
