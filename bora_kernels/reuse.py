@@ -35,6 +35,9 @@ def reuse_scales() -> Iterator[None]:
     A step of any ``torch.optim`` optimizer ends the reuse of what was there before, as does every change that
     autograd's version counters see. Other changes inside the scope (``parameter.data[...] = …``, numpy) are not seen.
     Compiled regions (``torch.compile``) compute norms in every call. Scopes may be nested; all threads share them.
+
+    Scales are read as they were computed: on several CUDA streams, order the first call before the others; a CUDA graph
+    that was captured in a scope may be replayed only in that scope, and does not see later changes.
     """
     scope = WeakIdKeyDictionary()
     _scopes.append(scope)

@@ -95,18 +95,9 @@ def run_layer(case: Case) -> None:
     norm = {"scaling": 2.0, "norm_order": case.order, "eps": 1e-12}
     scales = fused.compute_scales(weight, lora_A, lora_B, *magnitudes, products=True, **norm)
     y, product, u = fused.forward(
-        x,
-        weight,
-        lora_A,
-        lora_B,
-        scales,
-        bias,
-        seed,
-        scaling=2.0,
-        dropout_p=dropout_p,
-        has_col=True,
-        save_product=True,
-    )
+        x, weight, lora_A, lora_B, scales, bias, seed,
+        scaling=2.0, dropout_p=dropout_p, has_col=True, save_product=True,
+    )  # fmt: skip
     product = product if separate_product(case.dtype, bias) else y
     fused.backward(
         torch.empty_like(y), x, weight, lora_A, lora_B, *magnitudes, scales, product, u, seed,

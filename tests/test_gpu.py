@@ -1,4 +1,4 @@
-"""What only a GPU shows: large sizes, compiled kernels and their cached launches, graphs, streams, sanitizers."""
+"""What only a GPU shows: large sizes, compiled kernels and replayed stages, graphs, streams, sanitizers."""
 
 import copy
 
@@ -99,7 +99,7 @@ def test_activations_of_more_than_2_31_elements(N, K, dtype):
     assert_accurate(actual, plain, exact, samples=min(64, last * 8))
 
 
-# ---- cached launches, streams, graphs ----
+# ---- replayed stages, streams, graphs ----
 
 
 def shifted(tensor):
