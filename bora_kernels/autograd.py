@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops, quantized, reference, reuse
 from .plan import Needs, separate_product
+
+
+class _Call(NamedTuple):
+    """What a call computes with besides tensors."""
+
+    scaling: float
+    norm_order: str
+    detach_norm: bool
+    dropout_p: float
+    eps: float
+    backend: str
+    prepared: ops.Prepared | None
+    layout: quantized.Layout | None  # of a quantized weight
 
 
 class BoraLinearFunction(torch.autograd.Function):
@@ -28,24 +43,14 @@ class BoraLinearFunction(torch.autograd.Function):
         magnitude_col: Tensor | None,  # [K]
         bias: Tensor | None,  # [N]
         dropout: Tensor | None,  # what the backend draws its mask from
-        scaling: float,
-        norm_order: str,
-        detach_norm: bool,
-        dropout_p: float,
-        eps: float,
-        backend: str,
-        prepared: ops.Prepared | None,
-        layout: quantized.Layout | None,
+        call: _Call,
         *parts: Tensor,  # what a quantized weight is stored as
     ) -> Tensor:
-        needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
-        y, product, u, scales = _forward(
-            needs, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, bias, dropout,
-            scaling, norm_order, detach_norm, dropout_p, eps, backend, prepared, layout, *parts,
-        )  # fmt: skip
-        needs_S, needs_D = needs.sums(magnitude_row is not None, magnitude_col is not None, norm_order, detach_norm)
-        if not separate_product(x.dtype, bias):
-            product = y
+        requested = ctx.needs_input_grad
+        needs = Needs(requested[0], *requested[2:6])
+        y, product, u, scales, needs_S, needs_D = _forward(
+            needs, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, bias, dropout, call, parts
+        )
         ctx.save_for_backward(
             x if needs.lora_A or needs_D else None,
             lora_A,
@@ -53,32 +58,35 @@ class BoraLinearFunction(torch.autograd.Function):
             magnitude_row,
             magnitude_col,
             scales,
-            product if needs_S else None,
+            (product if separate_product(x.dtype, bias) else y) if needs_S else None,
             u if needs.lora_B else None,
             dropout,
-            *((weight,) if layout is None else parts),
+            *((weight,) if call.layout is None else parts),
         )
-        ctx.needs = needs
-        ctx.options = (scaling, norm_order, detach_norm, dropout_p, eps)
-        ctx.backend, ctx.layout = backend, layout
+        ctx.needs, ctx.call = needs, call
+        # what hooks hand back for a saved tensor may lie in memory otherwise
+        hooked = call.prepared is not None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        ctx.prepared = None if hooked else call.prepared
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
         dx = dA = dB = dm_row = dm_col = d_bias = None
-        if any(ctx.needs):
+        call, needs = ctx.call, ctx.needs
+        if any(needs):
             x, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, dropout, *stored = ctx.saved_tensors
-            weight = stored[0]
-            if ctx.layout is not None:
-                weight = quantized.dense(ctx.layout, tuple(stored), dy.dtype, ctx.backend, "backward")
+            flat_dy, weight = _flat(dy), stored[0]
+            prepared = ops.prepare_backward(ctx.prepared, flat_dy)
+            if call.layout is not None:
+                weight = quantized.dense(call.layout, tuple(stored), dy.dtype, call.backend, "backward")
             gradients = ops.backward(
-                _flat(dy), _flat(x), weight, lora_A, lora_B, magnitude_row, magnitude_col,
-                scales, _flat(product), u, dropout, *ctx.options, list(ctx.needs), ctx.backend,
+                flat_dy, _flat(x), weight, lora_A, lora_B, magnitude_row, magnitude_col,
+                scales, _flat(product), u, dropout, *call[:5], list(needs), call.backend, prepared=prepared,
             )  # fmt: skip
             # an operator's absent gradient is an empty tensor
             dx, dA, dB, dm_row, dm_col = (
-                gradient if need else None for gradient, need in zip(gradients, ctx.needs, strict=True)
+                gradient if need else None for gradient, need in zip(gradients, needs, strict=True)
             )
             if dx is not None and dy.ndim != 2:
                 dx = dx.view(*dy.shape[:-1], weight.shape[1])
@@ -98,43 +106,40 @@ def _forward(
     magnitude_col: Tensor | None,
     bias: Tensor | None,
     dropout: Tensor | None,
-    scaling: float,
-    norm_order: str,
-    detach_norm: bool,
-    dropout_p: float,
-    eps: float,
-    backend: str,
-    prepared: ops.Prepared | None,
-    layout: quantized.Layout | None,
-    *parts: Tensor,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    call: _Call,
+    parts: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, bool, bool]:
     """The output, and what a backward with these needs uses again: the product before the bias, u, the scales.
 
-    A quantized weight (its layout and parts) is dense as long as this call runs.
+    And whether it needs S and D. A quantized weight (its layout and parts) is dense as long as this call runs.
     """
+    scaling, norm_order, detach_norm, dropout_p, eps, backend, prepared, layout = call
     stored = (weight,)
     if layout is not None:
         stored, weight = parts, quantized.dense(layout, parts, x.dtype, backend, "forward")
     has_row, has_col = magnitude_row is not None, magnitude_col is not None
-    needs_S, _ = needs.sums(has_row, has_col, norm_order, detach_norm)
-    scales = None
+    paths = needs.norm_paths(has_row, has_col, norm_order, detach_norm)
+    needs_S, needs_D = needs.sums(has_row, has_col, norm_order, detach_norm)
+    adapter = (lora_A, lora_B, magnitude_row, magnitude_col)
+    scales = keep = None
     if has_row:
-        products = needs.norm_paths(has_row, has_col, norm_order, detach_norm)
-        adapter = (lora_A, lora_B, magnitude_row, magnitude_col)
-        options = (scaling, norm_order, eps)
-        scales = reuse.scales(
+        scales, keep = reuse.find(
             lora_B,
-            lambda: reuse.state_of((*stored, *adapter), (*options, backend, weight.dtype)),
-            products,
-            lambda: ops.scales(weight, *adapter, *options, products, backend, prepared=prepared),
+            lambda: reuse.state_of((*stored, *adapter), (scaling, norm_order, eps, backend, weight.dtype)),
+            paths,
         )
-    y, product, u = ops.forward(
-        _flat(x), weight, lora_A, lora_B, scales, bias, dropout, scaling, dropout_p, has_col, needs_S, backend,
+    y, product, u, made = ops.forward(
+        _flat(x), weight, *adapter, scales, bias, dropout,
+        scaling, norm_order, dropout_p, eps, paths, needs_S, backend,
         prepared=prepared,
     )  # fmt: skip
+    if scales is None and has_row:
+        scales = made
+        if keep is not None:
+            keep(made)
     if x.ndim != 2:  # not as a view, so that the output may be changed in place
         y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
-    return y, product, u, scales
+    return y, product, u, scales, needs_S, needs_D
 
 
 def _flat(t: Tensor | None) -> Tensor | None:
@@ -221,7 +226,7 @@ def bora_linear(
             dropout_p=dropout_p, training=training, eps=eps,
         )  # fmt: skip
     dropout = ops.draw_dropout(x, dropout_p, backend) if dropout_p > 0.0 else None
-    options = (float(scaling), norm_order, detach_norm, dropout_p, eps, backend, prepared, layout, *parts)
+    call = _Call(float(scaling), norm_order, detach_norm, dropout_p, eps, backend, prepared, layout)
     if not torch.is_grad_enabled():
-        return _forward(_NO_NEEDS, x, weight, *parameters[1:], dropout, *options)[0]
-    return BoraLinearFunction.apply(x, weight, *parameters[1:], dropout, *options)
+        return _forward(_NO_NEEDS, x, weight, *parameters[1:], dropout, call, parts)[0]
+    return BoraLinearFunction.apply(x, weight, *parameters[1:], dropout, call, *parts)

@@ -60,31 +60,6 @@ def norms(weight: Tensor) -> tuple[Tensor, Tensor]:
     return row_norm, col_squares.sqrt()
 
 
-def compute_scales(
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude_row: Tensor | None,
-    magnitude_col: Tensor | None,
-    *,
-    scaling: float,
-    norm_order: str,
-    eps: float,
-    products: bool,
-    prepared: object = None,
-) -> Tensor | None:
-    """Norms and scales as one flat tensor (``plan.split_scales``).
-
-    This backend has no use for products and for a prepared layout.
-    """
-    if magnitude_row is None:
-        return None
-    scales = norms_and_scales(
-        weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling=scaling, norm_order=norm_order, eps=eps
-    )
-    return join_scales(scales, *weight.shape, lora_A.shape[0])
-
-
 def norms_and_scales(
     weight: Tensor,
     lora_A: Tensor,
@@ -168,18 +143,33 @@ def forward(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
+    magnitude_row: Tensor | None,
+    magnitude_col: Tensor | None,
     scales: Tensor | None,
     bias: Tensor | None,
     keep: Tensor | None,
     *,
     scaling: float,
+    norm_order: str,
     dropout_p: float,
-    has_col: bool,
+    eps: float,
+    products: bool,
     save_product: bool,
     prepared: object = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Equations (1) and (2): the output [M, N], the product before the bias where it is kept apart, and u [M, R]."""
-    scales = split_scales(scales, *weight.shape, lora_A.shape[0], has_col)
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Equations (1) and (2): the output [M, N], the product before the bias where it is kept apart, u [M, R], scales.
+
+    The scales are one flat tensor (``plan.split_scales``), made here unless they are given; then the returned ones are
+    None. This backend has no use for ``products`` and ``prepared``.
+    """
+    made = None
+    if scales is None:
+        computed = norms_and_scales(
+            weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling=scaling, norm_order=norm_order, eps=eps
+        )
+        if magnitude_row is not None:
+            scales = made = join_scales(computed, *weight.shape, lora_A.shape[0])
+    scales = split_scales(scales, *weight.shape, lora_A.shape[0], magnitude_col is not None)
     u = _project(_dropped(x, keep, dropout_p), lora_A, scales.col_scale, scaling)  # (1)
     product = _wide_matmul(fold(x, scales.col_scale), weight.T)
     _add_split_matmul(product, u.to(x.dtype), lora_B.T)  # (2)
@@ -189,7 +179,7 @@ def forward(
     y = _scale_(product, scales.row_scale, 0.0 if apart else stand_in)
     if bias is not None:
         y += bias
-    return y.to(x.dtype), kept, u
+    return y.to(x.dtype), kept, u, made
 
 
 def backward(
@@ -211,6 +201,7 @@ def backward(
     dropout_p: float,
     eps: float,
     needs: Needs,
+    prepared: object = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Equations (3) to (11): the gradients of x, lora_A, lora_B, magnitude_row and magnitude_col.
 

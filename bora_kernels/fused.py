@@ -1,7 +1,7 @@
 """The layer on Triton kernels: the "triton" backend. Equations and their numbers are those of ``factored``.
 
-Launches: ``compute_scales`` 4 (2 for DoRA, none for LoRA), ``forward`` 2, ``backward`` 6 with detached norms and 10
-with exact ones. All sums are made in two stages in a fixed order, so results are the same bits from run to run.
+Launches: ``forward`` 2, and 4 where it computes scales (2 for DoRA, none for LoRA); ``backward`` 6 with detached norms
+and 10 with exact ones. All sums are made in two stages in a fixed order, so results are the same bits from run to run.
 """
 
 from __future__ import annotations
@@ -13,51 +13,7 @@ from .kernels.gemm import scaled_gemm
 from .kernels.launch import empty, stage
 from .kernels.low_rank import combine, project, reduce
 from .kernels.moments import Axis, add_norm_path, norm
-from .plan import Needs, projection_parts, scales_size, separate_product, split_scales, zero_stand_in
-
-
-def compute_scales(
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude_row: Tensor | None,
-    magnitude_col: Tensor | None,
-    *,
-    scaling: float,
-    norm_order: str,
-    eps: float,
-    products: bool,
-    prepared: object = None,
-) -> Tensor | None:
-    """Norms and scales of the adapted weight as one flat float32 tensor (``plan.split_scales``).
-
-    ``products`` keeps what a backward with exact gradients needs again. For ``prepared`` see ``launch.stage``.
-    """
-    if magnitude_row is None:
-        return None
-    (flat,) = _compute_scales(
-        weight, lora_A, lora_B, magnitude_row, magnitude_col,
-        scaling=scaling, norm_order=norm_order, eps=eps, products=products, precision=_precision(weight.dtype),
-        prepared=prepared,
-    )  # fmt: skip
-    return flat
-
-
-@stage
-def _compute_scales(
-    weight, lora_A, lora_B, magnitude_row, magnitude_col, *, scaling, norm_order, eps, products, precision
-):
-    (N, K), R, has_col = weight.shape, lora_A.shape[0], magnitude_col is not None
-    flat = empty((scales_size(N, K, R, has_col, products),), torch.float32, weight.device)
-    scales = split_scales(flat, N, K, R, has_col)
-    row = (weight, lora_B, lora_A.T, magnitude_row), (scales.row_norm, scales.row_scale, scales.row_product)
-    col = (weight.T, lora_A.T, lora_B, magnitude_col), (scales.col_norm, scales.col_scale, scales.col_product)
-    first, second = (row, col) if norm_order == "row_col" or not has_col else (col, row)
-    options = {"scaling": scaling, "eps": eps, "precision": precision}
-    coefficient = norm(*first[0], None, *first[1], **options)
-    if has_col:
-        norm(*second[0], coefficient, *second[1], **options)
-    return (flat,)
+from .plan import Needs, Scales, projection_parts, scales_size, separate_product, split_scales, zero_stand_in
 
 
 def forward(
@@ -65,33 +21,51 @@ def forward(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
+    magnitude_row: Tensor | None,
+    magnitude_col: Tensor | None,
     scales: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
     *,
     scaling: float,
+    norm_order: str,
     dropout_p: float,
-    has_col: bool,
+    eps: float,
+    products: bool,
     save_product: bool,
     prepared: object = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Equations (1) and (2): the output [M, N], the product before the bias where it is kept apart, and u in parts."""
-    apart = save_product and separate_product(x.dtype, bias)
-    if x.shape[0] == 0:
-        y = x.new_empty(0, weight.shape[0])
-        parts = projection_parts(x.shape[1], lora_A.shape[0])
-        u = x.new_empty(parts, 0, lora_A.shape[0], dtype=torch.float32)
-        return y, torch.empty_like(y) if apart else None, u
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Equations (1) and (2): the output [M, N], the product before the bias where it is kept apart, u in parts, scales.
+
+    Norms and scales of the adapted weight are one flat float32 tensor (``plan.split_scales``), made here unless they
+    are given; then the returned ones are None. ``products`` keeps what a backward with exact gradients needs again. For
+    ``prepared`` see ``launch.stage``.
+    """
     return _forward(
-        x, weight, lora_A, lora_B, scales, bias, seed,
-        scaling=scaling, dropout_p=dropout_p, has_col=has_col, apart=apart, precision=_precision(x.dtype),
-        prepared=prepared,
+        x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, bias, seed,
+        scaling=scaling, norm_order=norm_order, dropout_p=dropout_p, eps=eps, products=products,
+        apart=save_product and separate_product(x.dtype, bias),
+        precision=_precision(x.dtype), weight_precision=_precision(weight.dtype), prepared=prepared,
     )  # fmt: skip
 
 
 @stage
-def _forward(x, weight, lora_A, lora_B, scales, bias, seed, *, scaling, dropout_p, has_col, apart, precision):
-    scales = split_scales(scales, *weight.shape, lora_A.shape[0], has_col)
+def _forward(
+    x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, bias, seed, *,
+    scaling, norm_order, dropout_p, eps, products, apart, precision, weight_precision,
+):  # fmt: skip
+    (M, K), N, R, has_col = x.shape, weight.shape[0], lora_A.shape[0], magnitude_col is not None
+    made = None
+    if scales is None and magnitude_row is not None:
+        scales = made = empty((scales_size(N, K, R, has_col, products),), torch.float32, x.device)
+        _compute_scales(
+            weight, lora_A, lora_B, magnitude_row, magnitude_col, split_scales(made, N, K, R, has_col),
+            norm_order=norm_order, scaling=scaling, eps=eps, precision=weight_precision,
+        )  # fmt: skip
+    if M == 0:
+        y, product = (empty((0, N), x.dtype, x.device) for _ in range(2))
+        return y, product if apart else None, empty((projection_parts(K, R), 0, R), torch.float32, x.device), made
+    scales = split_scales(scales, N, K, R, has_col)
     x_scaled, u = project(
         x, lora_A, scales.col_scale, seed, scaling=scaling, dropout_p=dropout_p, precision=precision
     )  # (1)
@@ -99,7 +73,19 @@ def _forward(x, weight, lora_A, lora_B, scales, bias, seed, *, scaling, dropout_
         x_scaled, weight, u, lora_B.T, scales.row_scale, bias, None,
         dropout_p=0.0, stand_in=zero_stand_in(x.dtype), save_product=apart, precision=precision,
     )  # (2)  # fmt: skip
-    return y, product if apart else None, u
+    return y, product if apart else None, u, made
+
+
+def _compute_scales(
+    weight, lora_A, lora_B, magnitude_row, magnitude_col, scales: Scales, *, norm_order, scaling, eps, precision
+) -> None:
+    row = (weight, lora_B, lora_A.T, magnitude_row), (scales.row_norm, scales.row_scale, scales.row_product)
+    col = (weight.T, lora_A.T, lora_B, magnitude_col), (scales.col_norm, scales.col_scale, scales.col_product)
+    first, second = (row, col) if norm_order == "row_col" or magnitude_col is None else (col, row)
+    options = {"scaling": scaling, "eps": eps, "precision": precision}
+    coefficient = norm(*first[0], None, *first[1], **options)
+    if magnitude_col is not None:
+        norm(*second[0], coefficient, *second[1], **options)
 
 
 def backward(
@@ -121,6 +107,7 @@ def backward(
     dropout_p: float,
     eps: float,
     needs: Needs,
+    prepared: object = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Equations (3) to (11): the gradients of x, lora_A, lora_B, magnitude_row and magnitude_col.
 
@@ -129,7 +116,7 @@ def backward(
     return _backward(
         dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, seed,
         scaling=scaling, norm_order=norm_order, detach_norm=detach_norm, dropout_p=dropout_p, eps=eps, needs=needs,
-        precision=_precision(dy.dtype), weight_precision=_precision(weight.dtype),
+        precision=_precision(dy.dtype), weight_precision=_precision(weight.dtype), prepared=prepared,
     )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Validation, the choice of backend, and the operators that eager mode and ``torch.compile`` both see.
 
-Three operators make a layer: ``scales`` (norms of the adapted weight), ``forward`` and ``backward``. Each takes the
-backend's name and hands over to ``factored`` ("torch") or ``fused`` ("triton"). Operators return tensors only, so an
-absent result is an empty tensor between here and the backends.
+Two operators make a layer: ``forward``, with the norms of the adapted weight, and ``backward``. Each takes the backend's
+name and hands over to ``factored`` ("torch") or ``fused`` ("triton"). Operators return tensors only, so an absent result
+is an empty tensor between here and the backends.
 """
 
 from __future__ import annotations
@@ -242,6 +242,13 @@ def prepare(x: Tensor, tensors: tuple[Tensor | None, ...], backend: str | None) 
     return chosen, known
 
 
+def prepare_backward(prepared: Prepared | None, dy: Tensor) -> tuple | None:
+    """What stands for the tensors of a backward, if what its forward saved is as it was: they, and the layout of dy."""
+    if prepared is None or type(dy) is not Tensor:
+        return None
+    return prepared, dy.shape, dy.stride(), dy.dtype, dy.data_ptr() & 15
+
+
 def _layout(tensor: object) -> tuple | None:
     """What a tensor is, but for the values that it holds."""
     if isinstance(tensor, Quantized):
@@ -260,12 +267,9 @@ def _describe(value: object) -> str:
 
 _library = torch.library.Library("bora_kernels", "DEF")
 _library.define(
-    "scales(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? magnitude_row, Tensor? magnitude_col, float scaling,"
-    " str norm_order, float eps, bool products, str backend) -> Tensor"
-)
-_library.define(
-    "forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? scales, Tensor? bias, Tensor? dropout,"
-    " float scaling, float dropout_p, bool has_col, bool save_product, str backend) -> (Tensor, Tensor, Tensor)"
+    "forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? magnitude_row, Tensor? magnitude_col,"
+    " Tensor? scales, Tensor? bias, Tensor? dropout, float scaling, str norm_order, float dropout_p, float eps,"
+    " bool products, bool save_product, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? magnitude_row,"
@@ -275,57 +279,42 @@ _library.define(
 )
 
 
-def _empty_for_none(like: Tensor, values: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(0) if value is None else value for value in values)
-
-
 def _contiguous(vector: Tensor | None) -> Tensor | None:
     """Kernels read magnitudes and biases without a stride."""
     return vector if vector is None or vector.is_contiguous() else vector.contiguous()
 
 
-def _scales(
-    weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling, norm_order, eps, products, backend, prepared=None
-):  # fmt: skip
-    with _context(backend, weight):
-        return _implementation(backend).compute_scales(
-            weight, lora_A, lora_B, _contiguous(magnitude_row), _contiguous(magnitude_col),
-            scaling=scaling, norm_order=norm_order, eps=eps, products=products, prepared=prepared,
-        )  # fmt: skip
-
-
-def _scales_fake(weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling, norm_order, eps, products, backend):
-    if magnitude_row is None:
-        return None
-    products = products and backend == "triton"
-    size = scales_size(*weight.shape, lora_A.shape[0], magnitude_col is not None, products)
-    return weight.new_empty(size, dtype=accumulation_dtype(weight.dtype))
-
-
 def _forward(
-    x, weight, lora_A, lora_B, scales, bias, dropout, scaling, dropout_p, has_col, save_product, backend, prepared=None
+    x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, bias, dropout,
+    scaling, norm_order, dropout_p, eps, products, save_product, backend, prepared=None,
 ):  # fmt: skip
     with _context(backend, x):
         return _implementation(backend).forward(
-            x, weight, lora_A, lora_B, scales, _contiguous(bias), dropout,
-            scaling=scaling, dropout_p=dropout_p, has_col=has_col, save_product=save_product, prepared=prepared,
+            x, weight, lora_A, lora_B, _contiguous(magnitude_row), _contiguous(magnitude_col), scales,
+            _contiguous(bias), dropout, scaling=scaling, norm_order=norm_order, dropout_p=dropout_p, eps=eps,
+            products=products, save_product=save_product, prepared=prepared,
         )  # fmt: skip
 
 
 def _forward_fake(
-    x, weight, lora_A, lora_B, scales, bias, dropout, scaling, dropout_p, has_col, save_product, backend
+    x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, bias, dropout,
+    scaling, norm_order, dropout_p, eps, products, save_product, backend,
 ):  # fmt: skip
     y = x.new_empty(x.shape[0], weight.shape[0])
     product = torch.empty_like(y) if save_product and separate_product(x.dtype, bias) else None
     rank, columns = lora_A.shape
     parts = [projection_parts(columns, rank)] if backend == "triton" else []
     u = x.new_empty(*parts, x.shape[0], rank, dtype=accumulation_dtype(x.dtype))
-    return y, product, u
+    made = None
+    if scales is None and magnitude_row is not None:
+        size = scales_size(*weight.shape, rank, magnitude_col is not None, products and backend == "triton")
+        made = weight.new_empty(size, dtype=accumulation_dtype(weight.dtype))
+    return y, product, u, made
 
 
 def _backward(
     dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, dropout,
-    scaling, norm_order, detach_norm, dropout_p, eps, needs, backend,
+    scaling, norm_order, detach_norm, dropout_p, eps, needs, backend, prepared=None,
 ):  # fmt: skip
     arguments = (dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, dropout)
     if dy.shape[0] == 0:  # no token, no gradient, and nothing that a kernel could be launched on
@@ -335,7 +324,7 @@ def _backward(
         gradients = _implementation(backend).backward(
             *arguments[:5], _contiguous(magnitude_row), _contiguous(magnitude_col), *arguments[7:],
             scaling=scaling, norm_order=norm_order, detach_norm=detach_norm, dropout_p=dropout_p, eps=eps,
-            needs=Needs(*needs),
+            needs=Needs(*needs), prepared=prepared,
         )  # fmt: skip
     wanted = zip(gradients, (dy, lora_A, lora_B, magnitude_row, magnitude_col), strict=True)
     return tuple(g if g is None or g.dtype == t.dtype else g.to(t.dtype) for g, t in wanted)
@@ -365,16 +354,13 @@ def _define(name: str, body: Callable, fake: Callable) -> Callable:
     """Register an operator, and return what calls it: in plain eager mode the body itself, which costs less time.
 
     An operator returns tensors only, so an absent result is an empty tensor there and None where the body is called.
-    ``prepared`` (of all arguments) is for the body only.
+    ``prepared`` stands for plain tensors that were looked at before, and is for the body only.
     """
 
     def with_empty(function):
         def call(*arguments):
-            results = function(*arguments)
             like = next(argument for argument in arguments if isinstance(argument, Tensor))
-            if isinstance(results, tuple):
-                return _empty_for_none(like, results)
-            return _empty_for_none(like, (results,))[0]
+            return tuple(like.new_empty(0) if result is None else result for result in function(*arguments))
 
         return call
 
@@ -384,12 +370,12 @@ def _define(name: str, body: Callable, fake: Callable) -> Callable:
     for device_type in ("cuda", "cpu"):
         _library.impl(name, _without_autocast(operator, device_type), f"Autocast{device_type.upper()}")
 
-    def call(*arguments, prepared: Prepared | None = None):
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-            return operator(*arguments)
-        if not _PLAIN.issuperset(map(type, arguments)):
+    def call(*arguments, prepared: object = None):
+        if prepared is None and (torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, arguments))):
             return operator(*arguments)  # tensor subclasses have rules of their own
-        return body(*arguments) if prepared is None else body(*arguments, prepared=prepared)
+        if is_in_torch_dispatch_mode():
+            return operator(*arguments)
+        return body(*arguments, prepared=prepared)
 
     return call
 
@@ -397,6 +383,5 @@ def _define(name: str, body: Callable, fake: Callable) -> Callable:
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), float, int, bool, str, list))
 _PREPARED_TYPES = _PLAIN | {Quantized}
 
-scales = _define("scales", _scales, _scales_fake)
 forward = _define("forward", _forward, _forward_fake)
 backward = _define("backward", _backward, _backward_fake)

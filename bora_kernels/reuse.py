@@ -55,34 +55,31 @@ def forget() -> None:
         entries.clear()
 
 
-def scales(
-    lora_B: Tensor,
-    state: Callable[[], tuple | None],
-    products: bool,
-    compute: Callable[[], Tensor],
-) -> Tensor:
-    """Flat scales of a layer, known by its lora_B: ``compute()``, or what it gave before in the same ``state()``."""
+def find(
+    lora_B: Tensor, state: Callable[[], tuple | None], products: bool
+) -> tuple[Tensor | None, Callable[[Tensor], None] | None]:
+    """Flat scales that the layer with this lora_B had before in the same ``state()``, and what to hand new ones to.
+
+    Either is None where there is none; both where nothing is reused.
+    """
     if torch.compiler.is_compiling():
-        return compute()
+        return None, None
     in_backward = torch._C._current_graph_task_id() != -1
     if _scopes:
-        entries, find, keep = _scopes[-1], True, True
+        entries, look, keep = _scopes[-1], True, True
     elif in_backward or _in_checkpoint():
-        entries, find, keep = _checkpointed, in_backward, not in_backward
+        entries, look, keep = _checkpointed, in_backward, not in_backward
     else:
-        return compute()
+        return None, None
     fingerprint = state()
     if fingerprint is None:
-        return compute()
-    entry: _Entry | None = entries.get(lora_B) if find else None
+        return None, None
+    entry: _Entry | None = entries.get(lora_B) if look else None
     if not keep:
         entries.pop(lora_B, None)
     if entry is not None and entry[0] == fingerprint and (entry[1] or not products):
-        return entry[2]
-    flat = compute()
-    if keep:
-        entries[lora_B] = (fingerprint, products, flat)
-    return flat
+        return entry[2], None
+    return None, (lambda flat: entries.update({lora_B: (fingerprint, products, flat)})) if keep else None
 
 
 def state_of(tensors: tuple[Tensor | None, ...], options: tuple) -> tuple | None:

@@ -93,10 +93,9 @@ def run_layer(case: Case) -> None:
     seed = torch.zeros(1, dtype=torch.int64) if case.dropout else None
     dropout_p = 0.1 if case.dropout else 0.0
     norm = {"scaling": 2.0, "norm_order": case.order, "eps": 1e-12}
-    scales = fused.compute_scales(weight, lora_A, lora_B, *magnitudes, products=True, **norm)
-    y, product, u = fused.forward(
-        x, weight, lora_A, lora_B, scales, bias, seed,
-        scaling=2.0, dropout_p=dropout_p, has_col=True, save_product=True,
+    y, product, u, scales = fused.forward(
+        x, weight, lora_A, lora_B, *magnitudes, None, bias, seed,
+        dropout_p=dropout_p, products=True, save_product=True, **norm,
     )  # fmt: skip
     product = product if separate_product(case.dtype, bias) else y
     fused.backward(

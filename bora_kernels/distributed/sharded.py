@@ -51,19 +51,21 @@ def _compute_scales(parameters: tuple[DTensor | None, ...], layout: Layout, opti
     if local[3] is None:
         return None
 
-    def compute() -> Tensor:
+    def state() -> tuple:  # the same on every rank: addresses are not, and a rank alone must not leave out a message
+        versions = (None if t is None else (id(t), t._version) for t in parameters)
+        return options.scaling, options.norm_order, options.eps, *versions
+
+    flat, keep = reuse.find(parameters[2], state, False)
+    if flat is None:
         with torch.autocast(local[0].device.type, enabled=False):
             scales = factored.norms_and_scales(
                 *local, scaling=options.scaling, norm_order=options.norm_order, eps=options.eps,
                 complete=layout.completion(),
             )  # fmt: skip
-        return join_scales(scales, *local[0].shape, local[1].shape[0])
-
-    def state() -> tuple:  # the same on every rank: addresses are not, and a rank alone must not leave out a message
-        versions = (None if t is None else (id(t), t._version) for t in parameters)
-        return options.scaling, options.norm_order, options.eps, *versions
-
-    return reuse.scales(parameters[2], state, False, compute)
+        flat = join_scales(scales, *local[0].shape, local[1].shape[0])
+        if keep is not None:
+            keep(flat)
+    return flat
 
 
 # --- the layer --------------------------------------------------------------------------------------------------------
@@ -96,9 +98,9 @@ class ShardedBoraLinearFunction(torch.autograd.Function):
         needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
         members = magnitude_row is not None, magnitude_col is not None
         needs_S, needs_D = needs.sums(*members, options.norm_order, options.detach_norm)
-        y, product, u = ops.forward(
-            flat, weight, lora_A, lora_B, scales, bias, dropout,
-            options.scaling, options.dropout_p, members[1], needs_S, options.backend,
+        y, product, u, _ = ops.forward(
+            flat, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, bias, dropout,
+            options.scaling, options.norm_order, options.dropout_p, options.eps, False, needs_S, options.backend,
         )  # fmt: skip
         if not separate_product(flat.dtype, bias):
             product = y

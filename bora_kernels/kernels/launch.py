@@ -57,7 +57,7 @@ def stage(function: Callable[..., tuple]) -> Callable[..., tuple]:
     """Decorate ``function(*tensors, **options)``; a tensor may be None, options are hashable.
 
     It returns a tuple of tensors that it allocated, or None in their place. A caller that knows the layout of all
-    tensors passes ``prepared``, an object that stands for it, and saves looking at them.
+    tensors passes ``prepared``, which stands for it, and saves looking at them; it may leave open whether one is given.
     """
     plans: dict[tuple, object] = {}
 
@@ -70,7 +70,7 @@ def stage(function: Callable[..., tuple]) -> Callable[..., tuple]:
             layouts = [None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors]
             key = (tensors[0].get_device(), *layouts, *options.values())
         else:
-            key = (prepared, *options.values())
+            key = (prepared, len(addresses), *options.values())
         plan = plans.get(key)
         if plan is not None:
             return plan.replay(addresses)
