@@ -1,8 +1,8 @@
 """Validation, the choice of backend, and the operators that eager mode and ``torch.compile`` both see.
 
-Two operators make a layer: ``forward``, with the norms of the adapted weight, and ``backward``. Each takes the backend's
-name and hands over to ``factored`` ("torch") or ``fused`` ("triton"). Operators return tensors only, so an absent result
-is an empty tensor between here and the backends.
+Two operators make a layer: ``forward``, with the norms of the adapted weight, and ``backward``. Each takes the
+backend's name and hands over to ``factored`` ("torch") or ``fused`` ("triton"). Operators return tensors only, so an
+absent result is an empty tensor between here and the backends.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def prepare(x: Tensor, tensors: tuple[Tensor | None, ...], backend: str | None) 
     signature = None
     autocast = autocast_dtype(x) if isinstance(x, Tensor) else None
     if not torch.compiler.is_compiling() and _PREPARED_TYPES.issuperset(map(type, (x, *tensors))):
-        signature = (backend, autocast, *map(_layout, (x, *tensors)))
+        signature = (backend, autocast, *[None if t is None else _layout(t) for t in (x, *tensors)])
         known = _prepared.get(signature)
         if known is not None:
             return known.backend, known
@@ -249,12 +249,10 @@ def prepare_backward(prepared: Prepared | None, dy: Tensor) -> tuple | None:
     return prepared, dy.shape, dy.stride(), dy.dtype, dy.data_ptr() & 15
 
 
-def _layout(tensor: object) -> tuple | None:
+def _layout(tensor: Tensor | Quantized) -> tuple:
     """What a tensor is, but for the values that it holds."""
-    if isinstance(tensor, Quantized):
+    if type(tensor) is Quantized:
         return (tensor.layout, *map(_layout, tensor.parts))
-    if not isinstance(tensor, Tensor):
-        return tensor if tensor is None else (type(tensor),)
     alignment = tensor.data_ptr() & 15
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad, alignment
 
@@ -381,7 +379,7 @@ def _define(name: str, body: Callable, fake: Callable) -> Callable:
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), float, int, bool, str, list))
-_PREPARED_TYPES = _PLAIN | {Quantized}
+_PREPARED_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None), Quantized))
 
 forward = _define("forward", _forward, _forward_fake)
 backward = _define("backward", _backward, _backward_fake)

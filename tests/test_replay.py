@@ -125,6 +125,7 @@ def driver(monkeypatch):
     fake = Driver()
     triton_driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 7))
     monkeypatch.setattr(replay, "triton_driver", triton_driver)
+    monkeypatch.setattr(replay, "allocate", lambda *args: torch.empty_strided(*args[:2], dtype=args[2]))
     monkeypatch.setattr(cuda_driver, "cuda", lambda: fake)
     monkeypatch.setattr(cuda_driver, "parameter_sizes", lambda function: fake.kernels[function].sizes)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.capturing)

@@ -54,23 +54,28 @@ def _roomy(arch: int | str, aligned: bool) -> bool:
 @lru_cache
 def moments_config(arch: int | str, I: int, J: int, R: int, dtype: torch.dtype, aligned: bool) -> tuple[int, dict]:
     """Splits of the axis summed over, and the configuration."""
-    block_r = rank_block(R, dtype)
+    block_r, warps = rank_block(R, dtype), 4
     if not is_half(dtype):
         block_i, block_j, stages = 32, 32, 3
-    elif _roomy(arch, aligned) and block_r <= 32 and dtype == torch.bfloat16:
-        block_i, block_j, stages = 64, 128, 3
+    elif _roomy(arch, aligned) and dtype == torch.bfloat16:
+        if block_r <= 32:
+            block_i, block_j, stages = 64, 128, 3
+        else:
+            block_i, block_j, stages = 128, 64, 3
+        if R > 64:
+            block_r, warps = 128, 8
     else:
         block_i, block_j, stages = 32, 64 if block_r <= 32 else 32, 2
     programs = cdiv(I, block_i) * cdiv(R, block_r)
     splits = max(1, min(cdiv(J, 4 * block_j), cdiv(256, programs), 16))
     return splits, {
         "BLOCK_SIZE_I": block_i, "BLOCK_SIZE_J": block_j, "BLOCK_SIZE_R": block_r,
-        "num_warps": 4, "num_stages": stages,
+        "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
 
 
-def finish_config(R: int) -> dict:
-    return {"BLOCK_SIZE_I": 32, "BLOCK_SIZE_R": 16, "num_warps": 4}
+def finish_config(R: int, dtype: torch.dtype) -> dict:
+    return {"BLOCK_SIZE_I": 32, "BLOCK_SIZE_R": rank_block(R, dtype), "num_warps": 4}
 
 
 def parts_in_use(allocated: int, M: int) -> int:
@@ -85,10 +90,12 @@ def project_config(arch: int | str, R: int, dtype: torch.dtype, aligned: bool) -
         block_m, block_c, warps, stages = 32, 32, 4, 2
     elif not _roomy(arch, aligned):
         block_m, block_c, warps, stages = 32, 64, 4, 2
-    elif block_r > 32:
-        block_m, block_c, warps, stages = 128, 128, 8, 3
+    elif block_r <= 32:
+        block_m, block_c, warps, stages = 64, 128, 4, 4
+    elif R <= 64:
+        block_m, block_c, warps, stages = 64, 64, 4, 3
     else:
-        block_m, block_c, warps, stages = 64, 128, 8, 3
+        block_m, block_c, warps, stages = 128, 64, 8, 2
     return {
         "BLOCK_SIZE_M": block_m, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": block_r,
         "num_warps": warps, "num_stages": stages,
@@ -104,7 +111,7 @@ def reduce_config(
     if not is_half(dtype) or dropout:
         block_m, block_c = 32, 64
     elif _roomy(arch, aligned):
-        block_m, block_c = 128, 128
+        block_m, block_c = 128, 64 if 32 < R <= 64 else 128
     else:
         block_m, block_c = 64, 64
     programs = cdiv(C, block_c) * cdiv(R, block_r)

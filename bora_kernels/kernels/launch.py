@@ -25,6 +25,15 @@ _MOST_PLANS = 1024  # of a stage: a shape of layer adds one for each number of t
 _thread = threading.local()  # .recording: the stage that this thread records, if any
 
 
+try:  # what the code that torch.compile generates allocates with: a third of the time of torch.empty
+    from torch._C._dynamo.guards import _empty_strided_cuda as allocate
+except ImportError:
+
+    def allocate(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Uninitialized memory on the current device."""
+        return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+
+
 class Recording:
     """What one run of a stage allocated and launched."""
 

@@ -252,7 +252,7 @@ def norm(
     products, squares = _moments(W, Z, coefficient, precision)
     I, R = P.shape
     scale_squared = empty((I,), torch.float32, W.device)
-    config = finish_config(R)
+    config = finish_config(R, W.dtype)
     launch(
         _finish_norm_kernel,
         (cdiv(I, config["BLOCK_SIZE_I"]),),
@@ -295,7 +295,7 @@ def add_norm_path(
     splits = 0 if products is None else len(products)
     strides = (0, 0) if d_factor is None else d_factor.stride()
 
-    config = finish_config(R)
+    config = finish_config(R, W.dtype)
     launch(
         _finish_path_kernel,
         (cdiv(I, config["BLOCK_SIZE_I"]),),
