@@ -59,11 +59,10 @@ def moments_config(arch: int | str, I: int, J: int, R: int, dtype: torch.dtype, 
         block_i, block_j, stages = 32, 32, 3
     elif _roomy(arch, aligned) and dtype == torch.bfloat16:
         if block_r <= 32:
-            block_i, block_j, stages = 64, 128, 3
+            block_i, block_j, stages = 64, 64, 4
         else:
-            block_i, block_j, stages = 128, 64, 3
-        if R > 64:
-            block_r, warps = 128, 8
+            block_i, block_j, warps, stages = 128, 64, 8, 3
+            block_r = 64 if R <= 64 else 128
     else:
         block_i, block_j, stages = 32, 64 if block_r <= 32 else 32, 2
     programs = cdiv(I, block_i) * cdiv(R, block_r)
@@ -84,12 +83,14 @@ def parts_in_use(allocated: int, M: int) -> int:
 
 
 @lru_cache
-def project_config(arch: int | str, R: int, dtype: torch.dtype, aligned: bool) -> dict:
+def project_config(arch: int | str, R: int, dtype: torch.dtype, aligned: bool, dropout: bool) -> dict:
     block_r = rank_block(R, dtype)
     if not is_half(dtype):
         block_m, block_c, warps, stages = 32, 32, 4, 2
     elif not _roomy(arch, aligned):
         block_m, block_c, warps, stages = 32, 64, 4, 2
+    elif dropout:
+        block_m, block_c, warps, stages = 64, 128, 8, 3
     elif block_r <= 32:
         block_m, block_c, warps, stages = 64, 128, 4, 4
     elif R <= 64:
@@ -109,15 +110,16 @@ def reduce_config(
     """Splits of the tokens, and the configuration."""
     block_r = rank_block(R, dtype)
     if not is_half(dtype) or dropout:
-        block_m, block_c = 32, 64
+        block_m, block_c, stages = 32, 64, 2
     elif _roomy(arch, aligned):
-        block_m, block_c = 128, 64 if 32 < R <= 64 else 128
+        block_m, block_c, stages = 32, 128, 4
     else:
-        block_m, block_c = 64, 64
+        block_m, block_c, stages = 64, 64, 2
     programs = cdiv(C, block_c) * cdiv(R, block_r)
-    splits = max(1, min(cdiv(M, block_m), cdiv(448, programs), 32))
+    splits = max(1, min(cdiv(M, block_m), cdiv(264, programs), 32))
     return splits, {
-        "BLOCK_SIZE_M": block_m, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": block_r, "num_warps": 4, "num_stages": 2,
+        "BLOCK_SIZE_M": block_m, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": block_r,
+        "num_warps": 4, "num_stages": stages,
     }  # fmt: skip
 
 

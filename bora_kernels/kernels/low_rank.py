@@ -83,13 +83,13 @@ def _reduce_kernel(
     mask_c = offs_c < C
     end = tl.minimum((split + 1) * split_size, M)
     acc = tl.zeros((BLOCK_SIZE_C, BLOCK_SIZE_R), dtype=tl.float32)
-    total = tl.zeros((BLOCK_SIZE_C,), dtype=tl.float32)
+    total = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_C), dtype=tl.float32)  # summed over tokens once, after the loop
     for m in range(split * split_size, end, BLOCK_SIZE_M):
         offs_m = m + tl.arange(0, BLOCK_SIZE_M)
         t = load_matrix(t_ptr, offs_m, offs_c, end, C, stride_tm, stride_tc)  # [BLOCK_SIZE_M, BLOCK_SIZE_C]
         if HAS_TOTAL:
             other = load_matrix(other_ptr, offs_m, offs_c, end, C, stride_om, stride_oc)
-            total += tl.sum(t.to(tl.float32) * other.to(tl.float32), axis=0)
+            total += t.to(tl.float32) * other.to(tl.float32)
         if HAS_FACTOR:
             if HAS_DROPOUT:
                 keep = keep_mask(tl.load(seed_ptr), offs_m, offs_c, dropout_p)
@@ -98,7 +98,7 @@ def _reduce_kernel(
             acc = tl.dot(tl.trans(t), projection, acc, input_precision=PRECISION)
     base = split.to(tl.int64) * C + offs_c
     if HAS_TOTAL:
-        tl.store(total_parts_ptr + base, total, mask=mask_c & (pid_r == 0))
+        tl.store(total_parts_ptr + base, tl.sum(total, axis=0), mask=mask_c & (pid_r == 0))
     if HAS_FACTOR:
         ptrs = factor_parts_ptr + base[:, None] * R + offs_r[None, :]
         tl.store(ptrs, acc, mask=mask_c[:, None] & (offs_r < R)[None, :])
@@ -170,7 +170,7 @@ def project(
     allocated = projection_parts(C, R)
     parts = parts_in_use(allocated, M)
     projection = empty((allocated, M, R), torch.float32, t.device)
-    config = project_config(target(t.get_device())[0], R, t.dtype, is_aligned(t))
+    config = project_config(target(t.get_device())[0], R, t.dtype, is_aligned(t), seed is not None)
     block_c = config["BLOCK_SIZE_C"]
     launch(
         _project_kernel,

@@ -51,7 +51,7 @@ def _moments_kernel(
     if pid_i < num_blocks:
         offs_i = pid_i * BLOCK_SIZE_I + tl.arange(0, BLOCK_SIZE_I)
         row, rows = offs_i, I
-        squares = tl.zeros((BLOCK_SIZE_I,), dtype=tl.float32)
+        squares = tl.zeros((BLOCK_SIZE_I, BLOCK_SIZE_J), dtype=tl.float32)  # summed over j once, after the loop
         for j in range(start, end, BLOCK_SIZE_J):
             offs_j = j + tl.arange(0, BLOCK_SIZE_J)
             w = load_matrix(w_ptr, offs_i, offs_j, I, end, stride_wi, stride_wj)  # [BLOCK_SIZE_I, BLOCK_SIZE_J]
@@ -61,13 +61,13 @@ def _moments_kernel(
                 c = load_vector(coefficient_ptr, offs_j, end)
                 z *= c[:, None]
                 if HAS_SQUARES:
-                    squares += tl.sum(wide * wide * c[None, :], axis=1)
+                    squares += wide * (wide * c[None, :])
             else:
-                squares += tl.sum(wide * wide, axis=1)
+                squares += wide * wide
             acc = dot_split(w.to(DTYPE), z, acc, PRECISION)
         if HAS_SQUARES:
             base = split.to(tl.int64) * I
-            tl.store(squares_ptr + base + offs_i, squares, mask=(offs_i < I) & (pid_r == 0))
+            tl.store(squares_ptr + base + offs_i, tl.sum(squares, axis=1), mask=(offs_i < I) & (pid_r == 0))
     else:  # rows of Zᵀ below those of W0
         offs_g = (pid_i - num_blocks) * BLOCK_SIZE_I + tl.arange(0, BLOCK_SIZE_I)
         row, rows = I + offs_g, I + R
