@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops, quantized, reference, reuse
+from . import ops, quantized, reference, reuse, validation
 from .plan import Needs, separate_product
 
 
@@ -21,7 +21,7 @@ class _Call(NamedTuple):
     dropout_p: float
     eps: float
     backend: str
-    prepared: ops.Prepared | None
+    prepared: validation.Prepared | None
     layout: quantized.Layout | None  # of a quantized weight
 
 
@@ -77,7 +77,7 @@ class BoraLinearFunction(torch.autograd.Function):
         if any(needs):
             x, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, dropout, *stored = ctx.saved_tensors
             flat_dy, weight = _flat(dy), stored[0]
-            prepared = ops.prepare_backward(ctx.prepared, flat_dy)
+            prepared = validation.prepare_backward(ctx.prepared, flat_dy)
             if call.layout is not None:
                 weight = quantized.dense(call.layout, tuple(stored), dy.dtype, call.backend, "backward")
             gradients = ops.backward(
@@ -203,7 +203,7 @@ def bora_linear(
 
     Source: BoRA, arXiv 2412.06441, section 3.
     """
-    ops.check_options(scaling=scaling, norm_order=norm_order, dropout_p=dropout_p, eps=eps)
+    validation.check_options(scaling=scaling, norm_order=norm_order, dropout_p=dropout_p, eps=eps)
     parameters = (weight, lora_A, lora_B, magnitude_row, magnitude_col, bias)
     if type(weight) not in (Tensor, torch.nn.Parameter) and hasattr(weight, "device_mesh"):
         from .distributed.sharded import bora_linear_sharded  # torch.distributed is imported only when it is used
@@ -212,9 +212,7 @@ def bora_linear(
             x, *parameters, scaling=scaling, norm_order=norm_order, detach_norm=detach_norm,
             dropout_p=dropout_p if training else 0.0, eps=eps, backend=backend,
         )  # fmt: skip
-    backend, prepared = ops.prepare(x, parameters, backend)
-    if (dtype := ops.autocast_dtype(x)) is not None:
-        x = x.to(dtype)
+    x, backend, prepared = validation.prepare(x, parameters, backend)
     if not training:
         dropout_p = 0.0
     layout, parts = None, ()

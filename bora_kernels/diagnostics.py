@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from . import ops, quantized
+from . import quantized, validation
 from .conversion import named_modules
 from .modules import FusedBoraLinear
 
@@ -107,7 +107,7 @@ def _backend(
         return "none", "no adapter is active"
     if not hasattr(module, "backend"):
         return "torch", "only linear layers have kernels"
-    problem = ops.triton_problem(device, dtype) or ops.rank_problem(rank)
+    problem = validation.triton_problem(device, dtype) or validation.rank_problem(rank)
     if module.backend is not None:
         fails = module.backend == "triton" and problem is not None
         return module.backend, f"layer.backend says so, but cannot run: {problem}" if fails else "layer.backend says so"

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops
+from . import validation
 from .plan import CHUNK_ELEMENTS, accumulation_dtype
 from .rounding import round_weight
 
@@ -90,7 +90,7 @@ def bora_conv(
     convolve(x, weight) is the layer's convolution without its bias; it has one group.
     In half precision x⊙(g − 1) is convolved beside x, because rounding x⊙g would lose every g within half an ulp of 1.
     """
-    x = x.to(ops.autocast_dtype(x) or x.dtype)
+    x = x.to(validation.autocast_dtype(x) or x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         row_scale, col_scale = axis_scales(
             weight.flatten(2), lora_A.flatten(2), lora_B, magnitude_row, magnitude_col,
@@ -134,7 +134,7 @@ def axis_scales(
 
     Raises ValueError for an unknown norm_order or a weight that requires a gradient.
     """
-    ops.check_options(scaling=scaling, norm_order=norm_order, dropout_p=0.0, eps=eps)
+    validation.check_options(scaling=scaling, norm_order=norm_order, dropout_p=0.0, eps=eps)
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight must be frozen (requires_grad=False): no gradient is computed for it")
     if magnitude_col is None:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import factored, ops, quantized, reuse
+from . import factored, quantized, reuse, validation
 from .autograd import bora_linear
 from .plan import EPS
 
@@ -108,10 +108,10 @@ class FusedBoraLinear(nn.Module):
         if not (isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point):
             raise TypeError(f"adapter_dtype must be a floating-point dtype, got {adapter_dtype!r}")
         scaling = alpha / (math.sqrt(r) if rslora else r)
-        ops.check_options(scaling=scaling, norm_order=norm_order, dropout_p=dropout, eps=EPS)
+        validation.check_options(scaling=scaling, norm_order=norm_order, dropout_p=dropout, eps=EPS)
         stored = quantized.read(linear)
         if stored is None:
-            ops.check_weight(linear.weight, "linear.weight")
+            validation.check_weight(linear.weight, "linear.weight")
             if tuple(linear.weight.shape) != (linear.out_features, linear.in_features):
                 expected = [linear.out_features, linear.in_features]
                 found = list(linear.weight.shape)

@@ -7,7 +7,7 @@ import torch
 from quantized_layers import FOUR_BIT, kinds, quantized_linear
 from torch import nn
 
-from bora_kernels import convert, explain, ops
+from bora_kernels import convert, explain, validation
 
 
 def model(layers=2, **options):
@@ -19,8 +19,8 @@ def model(layers=2, **options):
 @pytest.fixture
 def cuda(monkeypatch):
     """A model that appears to be on a GPU."""
-    monkeypatch.setattr(ops, "_warned", set())
-    monkeypatch.setattr(ops, "triton_problem", lambda device, dtype: None)
+    monkeypatch.setattr(validation, "_warned", set())
+    monkeypatch.setattr(validation, "triton_problem", lambda device, dtype: None)
     return torch.device("cuda", 0)
 
 
@@ -53,7 +53,7 @@ def test_choices_of_the_user_are_told(monkeypatch):
     first, second = converted["layers"]
     first["up"].merge()
     first["down"].backend, second["up"].backend = "reference", "triton"
-    monkeypatch.setattr(ops, "triton_problem", lambda device, dtype: "there is no GPU")
+    monkeypatch.setattr(validation, "triton_problem", lambda device, dtype: "there is no GPU")
     assert [(layer.backend, layer.reason) for layer in explain(converted).layers] == [
         ("none", "it is merged"),
         ("reference", "layer.backend says so"),
@@ -79,7 +79,7 @@ def test_cuda_layers(cuda, monkeypatch):
         block["up"].r = block["down"].r = 513
     rank = "triton cannot run: it supports lora_A of rank up to 512, got rank 513"
     assert reasons(explain(converted)) == {("torch", rank)}
-    monkeypatch.setattr(ops, "triton_problem", lambda device, dtype: "triton is not installed")
+    monkeypatch.setattr(validation, "triton_problem", lambda device, dtype: "triton is not installed")
     assert reasons(explain(converted)) == {("torch", "triton cannot run: triton is not installed")}
 
 
@@ -89,25 +89,25 @@ def test_cuda_layers(cuda, monkeypatch):
 def test_fallback_of_a_cuda_layer_warns_once_for_each_reason(cuda):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ops.choose_backend(None, cuda, torch.bfloat16, 16) == "triton"
-        assert ops.choose_backend("torch", cuda, torch.bfloat16, 600) == "torch"
-        assert ops.choose_backend(None, torch.device("cpu"), torch.bfloat16, 600) == "torch"
+        assert validation.choose_backend(None, cuda, torch.bfloat16, 16) == "triton"
+        assert validation.choose_backend("torch", cuda, torch.bfloat16, 600) == "torch"
+        assert validation.choose_backend(None, torch.device("cpu"), torch.bfloat16, 600) == "torch"
     with pytest.warns(UserWarning, match='"torch" backend, .* rank up to 512, got rank 600.*explain'):
-        assert ops.choose_backend(None, cuda, torch.bfloat16, 600) == "torch"
+        assert validation.choose_backend(None, cuda, torch.bfloat16, 600) == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ops.choose_backend(None, cuda, torch.bfloat16, 600) == "torch"
+        assert validation.choose_backend(None, cuda, torch.bfloat16, 600) == "torch"
     with pytest.warns(UserWarning, match="got rank 700"):
-        ops.choose_backend(None, cuda, torch.bfloat16, 700)
+        validation.choose_backend(None, cuda, torch.bfloat16, 700)
 
 
 def test_fallback_is_traced_without_a_graph_break_and_warns(monkeypatch):
-    monkeypatch.setattr(ops, "_warned", set())
+    monkeypatch.setattr(validation, "_warned", set())
     torch._dynamo.reset()
 
     @torch.compile(fullgraph=True, backend="eager")
     def traced(x):
-        return x + len(ops.choose_backend(None, torch.device("cuda"), torch.float64, 16))
+        return x + len(validation.choose_backend(None, torch.device("cuda"), torch.float64, 16))
 
     with pytest.warns(UserWarning, match="float32, bfloat16 and float16, got torch.float64"):
         assert traced(torch.zeros(())) == len("torch")

@@ -11,7 +11,7 @@ from cases import Case
 from torch import nn
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from bora_kernels import FusedBoraLinear, FusedDoraLinear, bora_linear, ops
+from bora_kernels import FusedBoraLinear, FusedDoraLinear, bora_linear, validation
 
 M, N, K, R = 3, 6, 5, 2
 
@@ -117,11 +117,11 @@ def test_function_accepts_what_the_errors_are_about():
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered(monkeypatch):
-    monkeypatch.setattr(ops, "_prepared", {})
+    monkeypatch.setattr(validation, "_prepared", {})
 
 
 def test_triton_without_triton(monkeypatch):
-    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(validation.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match='backend="triton" cannot run here: triton is not installed'):
         bora_linear(**arguments(backend="triton"))
 
@@ -141,7 +141,7 @@ def test_triton_with_float64():
 
 
 def test_triton_with_a_large_rank(monkeypatch):
-    monkeypatch.setattr(ops, "triton_problem", lambda device, dtype: None)
+    monkeypatch.setattr(validation, "triton_problem", lambda device, dtype: None)
     large = {"lora_A": torch.zeros(513, K), "lora_B": torch.zeros(N, 513)}
     with pytest.raises(ValueError, match="supports lora_A of rank up to 512, got rank 513"):
         bora_linear(**arguments(**large, backend="triton"))
@@ -152,9 +152,9 @@ def test_triton_with_a_large_rank(monkeypatch):
 def test_default_backend(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     problems = {torch.float32: None, torch.float64: "no"}
-    monkeypatch.setattr(ops, "triton_problem", lambda device, dtype: problems[dtype])
+    monkeypatch.setattr(validation, "triton_problem", lambda device, dtype: problems[dtype])
     chosen = [
-        ops.choose_backend(None, device, dtype, rank)
+        validation.choose_backend(None, device, dtype, rank)
         for device, dtype, rank in (
             (cuda, torch.float32, 16),
             (cuda, torch.float32, 513),

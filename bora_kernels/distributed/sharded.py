@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from .. import autograd, factored, ops, reuse
+from .. import autograd, factored, ops, reuse, validation
 from ..plan import Needs, accumulation_dtype, join_scales, separate_product, split_scales, zero_stand_in
 from .layout import Layout, as_dtensor, check_placements, finish, to_local
 
@@ -272,7 +272,7 @@ def bora_linear_sharded(
         "magnitude_row": magnitude_row, "magnitude_col": magnitude_col, "bias": bias,
     }  # fmt: skip
     by_rows = check_placements(parameters, x)
-    ops.check_tensors(x, *parameters.values(), sharded=True)
+    validation.check_tensors(x, *parameters.values(), sharded=True)
     if backend == "reference":
         raise ValueError('backend must be "triton", "torch" or None for a sharded weight, got "reference"')
     local = {name: to_local(t) for name, t in parameters.items()}
@@ -282,10 +282,10 @@ def bora_linear_sharded(
             dropout_p=dropout_p, training=True, eps=eps, backend=backend,
         )  # fmt: skip
     else:
-        dtype = ops.autocast_dtype(x) or x.dtype
+        dtype = validation.autocast_dtype(x) or x.dtype
         if 0 in local["weight"].shape:  # more ranks than rows or columns
             backend = "torch"
-        backend = ops.choose_backend(backend, x.device, dtype, lora_A.shape[0])
+        backend = validation.choose_backend(backend, x.device, dtype, lora_A.shape[0])
         layout = Layout(weight.device_mesh, by_rows, x.placements[0], x.shape)
         options = Options(scaling, norm_order, detach_norm, dropout_p, eps, backend)
         compute_scales = functools.partial(_compute_scales, tuple(parameters.values())[:5], layout, options)

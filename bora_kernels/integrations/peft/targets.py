@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
-from ... import ops
+from ... import validation
 from ...quantized import read
 from .config import BoraConfig
 from .layers import BoraConv1d, BoraConv2d, BoraConv3d, BoraEmbedding, BoraLayer, BoraLinear
@@ -61,7 +61,7 @@ def _problem(base: nn.Module, kind: type[nn.Module], quantized: bool, config: Bo
     if is_parametrized(base, "weight"):
         return "its weight is parametrized"
     if kind in (nn.Linear, Conv1D):
-        ops.check_weight(base.weight)
+        validation.check_weight(base.weight)
         if kind is Conv1D and init == "olora":
             return "init_lora_weights='olora' works on untransposed weights only"
     elif kind is nn.Embedding:
