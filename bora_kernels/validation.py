@@ -1,4 +1,4 @@
-"""What a call is given, and the choice of its backend: checks with clear errors, made once for tensors that look alike."""
+"""What a call is given, and the choice of its backend: checks with clear errors, once for tensors that look alike."""
 
 from __future__ import annotations
 

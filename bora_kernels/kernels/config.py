@@ -41,6 +41,11 @@ def is_aligned(matrix: Tensor) -> bool:
     return 1 in matrix.stride() and stride * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
+def is_packed(factor: Tensor) -> bool:
+    """Whether a factor [.., R] is stored in rows of R: a stride that kernels know as a constant, and so its alignment."""
+    return factor.stride() == (factor.shape[1], 1)
+
+
 def rank_block(R: int, dtype: torch.dtype) -> int:
     """Ranks in a tile: a power of two of at least 16; float32 products run on ordinary units and hold fewer."""
     return min(64 if is_half(dtype) else 16, max(16, 1 << (R - 1).bit_length()))
@@ -112,7 +117,7 @@ def reduce_config(
     if not is_half(dtype) or dropout:
         block_m, block_c, stages = 32, 64, 2
     elif _roomy(arch, aligned):
-        block_m, block_c, stages = 32, 128, 4
+        block_m, block_c, stages = 32, 128, 4 if block_r <= 32 else 3
     else:
         block_m, block_c, stages = 64, 64, 2
     programs = cdiv(C, block_c) * cdiv(R, block_r)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..plan import projection_parts
 from .common import dot_split, keep_mask, live_magnitude, load_matrix, load_projection, load_vector, round_with_dither
-from .config import cdiv, combine_config, is_aligned, parts_in_use, project_config, reduce_config, target
+from .config import cdiv, combine_config, is_aligned, is_packed, parts_in_use, project_config, reduce_config, target
 from .launch import empty, launch
 
 
@@ -34,8 +34,10 @@ def _project_kernel(
     scaling, dropout_p,
     R: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    if PACKED:
+        stride_fc = R
     offs_m = tl.program_id(0) * BLOCK_SIZE_M + tl.arange(0, BLOCK_SIZE_M)
     pid_r, part = tl.program_id(1), tl.program_id(2)
     offs_r = pid_r * BLOCK_SIZE_R + tl.arange(0, BLOCK_SIZE_R)
@@ -179,7 +181,8 @@ def project(
         M=M, C=C, split_size=cdiv(cdiv(C, parts), block_c) * block_c,
         stride_tm=t.stride(0), stride_tc=t.stride(1), stride_fr=factor.stride(0), stride_fc=factor.stride(1),
         scaling=scaling / (1.0 - dropout_p), dropout_p=dropout_p,
-        R=R, HAS_SCALE=scale is not None, HAS_DROPOUT=seed is not None, PRECISION=precision, **config,
+        R=R, PACKED=is_packed(factor.T), HAS_SCALE=scale is not None, HAS_DROPOUT=seed is not None,
+        PRECISION=precision, **config,
     )  # fmt: skip
     return scaled, projection
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import dot_split, live_magnitude, load_matrix, load_vector
-from .config import TRITON_DTYPES, cdiv, finish_config, is_aligned, moments_config, target
+from .config import TRITON_DTYPES, cdiv, finish_config, is_aligned, is_packed, moments_config, target
 from .launch import empty, launch
 
 
@@ -41,8 +41,11 @@ def _moments_kernel(
     stride_wi, stride_wj, stride_zj, stride_zr,
     R: tl.constexpr,
     BLOCK_SIZE_I: tl.constexpr, BLOCK_SIZE_J: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
-    HAS_COEFFICIENT: tl.constexpr, HAS_SQUARES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, HAS_COEFFICIENT: tl.constexpr, HAS_SQUARES: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    if PACKED:
+        stride_zj = R
     pid_i, split, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_r = pid_r * BLOCK_SIZE_R + tl.arange(0, BLOCK_SIZE_R)
     num_blocks = tl.cdiv(I, BLOCK_SIZE_I)
@@ -225,7 +228,7 @@ def _moments(
         (W, Z, coefficient, products, squares),
         I=I, J=J, split_size=cdiv(cdiv(J, splits), block_j) * block_j,
         stride_wi=W.stride(0), stride_wj=W.stride(1), stride_zj=Z.stride(0), stride_zr=Z.stride(1),
-        R=R, HAS_COEFFICIENT=coefficient is not None, HAS_SQUARES=squares_needed,
+        R=R, PACKED=is_packed(Z), HAS_COEFFICIENT=coefficient is not None, HAS_SQUARES=squares_needed,
         DTYPE=TRITON_DTYPES[operand], PRECISION=precision, **config,
     )  # fmt: skip
     return products, squares
