@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .kernels.gemm import scaled_gemm
-from .kernels.launch import empty, stage
+from .kernels.launch import beside_last_launch, empty, stage
 from .kernels.low_rank import combine, project, reduce
 from .kernels.moments import Axis, add_norm_path, norm
 from .plan import Needs, Scales, projection_parts, scales_size, separate_product, split_scales, zero_stand_in
@@ -136,21 +136,22 @@ def _backward(
         dy_scaled, v = project(
             dy, lora_B.T, scales.row_scale, None, scaling=scaling, dropout_p=0.0, precision=precision
         )  # (3)
-    if needs.lora_B or needs_S:
-        dB_parts, S_parts = reduce(
-            dy, product if needs_S else None, u if needs.lora_B else None, None, dropout_p=0.0, precision=precision
-        )
-        dB = empty(lora_B.shape, torch.float32, device) if needs.lora_B else None
-        row_coefficient, dm_row = combine(
-            dB_parts, S_parts, scales.row_scale, scales.row_norm, magnitude_row, dB,
-            multiplier=1.0, eps=eps, stand_in=stand_in,
-        )  # (5), (6), (7)  # fmt: skip
     if needs.x or needs_D:
         apart = needs_D and separate_product(dtype, None)
         dx, dx_product = scaled_gemm(
             dy_scaled, weight.T, v, lora_A, scales.col_scale, None, seed,
             dropout_p=dropout_p, stand_in=stand_in, save_product=apart, precision=precision,
         )  # (4)  # fmt: skip
+    if needs.lora_B or needs_S:
+        with beside_last_launch():  # the product, which arithmetic bounds and not memory
+            dB_parts, S_parts = reduce(
+                dy, product if needs_S else None, u if needs.lora_B else None, None, dropout_p=0.0, precision=precision
+            )
+            dB = empty(lora_B.shape, torch.float32, device) if needs.lora_B else None
+            row_coefficient, dm_row = combine(
+                dB_parts, S_parts, scales.row_scale, scales.row_norm, magnitude_row, dB,
+                multiplier=1.0, eps=eps, stand_in=stand_in,
+            )  # (5), (6), (7)  # fmt: skip
     if needs.lora_A or needs_D:
         dA_parts, D_parts = reduce(
             x, dx_product if needs_D else None, v if needs.lora_A else None, seed,

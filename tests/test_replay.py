@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="needs triton")
 from bora_kernels.kernels import driver as cuda_driver
 from bora_kernels.kernels import launch as launching
 from bora_kernels.kernels import replay
-from bora_kernels.kernels.launch import empty, launch, stage
+from bora_kernels.kernels.launch import beside_last_launch, empty, launch, stage
 
 SIZES = {"i32": 4, "i64": 8, "fp32": 4}
 TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
@@ -73,6 +73,7 @@ class Driver:
     def __init__(self):
         self.kernels, self.launches, self.status, self.capturing = [], [], 0, False
         self.graphs, self.updates = [], 0
+        self.waits = []  # for each node the nodes that it waits for
 
     def cuLaunchKernel(self, function, *rest):  # noqa: N802
         *geometry, stream, pointers, extra = rest
@@ -91,7 +92,7 @@ class Driver:
 
     def cuGraphAddKernelNode_v2(self, node, graph, before, count, kernel):  # noqa: N802
         nodes = self.graphs[graph.value - 1]
-        assert count == min(1, len(nodes)) and (not count or before._obj.value == len(nodes))
+        self.waits.append([before[index] - 1 for index in range(count)])
         nodes.append(None)
         node._obj.value = len(nodes)
         return self.cuGraphExecKernelNodeSetParams_v2(graph, node._obj, kernel, made=True)
@@ -173,6 +174,7 @@ def test_replay_on_other_tensors(driver):
 def test_the_graph_takes_addresses_that_moved(driver):
     run, _ = chain(Kernel(driver))
     kept = [run(*vectors(), scale=2.0) for _ in range(5)]  # what is kept is not allocated again
+    assert driver.waits == [[], [0], [1]]
     assert len(driver.graphs) == 1 and driver.updates == 3  # of three kernels, in the replay after the graph's first
     a, b = vectors()
     for _ in range(20):
@@ -191,6 +193,30 @@ def test_captured_launches_are_single_kernels(driver):
         a, b = vectors()
         assert_chain(run(a, b, scale=2.0), a, b)
         assert not driver.capturing or driver.updates == updates
+
+
+def test_launches_beside_another(driver):
+    """They wait for what it waits for, what follows waits for both, and their scratch is apart."""
+    kernel = Kernel(driver)
+
+    @stage
+    def run(a, b):
+        first, beside, second, z = (empty((10,), torch.float32, a.device) for _ in range(4))
+        launch(kernel, (1,), (a, None, first), n=10, scale=2.0, ONE=1)
+        launch(kernel, (1,), (first, b, z), n=10, scale=1.0, ONE=1)
+        with beside_last_launch():
+            launch(kernel, (1,), (first, None, beside), n=10, scale=3.0, ONE=1)
+            launch(kernel, (1,), (beside, None, second), n=10, scale=5.0, ONE=1)
+        launch(kernel, (1,), (second, z, z), n=10, scale=1.0, ONE=1)
+        return (z,)
+
+    for _ in range(5):
+        a, b = vectors()
+        (z,) = run(a, b)
+        torch.testing.assert_close(z, 32 * a + b)
+    assert driver.waits == [[], [0], [0], [2], [1, 3]]
+    places = {values[2] for values in (values for _, values, _ in driver.graphs[0])} - {z.data_ptr()}
+    assert len(places) == 3  # none is used again while the others are
 
 
 def test_results_are_separate_memory(driver):

@@ -60,28 +60,24 @@ class _KernelNode(ctypes.Structure):
 
 
 class Graph:
-    """Kernels that run one after the other, handed to the device at once: one launch instead of many.
+    """Kernels handed to the device at once: one launch instead of many. Each waits for those that it names by number.
 
     The driver copies the parameters that ``pointers`` lead to when the graph is made and in ``update``.
     """
 
-    def __init__(self, launches: list[tuple[Geometry, ctypes.Array]]) -> None:
-        graph, self._executable, before = ctypes.c_void_p(), ctypes.c_void_p(), None
+    def __init__(self, launches: list[tuple[Geometry, ctypes.Array, list[int]]]) -> None:
+        graph, self._executable = ctypes.c_void_p(), ctypes.c_void_p()
         check(cuda().cuGraphCreate(ctypes.byref(graph), 0), "cuGraphCreate")
         self._nodes = []
-        for geometry, pointers in launches:
+        for geometry, pointers, before in launches:
             kernel = _KernelNode(*geometry, ctypes.cast(pointers, _POINTER), None, None, None)
             node = ctypes.c_void_p()
+            dependencies = (ctypes.c_void_p * len(before))(*(self._nodes[number][0].value for number in before))
             status = cuda().cuGraphAddKernelNode_v2(
-                ctypes.byref(node),
-                graph,
-                before and ctypes.byref(before),
-                int(before is not None),
-                ctypes.byref(kernel),
+                ctypes.byref(node), graph, dependencies, len(before), ctypes.byref(kernel)
             )
             check(status, "cuGraphAddKernelNode")
             self._nodes.append((node, ctypes.byref(kernel), kernel, pointers))
-            before = node
         status = cuda().cuGraphInstantiateWithFlags(ctypes.byref(self._executable), graph, 0)
         check(status, "cuGraphInstantiate")
         finalizer = weakref.finalize(self, _destroy, graph.value, self._executable.value)

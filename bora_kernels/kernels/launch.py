@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,12 +36,23 @@ except ImportError:
         return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
 
 
+class Launch(NamedTuple):
+    """A recorded launch."""
+
+    compiled: object  # the kernel
+    grid: tuple[int, int, int]
+    tensors: tuple  # its leading arguments
+    arguments: dict  # the others, by name
+    beside: int | None  # the number of the launch that it runs beside, if any
+
+
 class Recording:
     """What one run of a stage allocated and launched."""
 
     def __init__(self) -> None:
         self.allocated: list[Tensor] = []  # kept alive, so that no two share an address
-        self.launches: list[tuple] = []  # (compiled kernel, grid, tensors, arguments by name)
+        self.launches: list[Launch] = []
+        self.beside: int | None = None
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -59,7 +72,24 @@ def launch(kernel, grid: tuple[int, ...], tensors: tuple, **arguments) -> None:
     compiled = kernel[grid](*tensors, **arguments)
     recording = getattr(_thread, "recording", None)
     if recording is not None:
-        recording.launches.append((compiled, (*grid, 1, 1)[:3], tensors, arguments))
+        recording.launches.append(Launch(compiled, (*grid, 1, 1)[:3], tensors, arguments, recording.beside))
+
+
+@contextmanager
+def beside_last_launch() -> Iterator[None]:
+    """Launches in here read nothing that the last launch before writes: a graph runs them beside it, one by one.
+
+    What is launched afterwards waits for all of them. Replays without a graph run one launch after the other.
+    """
+    recording = getattr(_thread, "recording", None)
+    if recording is None or not recording.launches:
+        yield
+        return
+    recording.beside = len(recording.launches) - 1
+    try:
+        yield
+    finally:
+        recording.beside = None
 
 
 def stage(function: Callable[..., tuple]) -> Callable[..., tuple]:

@@ -17,7 +17,7 @@ from triton.runtime import driver as triton_driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import driver
-from .launch import Recording, allocate
+from .launch import Launch, Recording, allocate
 
 _ALIGNMENT = 256  # of scratch in the workspace
 _REPLAYS_BEFORE_GRAPH = 3  # a graph takes device memory, which a number of tokens met once does not deserve
@@ -39,7 +39,7 @@ class Plan:
         self.returned: list[int | None] = returned  # which result stands at each place of the returned tuple
         self.references: list[_Reference] = references  # the addresses at the head of ``host``
         self.maps: list[_TensorMap] = maps  # one for each descriptor that a kernel takes
-        self.launches: list[tuple] = launches  # (geometry, pointers to the parameters, compiled kernel)
+        self.launches: list[tuple] = launches  # (geometry, pointers to the parameters, numbers before, compiled kernel)
         self.host = host
         self.write_addresses = struct.Struct(f"<{len(references)}Q").pack_into
         self.workspace_bytes = workspace_bytes
@@ -62,20 +62,22 @@ class Plan:
             return None  # an address would not tell which of them a kernel read
 
         parameters = _Parameters()
-        lives: dict[int, list[int]] = {}  # scratch tensor -> its first and last launch
+        lives: dict[int, tuple[int, int]] = {}  # scratch tensor -> its first and last launch
         launches = []
-        for number, (compiled, grid, tensors, arguments) in enumerate(recording.launches):
+        order = _order(recording.launches)
+        for launch, (before, together) in zip(recording.launches, order, strict=True):
             located = []
-            for tensor in tensors:
+            for tensor in launch.tensors:
                 base = tensor.base if isinstance(tensor, TensorDescriptor) else tensor
                 place = None if base is None else _locate(base, owners)
                 located.append(place)
                 if place is not None and place[0] >= len(owners) - len(scratch):
-                    lives.setdefault(place[0], [number, number])[1] = number
-            pointers = parameters.of_launch(compiled, tensors, located, arguments)
+                    life = lives.get(place[0], together)
+                    lives[place[0]] = min(life[0], together[0]), max(life[1], together[1])
+            pointers = parameters.of_launch(launch.compiled, launch.tensors, located, launch.arguments)
             if pointers is None:
                 return None
-            launches.append((compiled, grid, pointers))
+            launches.append((launch.compiled, launch.grid, pointers, before))
 
         first_scratch = len(inputs) + len(made)
         offsets, workspace_bytes = _pack({i: (owners[i].nbytes, *lives[i]) for i in lives})
@@ -97,9 +99,10 @@ class Plan:
                 (
                     (compiled.function, *grid, 32 * compiled.metadata.num_warps, 1, 1, compiled.metadata.shared),
                     parameters.pointers(pointers),
+                    before,
                     compiled,  # kept alive: it owns the function
                 )
-                for compiled, grid, pointers in launches
+                for compiled, grid, pointers, before in launches
             ],
             host,
             workspace_bytes,
@@ -124,12 +127,12 @@ class Plan:
                 self.bases = bases
             self.replays += 1
             if self.replays < _REPLAYS_BEFORE_GRAPH or torch.cuda.is_current_stream_capturing():
-                for geometry, pointers, _ in self.launches:
+                for geometry, pointers, *_ in self.launches:
                     driver.check(driver.cuda().cuLaunchKernel(*geometry, stream, pointers, None), "cuLaunchKernel")
                 self.graph_is_current = self.graph_is_current and not moved
             else:
                 if self.graph is None:
-                    self.graph = driver.Graph([(geometry, pointers) for geometry, pointers, _ in self.launches])
+                    self.graph = driver.Graph([launch[:3] for launch in self.launches])
                 elif moved or not self.graph_is_current:
                     self.graph.update()
                 self.graph_is_current = True
@@ -261,6 +264,23 @@ class _TensorMap:
             driver.cuda().cuTensorMapEncodeTiled(location, *self.before, address, *self.after), "cuTensorMapEncodeTiled"
         )
         return block.raw[skipped : skipped + _MAP_BYTES]
+
+
+def _order(launches: list[Launch]) -> list[tuple[list[int], tuple[int, int]]]:
+    """For each launch the numbers of those it waits for, and the first and last that may run at the same time."""
+    order: list[tuple[list[int], tuple[int, int]]] = []
+    ends: list[int] = []  # what the next launch waits for
+    for number, launch in enumerate(launches):
+        if launch.beside is None:
+            before, ends, together = ends, [number], (number, number)
+        else:
+            opens = launches[number - 1].beside is None
+            before = order[launch.beside][0] if opens else [number - 1]
+            ends, together = [launch.beside, number], (launch.beside, number)
+            for other in range(launch.beside, number):
+                order[other] = order[other][0], together
+        order.append((before, together))
+    return order
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
