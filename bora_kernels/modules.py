@@ -159,22 +159,21 @@ class FusedBoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x·W'ᵀ + bias for x [..., in_features]; returns [..., out_features] in x's dtype."""
-        dtype = x.dtype
-        if self.compute_dtype is not None:
-            x = x.to(self.compute_dtype)
-        y = self._merged_linear(x) if self.merged else self._adapted_linear(x)
-        return y if self.compute_dtype is None else y.to(dtype)
+        if self.compute_dtype is None:
+            weight = self.merged_weight
+            return self._adapted_linear(x) if weight is None else nn.functional.linear(x, weight, self.bias)
+        wide = x.to(self.compute_dtype)
+        return (self._merged_quantized_linear(wide) if self.merged else self._adapted_linear(wide)).to(x.dtype)
 
-    def _merged_linear(self, x: Tensor) -> Tensor:
-        if isinstance(self.weight, Tensor):
-            return nn.functional.linear(x, self.merged_weight, self.bias)
+    def _merged_quantized_linear(self, x: Tensor) -> Tensor:
         weight = self.merged_weight if self.merged_quantized is None else self.merged_quantized.stored().dense(x.dtype)
         return nn.functional.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def _adapted_linear(self, x: Tensor) -> Tensor:
+        weight = self.weight
         return bora_linear(
             x,
-            self.weight if isinstance(self.weight, Tensor) else self.weight.stored(),
+            weight if isinstance(weight, Tensor) else weight.stored(),
             self.lora_A,
             self.lora_B,
             self.magnitude_row,
