@@ -183,10 +183,10 @@ def forward(
     u = _project(_dropped(x, keep, dropout_p), lora_A, scales.col_scale, scaling)  # (1)
     product = _wide_matmul(fold(x, scales.col_scale), weight.T)
     _add_split_matmul(product, u.to(x.dtype), lora_B.T)  # (2)
-    stand_in = zero_stand_in(x.dtype)
+    live = _live(scales.row_scale, zero_stand_in(x.dtype))
     apart = separate_product(x.dtype, bias)
-    kept = _scaled(product, scales.row_scale, stand_in).to(x.dtype, copy=True) if apart and save_product else None
-    y = _scale_(product, scales.row_scale, 0.0 if apart else stand_in)
+    kept = _times(product, live).to(x.dtype, copy=True) if apart and save_product else None
+    y = _times_(product, scales.row_scale if apart else live)
     if bias is not None:
         y += bias
     return y.to(x.dtype), kept, u
@@ -230,21 +230,22 @@ def backward(
             _add_split_matmul(inner, v.to(dy.dtype), lora_A)
         else:
             inner += _dropped(_split_matmul(v.to(dy.dtype), lora_A), keep, dropout_p)
+        live = _live(scales.col_scale, stand_in)
         if needs_D:
-            D = _scaled(_token_sums(inner, x), scales.col_scale, stand_in)  # (5)
-        dx = _scale_(inner, scales.col_scale, 0.0 if separate_product(dy.dtype, None) else stand_in).to(dy.dtype)  # (4)
+            D = _times(_token_sums(inner, x), live)  # (5)
+        dx = _times_(inner, scales.col_scale if separate_product(dy.dtype, None) else live).to(dy.dtype)  # (4)
     S = _token_sums(dy, product) if needs_S else None  # (5)
 
     dA = dB = None
     if needs.lora_B:
-        dB = _scaled((u.to(dy.dtype).T @ dy).to(acc), scales.row_scale, 0.0).T  # (6)
+        dB = _times((u.to(dy.dtype).T @ dy).to(acc), scales.row_scale).T  # (6)
     if needs.lora_A:
-        dA = _scaled((v.to(dy.dtype).T @ _dropped(x, keep, dropout_p)).to(acc), scales.col_scale, 0.0)  # (6)
+        dA = _times((v.to(dy.dtype).T @ _dropped(x, keep, dropout_p)).to(acc), scales.col_scale)  # (6)
 
     if needs.norm_paths(*members, norm_order, detach_norm):
         S, D, dA_norm, dB_norm = norm_paths(weight, lora_A, lora_B, scales, S, D, norm_order, scaling, eps)
         dA = dA + dA_norm if needs.lora_A else None
-        dB = dB + dB_norm if needs.lora_B else None
+        dB = dB_norm + dB if needs.lora_B else None
     dm_row = S / live_magnitude(magnitude_row, scales.row_norm, scales.row_scale, stand_in) if needs_S else None  # (7)
     dm_col = D / live_magnitude(magnitude_col, scales.col_norm, scales.col_scale, stand_in) if needs_D else None  # (7)
 
@@ -316,12 +317,10 @@ def _blocks(
 
     All blocks share one buffer, because fresh pages cost a CPU more than the passes.
     """
-    Q_t = scaling * Q.to(dtype).T
-    step = _block_rows(W)
+    Q_t, step = Q.to(dtype).T, _block_rows(W)
     buffer = torch.empty(min(step, W.shape[0]), W.shape[1], dtype=dtype, device=W.device)
     for W_rows, P_rows, *rows in zip(*(t.split(step) for t in (W, P.to(dtype), *others)), strict=True):
-        out = buffer[: W_rows.shape[0]]
-        yield torch.addmm(W_rows.to(dtype), P_rows, Q_t, out=out), *rows
+        yield torch.addmm(W_rows.to(dtype), P_rows, Q_t, alpha=scaling, out=buffer[: len(W_rows)]), *rows
 
 
 def _block_rows(matrix: Tensor) -> int:
@@ -343,14 +342,19 @@ def live_magnitude(magnitude: Tensor, norm: Tensor, scale: Tensor, stand_in: flo
     return torch.where(scale == 0, stand_in * norm, magnitude.to(norm.dtype))
 
 
-def _scaled(t: Tensor, scale: Tensor | None, stand_in: float) -> Tensor:
-    """t⊙scale over the last dimension, with ``stand_in`` where the scale is zero."""
-    return t if scale is None else t * torch.where(scale == 0, stand_in, scale)
+def _live(scale: Tensor | None, stand_in: float) -> Tensor | None:
+    """The scale with ``stand_in`` where it is zero."""
+    return None if scale is None else torch.where(scale == 0, stand_in, scale)
 
 
-def _scale_(t: Tensor, scale: Tensor | None, stand_in: float) -> Tensor:
-    """``_scaled`` in place."""
-    return t if scale is None else t.mul_(torch.where(scale == 0, stand_in, scale))
+def _times(t: Tensor, scale: Tensor | None) -> Tensor:
+    """t⊙scale over the last dimension."""
+    return t if scale is None else t * scale
+
+
+def _times_(t: Tensor, scale: Tensor | None) -> Tensor:
+    """``_times`` in place."""
+    return t if scale is None else t.mul_(scale)
 
 
 def _dropped(t: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
