@@ -86,16 +86,15 @@ def norms_and_scales(
     first_norm = torch.empty(V.shape[0], dtype=dtype, device=weight.device)
     second_squares = torch.zeros(V.shape[1], dtype=dtype, device=weight.device)
     if complete_first is not None:  # before the other axis can be scaled, which takes a second sweep
-        for rows, V_rows in _blocks(V, P, Q, scaling, dtype):
-            first_norm[rows] = V_rows.square_().sum(1)
+        for V_rows, norm in _blocks(V, P, Q, scaling, dtype, first_norm):
+            torch.sum(V_rows.square_(), 1, out=norm)
         first_norm = complete_first(first_norm).sqrt().clamp_min(eps)
     if complete_first is None or m_second is not None:
-        for rows, V_rows in _blocks(V, P, Q, scaling, dtype):
+        for V_rows, norm, m in _blocks(V, P, Q, scaling, dtype, first_norm, m_first):
             if complete_first is None:
-                first_norm[rows] = V_rows.square().sum(1).sqrt().clamp_min(eps)
+                torch.sum(V_rows.square(), 1, out=norm).sqrt_().clamp_min_(eps)
             if m_second is not None:
-                H = V_rows.mul_((m_first[rows] / first_norm[rows])[:, None])
-                second_squares += H.square_().sum(0)
+                second_squares += V_rows.mul_((m / norm)[:, None]).square_().sum(0)
     first_scale = m_first.to(dtype) / first_norm
     if m_second is None:
         return Scales(first_norm, first_scale)
@@ -129,12 +128,13 @@ def effective_weight(
         weight, lora_A, lora_B, magnitude_row, magnitude_col,
         scaling=scaling, norm_order=norm_order, eps=eps, complete=complete,
     )  # fmt: skip
-    merged = torch.empty_like(weight)
-    for rows, V in _blocks(weight, lora_B, lora_A.T, scaling, accumulation_dtype(weight.dtype)):
+    merged, dtype, start = torch.empty_like(weight), accumulation_dtype(weight.dtype), 0
+    for V, out in _blocks(weight, lora_B, lora_A.T, scaling, dtype, merged):
         if scales.row_scale is not None:
-            V.mul_(scales.row_scale[rows, None])
+            V.mul_(scales.row_scale[start : start + V.shape[0], None])
         V = V if scales.col_scale is None else V.mul_(scales.col_scale)
-        merged[rows] = round_weight(V, weight.dtype, (offset[0] + rows.start, offset[1]))
+        out.copy_(round_weight(V, weight.dtype, (offset[0] + start, offset[1])))
+        start += V.shape[0]
     return merged
 
 
@@ -173,10 +173,10 @@ def forward(
     u = _project(_dropped(x, keep, dropout_p), lora_A, scales.col_scale, scaling)  # (1)
     product = _wide_matmul(fold(x, scales.col_scale), weight.T)
     _add_split_matmul(product, u.to(x.dtype), lora_B.T)  # (2)
-    stand_in = zero_stand_in(x.dtype)
+    live = _live(scales.row_scale, zero_stand_in(x.dtype))
     apart = separate_product(x.dtype, bias)
-    kept = _scaled(product, scales.row_scale, stand_in).to(x.dtype, copy=True) if apart and save_product else None
-    y = _scale_(product, scales.row_scale, 0.0 if apart else stand_in)
+    kept = _times(product, live).to(x.dtype, copy=True) if apart and save_product else None
+    y = _times_(product, scales.row_scale if apart else live)
     if bias is not None:
         y += bias
     return y.to(x.dtype), kept, u, made
@@ -221,21 +221,22 @@ def backward(
             _add_split_matmul(inner, v.to(dy.dtype), lora_A)
         else:
             inner += _dropped(_split_matmul(v.to(dy.dtype), lora_A), keep, dropout_p)
+        live = _live(scales.col_scale, stand_in)
         if needs_D:
-            D = _scaled(_token_sums(inner, x), scales.col_scale, stand_in)  # (5)
-        dx = _scale_(inner, scales.col_scale, 0.0 if separate_product(dy.dtype, None) else stand_in).to(dy.dtype)  # (4)
+            D = _times(_token_sums(inner, x), live)  # (5)
+        dx = _times_(inner, scales.col_scale if separate_product(dy.dtype, None) else live).to(dy.dtype)  # (4)
     S = _token_sums(dy, product) if needs_S else None  # (5)
 
     dA = dB = None
     if needs.lora_B:
-        dB = _scaled((u.to(dy.dtype).T @ dy).to(acc), scales.row_scale, 0.0).T  # (6)
+        dB = _times((u.to(dy.dtype).T @ dy).to(acc), scales.row_scale).T  # (6)
     if needs.lora_A:
-        dA = _scaled((v.to(dy.dtype).T @ _dropped(x, keep, dropout_p)).to(acc), scales.col_scale, 0.0)  # (6)
+        dA = _times((v.to(dy.dtype).T @ _dropped(x, keep, dropout_p)).to(acc), scales.col_scale)  # (6)
 
     if needs.norm_paths(*members, norm_order, detach_norm):
         S, D, dA_norm, dB_norm = norm_paths(weight, lora_A, lora_B, scales, S, D, norm_order, scaling, eps)
         dA = dA + dA_norm if needs.lora_A else None
-        dB = dB + dB_norm if needs.lora_B else None
+        dB = dB_norm + dB if needs.lora_B else None
     dm_row = S / live_magnitude(magnitude_row, scales.row_norm, scales.row_scale, stand_in) if needs_S else None  # (7)
     dm_col = D / live_magnitude(magnitude_col, scales.col_norm, scales.col_scale, stand_in) if needs_D else None  # (7)
 
@@ -270,34 +271,26 @@ def norm_paths(
     W, P, Q = first_second(weight, lora_A, lora_B, rows_first)
     acc = first_norm.dtype
     P, Q = P.to(acc), Q.to(acc)
-    S_first, lam = S_first.clone(), torch.empty_like(S_first)
-    a2, R, second_factors = first_scale.square(), P.shape[1], Q
+    S_first, scale = S_first.clone(), first_scale[:, None]
     if S_second is not None:
         kappa = torch.where((second_norm > eps) & (second_scale != 0), -S_second / second_norm.square(), 0.0)
-        second_factors = torch.cat([Q, kappa[:, None] * Q], 1)
     if complete_first is not None:
         if S_second is not None:
-            for rows, V in _blocks(W, P, Q, scaling, acc):
-                S_first[rows] += a2[rows] * (V.square() @ kappa)  # (8)
+            for V, a, S_rows in _blocks(W, P, Q, scaling, acc, scale, S_first):
+                S_rows.addmv_(V.mul_(a).square_(), kappa)  # (8)
         S_first = complete_first(S_first)
-    live = (first_scale != 0).to(acc)  # a factor, so that NaN stays NaN
-    V_second = P.new_empty(P.shape[0], second_factors.shape[1])
-    first_V = P.new_zeros(second_factors.shape[1], Q.shape[0])
-    for rows, V in _blocks(W, P, Q, scaling, acc):
+    # With H = first_scale⊙V and μ = λ / first_scale² the two terms of (10) and (11) are one: dH = H⊙(κ + μ).
+    inverse = torch.where((first_norm > eps) & (first_scale != 0), 1 / (first_scale * first_norm), 0.0)
+    dP, dQ_t = torch.empty_like(P), P.new_zeros(P.shape[1], Q.shape[0])
+    for V, a, S_rows, i, P_rows, out in _blocks(W, P, Q, scaling, acc, scale, S_first, inverse, scale * P, dP):
+        H = V.mul_(a)
         if complete_first is None and S_second is not None:
-            S_first[rows] += a2[rows] * (V.square() @ kappa)  # (8)
-        lam_rows = -S_first[rows] * live[rows] / first_norm[rows].square()  # (9)
-        lam[rows] = torch.where(first_norm[rows] > eps, lam_rows, 0.0)
-        first_factors = lam[rows, None] * P[rows]
-        if S_second is not None:
-            first_factors = torch.cat([first_factors, a2[rows, None] * P[rows]], 1)
-        V_second[rows] = V @ second_factors
-        first_V += first_factors.T @ V
-    dP, dQ_t = lam[:, None] * V_second[:, :R], first_V[:R]
-    if S_second is not None:
-        dP += a2[:, None] * V_second[:, R:]
-        dQ_t += kappa * first_V[R:]
-    dP, dQ_t = scaling * dP, scaling * dQ_t  # (10), (11)
+            S_rows.addmv_(H.square(), kappa)  # (8)
+        mu = (-S_rows * i * i)[:, None]  # (9); a factor of 0 leaves NaN what it is
+        dH = H.mul_(mu if S_second is None else mu + kappa)
+        torch.mm(dH, Q, out=out)  # (10)
+        dQ_t.addmm_(P_rows.T, dH)  # (11)
+    dP, dQ_t = scaling * scale * dP, scaling * dQ_t
     if rows_first:
         return S_first, S_second, dQ_t, dP
     return S_second, S_first, dP.T, dQ_t.T
@@ -308,15 +301,17 @@ def first_second(weight: Tensor, lora_A: Tensor, lora_B: Tensor, rows_first: boo
     return (weight, lora_B, lora_A.T) if rows_first else (weight.T, lora_A.T, lora_B)
 
 
-def _blocks(W: Tensor, P: Tensor, Q: Tensor, scaling: float, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """V = W + s·P·Qᵀ in blocks of rows. All share one buffer, because fresh pages cost a CPU more than the passes."""
-    Q_t = scaling * Q.to(dtype).T
-    step = _block_rows(W)
+def _blocks(
+    W: Tensor, P: Tensor, Q: Tensor, scaling: float, dtype: torch.dtype, *others: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """V = W + s·P·Qᵀ in blocks of rows, each with these rows of the other tensors.
+
+    All blocks share one buffer, because fresh pages cost a CPU more than the passes.
+    """
+    Q_t, step = Q.to(dtype).T, _block_rows(W)
     buffer = torch.empty(min(step, W.shape[0]), W.shape[1], dtype=dtype, device=W.device)
-    for start in range(0, W.shape[0], step):
-        rows = slice(start, min(start + step, W.shape[0]))
-        out = buffer[: rows.stop - start]
-        yield rows, torch.addmm(W[rows].to(dtype), P[rows].to(dtype), Q_t, out=out)
+    for W_rows, P_rows, *rows in zip(*(t.split(step) for t in (W, P.to(dtype), *others)), strict=True):
+        yield torch.addmm(W_rows.to(dtype), P_rows, Q_t, alpha=scaling, out=buffer[: len(W_rows)]), *rows
 
 
 def _block_rows(matrix: Tensor) -> int:
@@ -338,14 +333,19 @@ def live_magnitude(magnitude: Tensor, norm: Tensor, scale: Tensor, stand_in: flo
     return torch.where(scale == 0, stand_in * norm, magnitude.to(norm.dtype))
 
 
-def _scaled(t: Tensor, scale: Tensor | None, stand_in: float) -> Tensor:
-    """t⊙scale over the last dimension, with ``stand_in`` where the scale is zero."""
-    return t if scale is None else t * torch.where(scale == 0, stand_in, scale)
+def _live(scale: Tensor | None, stand_in: float) -> Tensor | None:
+    """The scale with ``stand_in`` where it is zero."""
+    return None if scale is None else torch.where(scale == 0, stand_in, scale)
 
 
-def _scale_(t: Tensor, scale: Tensor | None, stand_in: float) -> Tensor:
-    """``_scaled`` in place."""
-    return t if scale is None else t.mul_(torch.where(scale == 0, stand_in, scale))
+def _times(t: Tensor, scale: Tensor | None) -> Tensor:
+    """t⊙scale over the last dimension."""
+    return t if scale is None else t * scale
+
+
+def _times_(t: Tensor, scale: Tensor | None) -> Tensor:
+    """``_times`` in place."""
+    return t if scale is None else t.mul_(scale)
 
 
 def _dropped(t: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:

@@ -34,7 +34,8 @@ def _implementation(backend: str) -> ModuleType:
 def _context(backend: str, tensor: Tensor) -> AbstractContextManager:
     """What a backend runs in: PyTorch operations without autocast, kernels on the tensor's device."""
     if backend == "torch":
-        return torch.autocast(tensor.device.type, enabled=False)
+        kind = tensor.device.type
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
     if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return _NOTHING
