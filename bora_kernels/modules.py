@@ -159,21 +159,22 @@ class FusedBoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x·W'ᵀ + bias for x [..., in_features]; returns [..., out_features] in x's dtype."""
-        if self.compute_dtype is None:
-            weight = self.merged_weight
-            return self._adapted_linear(x) if weight is None else nn.functional.linear(x, weight, self.bias)
-        wide = x.to(self.compute_dtype)
-        return (self._merged_quantized_linear(wide) if self.merged else self._adapted_linear(wide)).to(x.dtype)
+        if isinstance(weight := self.weight, Tensor):
+            merged = self.merged_weight
+            return self._adapted_linear(x, weight) if merged is None else nn.functional.linear(x, merged, self.bias)
+        dtype = self.compute_dtype
+        wide = x if dtype is None else x.to(dtype)
+        y = self._merged_quantized_linear(wide) if self.merged else self._adapted_linear(wide, weight.stored())
+        return y if dtype is None else y.to(x.dtype)
 
     def _merged_quantized_linear(self, x: Tensor) -> Tensor:
         weight = self.merged_weight if self.merged_quantized is None else self.merged_quantized.stored().dense(x.dtype)
         return nn.functional.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
-    def _adapted_linear(self, x: Tensor) -> Tensor:
-        weight = self.weight
+    def _adapted_linear(self, x: Tensor, weight: Tensor | quantized.Quantized) -> Tensor:
         return bora_linear(
             x,
-            weight if isinstance(weight, Tensor) else weight.stored(),
+            weight,
             self.lora_A,
             self.lora_B,
             self.magnitude_row,

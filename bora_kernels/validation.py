@@ -85,13 +85,13 @@ def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype
 
 def check_options(*, scaling: float, norm_order: str, dropout_p: float, eps: float) -> None:
     """Raise ValueError for an option outside its range."""
-    if not math.isfinite(scaling):
+    if not -math.inf < scaling < math.inf:  # comparisons, which the compiler traces for a scaling that varies
         raise ValueError(f"scaling must be finite, got {scaling}")
     if norm_order not in NORM_ORDERS:
         raise ValueError(f"norm_order must be one of {', '.join(NORM_ORDERS)}, got {norm_order!r}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if not (math.isfinite(eps) and eps > 0.0):
+    if not 0.0 < eps < math.inf:
         raise ValueError(f"eps must be positive and finite, got {eps}")
 
 

@@ -1,6 +1,7 @@
 """What only a GPU shows: large sizes, compiled kernels and replayed stages, graphs, streams, sanitizers."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -54,7 +55,13 @@ LARGE += [
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_large_layers(case):
-    check_layer("triton", case.inputs(DEVICE), case.upstream(DEVICE), norm_order=case.order)
+    """Right when recorded, and the same bits in replays by single launches and as a graph, at other addresses."""
+    inputs, dy = case.inputs(DEVICE), case.upstream(DEVICE)
+    first = check_layer("triton", inputs, dy, norm_order=case.order)
+    kept = []
+    for _ in range(5):
+        kept.append(triton_run(inputs, dy, norm_order=case.order))
+        assert_same_bits(kept[-1], first)
 
 
 @pytest.mark.parametrize("tf32", [False, True], ids=["ieee", "tf32"])
@@ -135,6 +142,19 @@ def test_relaunches_mind_what_changed(dtype):
             inputs = case.inputs(DEVICE)
             inputs |= {name: change(inputs[name]) for name, change in changes.items()}
             check_layer("triton", inputs, case.upstream(DEVICE), **options)
+
+
+def test_what_hooks_hand_back_may_lie_otherwise():
+    """save_on_cpu gives contiguous copies; a layer that met the same input without it must not take them for that."""
+    case = Case(64, 256, 192, 16, dtype=BF16)
+    inputs, dy = case.inputs(DEVICE), case.upstream(DEVICE)
+    inputs |= {name: inputs[name].T.contiguous().T for name in ("x", "weight", "lora_A", "lora_B")}
+    expected = triton_run(inputs, dy)
+    for hooks in (nullcontext(), torch.autograd.graph.save_on_cpu(), nullcontext(), torch.autograd.graph.save_on_cpu()):
+        with hooks:
+            results = triton_run(inputs, dy)
+        for name, value in results.items():
+            torch.testing.assert_close(value, expected[name], rtol=2e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

@@ -111,6 +111,19 @@ def test_compiled_is_eager_for_any_batch(backend, name, device):
     assert counter.frame_count <= 4  # two for each number of dimensions
 
 
+def test_compiled_layers_of_several_scalings(device):
+    """What differs between layers, or changes between calls, the compiler takes for a variable."""
+    torch.compiler.reset()
+    layers = torch.nn.Sequential(*(FusedBoraLinear(24, 24, r=2, alpha=alpha, device=device) for alpha in (1, 3, 5)))
+    compiled = torch.compile(layers, backend="aot_eager", fullgraph=True)
+    x = torch.randn(5, 24, device=device)
+    for scaling in (0.25, 0.5, 2.0):
+        for layer in layers:
+            layer.scaling *= scaling
+            torch.nn.init.normal_(layer.lora_B)
+        assert_bitwise(results_of(compiled, layers, x), results_of(layers, layers, x))
+
+
 @backends
 def test_compiled_dropout_is_eager(backend, device):
     require(backend, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 import threading
 from types import SimpleNamespace
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs triton")
+
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bora_kernels.kernels import driver as cuda_driver
 from bora_kernels.kernels import launch as launching
@@ -326,3 +329,39 @@ def test_threads_do_not_mix_addresses(driver):
 )
 def test_workspace(lives, offsets, size):
     assert replay._pack(lives) == (offsets, size)
+
+
+class MapEncoder:
+    """Stands in for the driver: an opaque map in which the address lies as it is, or otherwise."""
+
+    def __init__(self, encode):
+        self.encode = encode
+
+    def cuTensorMapEncodeTiled(self, location, dtype, rank, address, *rest):  # noqa: N802
+        assert location % 64 == 0 and address % 16 == 0
+        sizes = rest[0][0], rest[0][1]
+        ctypes.memmove(location, self.encode(address, sizes).ljust(128, b"."), 128)
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("encode", "place"),
+    [
+        (lambda address, sizes: struct.pack("<QII", address, *sizes), 0),
+        (lambda address, sizes: struct.pack("<IIQ", *sizes, address), 8),
+        (lambda address, sizes: struct.pack("<QII", address >> 4, *sizes), None),
+        (lambda address, sizes: struct.pack("<QQ", address, address ^ 5), None),
+    ],
+    ids=["first", "later", "shifted", "twice"],
+)
+def test_where_a_tensor_map_has_its_address(monkeypatch, encode, place):
+    monkeypatch.setattr(cuda_driver, "cuda", lambda: MapEncoder(encode))
+    base = torch.empty(4, 16, dtype=torch.bfloat16)
+    metadata = {"block_size": (2, 8), "swizzle": 3}
+    tensor_map = replay._TensorMap(TensorDescriptor.from_tensor(base, [2, 8]), (0, 0), metadata)
+    tensor_map.offset, host = 64, memoryview(bytearray(256))
+    assert tensor_map.encode(host) == (place is not None)
+    if place is not None:
+        assert tensor_map.offset == 64 + place
+        replay._WORD.pack_into(host, tensor_map.offset, 0x1230)
+        assert bytes(host[64:192]) == encode(0x1230, (16, 4)).ljust(128, b".")

@@ -42,7 +42,7 @@ def is_aligned(matrix: Tensor) -> bool:
 
 
 def is_packed(factor: Tensor) -> bool:
-    """Whether a factor [.., R] is stored in rows of R: a stride, and so an alignment, that kernels know as constants."""
+    """Whether a factor [.., R] is stored in rows of R: a stride that kernels know as a constant, with its alignment."""
     return factor.stride() == (factor.shape[1], 1)
 
 
