@@ -70,30 +70,34 @@ class BoraLinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor):
-        dx = dA = dB = dm_row = dm_col = d_bias = None
-        call, needs = ctx.call, ctx.needs
-        if any(needs):
-            x, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, dropout, *stored = ctx.saved_tensors
-            flat_dy, weight = _flat(dy), stored[0]
-            prepared = validation.prepare_backward(ctx.prepared, flat_dy)
-            if call.layout is not None:
-                weight = quantized.dense(call.layout, tuple(stored), dy.dtype, call.backend, "backward")
-            gradients = ops.backward(
-                flat_dy, _flat(x), weight, lora_A, lora_B, magnitude_row, magnitude_col,
-                scales, _flat(product), u, dropout, *call[:5], list(needs), call.backend, prepared=prepared,
-            )  # fmt: skip
-            # an operator's absent gradient is an empty tensor
-            dx, dA, dB, dm_row, dm_col = (
-                gradient if need else None for gradient, need in zip(gradients, needs, strict=True)
-            )
-            if dx is not None and dy.ndim != 2:
-                dx = dx.view(*dy.shape[:-1], weight.shape[1])
-        if ctx.needs_input_grad[6]:
-            d_bias = _flat(dy).sum(0)
-        others = len(ctx.needs_input_grad) - 7
-        return dx, None, dA, dB, dm_row, dm_col, d_bias, *[None] * others
+        # grad mode is on for create_graph=True alone, and only then is there a second derivative to refuse
+        return (once_differentiable(_backward) if torch.is_grad_enabled() else _backward)(ctx, dy)
+
+
+def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    dx = dA = dB = dm_row = dm_col = d_bias = None
+    call, needs = ctx.call, ctx.needs
+    if any(needs):
+        x, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, dropout, *stored = ctx.saved_tensors
+        flat_dy, weight = _flat(dy), stored[0]
+        prepared = validation.prepare_backward(ctx.prepared, flat_dy)
+        if call.layout is not None:
+            weight = quantized.dense(call.layout, tuple(stored), dy.dtype, call.backend, "backward")
+        gradients = ops.backward(
+            flat_dy, _flat(x), weight, lora_A, lora_B, magnitude_row, magnitude_col,
+            scales, _flat(product), u, dropout, *call[:5], list(needs), call.backend, prepared=prepared,
+        )  # fmt: skip
+        # an operator's absent gradient is an empty tensor
+        dx, dA, dB, dm_row, dm_col = (
+            gradient if need else None for gradient, need in zip(gradients, needs, strict=True)
+        )
+        if dx is not None and dy.ndim != 2:
+            dx = dx.view(*dy.shape[:-1], weight.shape[1])
+    if ctx.needs_input_grad[6]:
+        d_bias = _flat(dy).sum(0)
+    others = len(ctx.needs_input_grad) - 7
+    return dx, None, dA, dB, dm_row, dm_col, d_bias, *[None] * others
 
 
 def _forward(
