@@ -82,8 +82,9 @@ class BoraLayer:
                 magnitudes[adapter_name].to(self.base_layer.weight.dtype)
 
     def _magnitudes(self, adapter_name: str) -> tuple[Tensor, Tensor | None]:
-        col = self.lora_magnitude_col
-        return self.lora_magnitude_row[adapter_name].weight, col[adapter_name].weight if adapter_name in col else None
+        modules = self._modules  # a module's attributes are slow to look up
+        row, col = modules["lora_magnitude_row"][adapter_name], modules["lora_magnitude_col"]
+        return row.weight, col[adapter_name].weight if adapter_name in col else None
 
     def _options(self, adapter_name: str) -> dict:
         return {
@@ -93,7 +94,7 @@ class BoraLayer:
         }
 
     def _dropout(self, adapter_name: str) -> dict:
-        dropout = self.lora_dropout[adapter_name]
+        dropout = self._modules["lora_dropout"][adapter_name]
         return {"dropout_p": dropout.p if isinstance(dropout, nn.Dropout) else 0.0, "training": dropout.training}
 
     def _base_weight(self) -> Tensor:
@@ -115,13 +116,14 @@ class BoraLayer:
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The active adapter's layer, or the base layer where there is none, where it is disabled or merged."""
-        if kwargs.pop("adapter_names", None) is not None:
+        if kwargs and kwargs.pop("adapter_names", None) is not None:
             raise ValueError("adapter_names must be None: BoRA cannot mix adapters in a batch")
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if not (self.disable_adapters or self.merged):
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+        elif not self.merged:
             for name in self.active_adapters:  # at most one, see ``set_adapter``
-                if name in self.lora_magnitude_row:
+                if name in self._modules["lora_magnitude_row"]:
                     return self._adapted(x, name)
         return self.base_layer(x, *args, **kwargs)
 
@@ -209,12 +211,14 @@ class BoraLinear(BoraLayer, lora.Linear):
         return matrix[..., 0].T.contiguous() if self.fan_in_fan_out else matrix[..., 0].contiguous()
 
     def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
-        base = self.base_layer
+        modules = self._modules
+        base = modules["base_layer"]
+        weight = base.weight
         return bora_linear(
             x,
-            base.weight.T if self.fan_in_fan_out else base.weight,
-            self.lora_A[adapter_name].weight,
-            self.lora_B[adapter_name].weight,
+            weight.T if self.fan_in_fan_out else weight,
+            modules["lora_A"][adapter_name].weight,
+            modules["lora_B"][adapter_name].weight,
             *self._magnitudes(adapter_name),
             base.bias,
             **self._options(adapter_name),
