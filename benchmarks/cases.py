@@ -54,19 +54,19 @@ class Case:
         return (self.level, self.shape, self.batch, self.length, self.rank, self.dtype, self.base)
 
 
-# (N x K, tokens, rank, modes); the first is the one of --quick
-_ALL, _STEP = MODES, ("step",)
+# (N x K, tokens, rank, modes); the first is the one of --quick; --full takes all modes of each
+_STEP, _STEP_AND_INFERENCE = ("step",), ("step", "inference")
 _CUDA_LAYERS = [
-    ("4096x4096", 8192, 16, _ALL),
-    ("14336x4096", 8192, 16, _ALL),
+    ("4096x4096", 8192, 16, _STEP_AND_INFERENCE),
+    ("14336x4096", 8192, 16, _STEP),
     ("4096x14336", 8192, 16, _STEP),
-    ("4096x4096", 2048, 16, _ALL),
+    ("4096x4096", 2048, 16, _STEP_AND_INFERENCE),
     ("1024x4096", 8192, 16, _STEP),
     *(("4096x4096", 8192, rank, _STEP) for rank in (8, 64, 256)),
 ]
 _CUDA_POINTS = [("4096x4096", 512), ("4096x4096", 32768), ("2048x2048", 8192), ("8192x8192", 8192)]
 _CPU_LAYERS = [
-    ("1024x1024", 512, 16, _ALL),
+    ("1024x1024", 512, 16, MODES),
     ("2816x1024", 512, 16, _STEP),
     ("1024x2816", 512, 16, _STEP),
     ("1024x1024", 128, 16, _STEP),
@@ -74,6 +74,14 @@ _CPU_LAYERS = [
 ]
 _CPU_POINTS = [("1024x1024", 1024), ("512x512", 512), ("1536x1536", 512)]
 _MODELS = {"cuda": ("llama3-8b", [(4, 2048), (1, 1024)]), "cpu": ("tiny", [(2, 128)])}
+# (mode, checkpointing, base, the batches of a run without --full)
+_MODEL_RUNS = [
+    ("step", False, "dense", slice(None)),
+    ("step", True, "dense", slice(1)),
+    ("inference", False, "dense", slice(0)),
+    ("step", False, "nf4", slice(-1, None)),
+    ("step", True, "nf4", slice(0)),
+]
 
 
 def layer_cases(
@@ -85,17 +93,18 @@ def layer_cases(
     dtypes: list[str] | None = None,
     modes: list[str] | None = None,
     quick: bool = False,
+    full: bool = False,
 ) -> list[Case]:
     """The layer's cases for "cuda" or "cpu".
 
-    Any of shapes, tokens and ranks replaces the list of the device by their product.
+    Any of shapes, tokens and ranks replaces the list of the device by their product, modes those of each layer.
     """
     layers, points = (_CUDA_LAYERS, _CUDA_POINTS) if device == "cuda" else (_CPU_LAYERS, _CPU_POINTS)
     dtypes = dtypes or ["bf16" if device == "cuda" else "fp32"]
     shape, length, rank, _ = layers[0]
     if shapes or tokens or ranks:
         rows = itertools.product(shapes or [shape], tokens or [length], ranks or [rank])
-        chosen = [(*row, modes or _ALL, False) for row in rows]
+        chosen = [(*row, MODES, False) for row in rows]
     else:
         chosen = [(*layer, False) for layer in (layers[:1] if quick else layers)]
         chosen += [] if quick else [(*point, rank, _STEP, True) for point in points]
@@ -103,8 +112,8 @@ def layer_cases(
         Case("layer", mode, shape, 1, length, rank, dtype, main_only=main_only)
         for dtype in dtypes
         for shape, length, rank, row_modes, main_only in chosen
-        for mode in row_modes
-        if mode in (modes or _ALL)
+        for mode in MODES
+        if mode in (modes or (MODES if full and not main_only else row_modes))
     ]
 
 
@@ -115,20 +124,21 @@ def model_cases(
     dtypes: list[str] | None = None,
     modes: list[str] | None = None,
     quick: bool = False,
+    full: bool = False,
 ) -> list[Case]:
-    """The model's cases: every batch with a training step with and without checkpointing, and inference.
+    """The model's cases: training steps, some checkpointed; ``full`` has every batch in every way, and inference.
 
-    Over the 4-bit base training only: in eval mode on a CPU bitsandbytes stores the weights anew, with a loss.
+    Modes that are asked for are had in full. Over the 4-bit base training only: in eval mode on a CPU bitsandbytes
+    stores the weights anew, with a loss.
     """
     shape, batches = _MODELS["cuda" if device == "cuda" else "cpu"]
     dtypes = dtypes or ["bf16" if device == "cuda" else "fp32"]
-    runs = [("step", False, "dense"), ("step", True, "dense"), ("inference", False, "dense")]
-    runs += [("step", False, "nf4"), ("step", True, "nf4")]
+    batches = batches[-1:] if quick else batches
     return [
         Case("model", mode, shape, batch, length, rank, dtype, checkpointing, base)
         for dtype in dtypes
         for rank in ranks or [16]
-        for batch, length in (batches[-1:] if quick else batches)
-        for mode, checkpointing, base in runs
-        if mode in (modes or MODES)
+        for batch, length in batches
+        for mode, checkpointing, base, default in _MODEL_RUNS
+        if mode in (modes or MODES) and (full or modes or (batch, length) in batches[default])
     ]

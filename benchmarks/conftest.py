@@ -55,12 +55,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="patterns of names of cases, to split a run: 'step-*-nf4*,step-llama3-8b-4x2048-*' (default: *)",
     )
     what.addoption("--quick", action="store_true", help="one shape, one model batch, and fewer rounds")
+    what.addoption(
+        "--full", action="store_true", help="more modes of each layer and model: about twice the measurements"
+    )
     how = parser.getgroup("bora benchmarks: how and where")
     how.addoption("--device", help="cuda or cpu (default: cuda where there is one)")
     how.addoption(
         "--budget",
         type=float,
-        help="seconds of timed rounds for each measurement (default: 0.3; 0.1 with --quick)",
+        help="seconds of timed rounds for each measurement (default: 0.15; 0.1 with --quick)",
     )
     how.addoption("--results", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON file")
     how.addoption("--commit", help="the commit that is measured (default: what git says)")
@@ -73,7 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput") or getattr(option, "numprocesses", None):
         raise pytest.UsageError("benchmarks run one after another: leave out -n")
     device = torch.device(option.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    budget = option.budget or (0.1 if option.quick else 0.3)
+    budget = option.budget or (0.1 if option.quick else 0.15)
     least_rounds = 3 if option.quick else 10 if device.type == "cuda" else 5
     config.stash[_HARNESS] = Harness(device, budget, least_rounds, option.commit, option.results)
 
@@ -89,7 +92,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
     option, device = metafunc.config.option, metafunc.config.stash[_HARNESS].device
-    chosen = {"ranks": option.ranks, "dtypes": option.dtypes, "modes": option.modes, "quick": option.quick}
+    chosen = {name: getattr(option, name) for name in ("ranks", "dtypes", "modes", "quick", "full")}
     if metafunc.module.LEVEL == "layer":
         cases = layer_cases(device.type, shapes=option.shapes, tokens=option.tokens, **chosen)
     else:

@@ -242,6 +242,6 @@ def test_missing_library_is_skipped() -> None:
 
 def test_patterns_of_cases() -> None:
     names = "step-llama3-8b-4x2048-r16-bf16-nf4-checkpointed", "inference-llama3-8b-1x1024-r16-bf16"
-    case = {str(case): case for case in model_cases("cuda")}
+    case = {str(case): case for case in model_cases("cuda", full=True)}
     for patterns, expected in ((None, (True, True)), ("*-nf4*,x", (True, False)), ("*-bf16", (False, True))):
         assert tuple(case[name].matches(patterns) for name in names) == expected
