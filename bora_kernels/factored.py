@@ -279,15 +279,19 @@ def norm_paths(
             for V, a, S_rows in _blocks(W, P, Q, scaling, acc, scale, S_first):
                 S_rows.addmv_(V.mul_(a).square_(), kappa)  # (8)
         S_first = complete_first(S_first)
-    # With H = first_scale⊙V and μ = λ / first_scale² the two terms of (10) and (11) are one: dH = H⊙(κ + μ).
-    inverse = torch.where((first_norm > eps) & (first_scale != 0), 1 / (first_scale * first_norm), 0.0)
+    # V = first_norm⊙U and H = first_scale⊙V = m⊙U make the two terms of (10) and (11) one: dH = U⊙(m⊗κ − S'_first / m).
+    m = first_scale * first_norm
+    divisor = torch.where((first_norm > eps) & (m != 0), m, torch.inf)  # (9) is 0 there, but for NaN
     dP, dQ_t = torch.empty_like(P), P.new_zeros(P.shape[1], Q.shape[0])
-    for V, a, S_rows, i, P_rows, out in _blocks(W, P, Q, scaling, acc, scale, S_first, inverse, scale * P, dP):
-        H = V.mul_(a)
+    vectors = (1 / first_norm[:, None], m[:, None], S_first, divisor)
+    for V, inverse, m_rows, S_rows, divisor_rows, P_rows, out in _blocks(
+        W, P, Q, scaling, acc, *vectors, scale * P, dP
+    ):
+        U = V.mul_(inverse)
         if complete_first is None and S_second is not None:
-            S_rows.addmv_(H.square(), kappa)  # (8)
-        mu = (-S_rows * i * i)[:, None]  # (9); a factor of 0 leaves NaN what it is
-        dH = H.mul_(mu if S_second is None else mu + kappa)
+            S_rows.addmv_((m_rows * U).square_(), kappa)  # (8)
+        minus_dm = -(S_rows / divisor_rows)[:, None]  # (9)
+        dH = U.mul_(minus_dm if S_second is None else torch.addcmul(minus_dm, m_rows, kappa))
         torch.mm(dH, Q, out=out)  # (10)
         dQ_t.addmm_(P_rows.T, dH)  # (11)
     dP, dQ_t = scaling * scale * dP, scaling * dQ_t

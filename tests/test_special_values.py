@@ -55,6 +55,18 @@ def test_zero_magnitudes(backend, order, detach_norm, dtype, device):
 
 @backends
 @orders
+@pytest.mark.parametrize("member", ["bora", "dora"])
+@pytest.mark.parametrize("rows, size", [(slice(3, 5), 1e-38), (slice(None), 1e-30)], ids=["some", "all"])
+def test_tiny_magnitudes(backend, member, order, rows, size, device):
+    """What a magnitude's gradient is of the magnitude itself, float32 cannot hold here."""
+    case = Case(**SMALL, member=member)
+    inputs = case.inputs(device)
+    inputs["magnitude_row"][rows] = size
+    check_layer(backend, inputs, case.upstream(device), norm_order=order)
+
+
+@backends
+@orders
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=NAMES.get)
 @pytest.mark.parametrize("zeroed", [("row",), ("col",), ("row", "col")], ids="-".join)
 def test_all_magnitudes_of_a_kind_zero(backend, order, dtype, zeroed, device):
