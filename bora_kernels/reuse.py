@@ -78,7 +78,8 @@ def find(
     if not keep:
         entries.pop(lora_B, None)
     if entry is not None and entry[0] == fingerprint and (entry[1] or not products):
-        return entry[2], None
+        if not entry[2].is_inference() or torch.is_inference_mode_enabled():  # autograd saves no inference tensor
+            return entry[2], None
     return None, (lambda flat: entries.update({lora_B: (fingerprint, products, flat)})) if keep else None
 
 

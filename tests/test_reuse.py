@@ -165,3 +165,19 @@ def test_inference_tensors(device, computed):
         with reuse_scales():
             assert torch.equal(layer(x), layer(x))
     assert len(computed) == 2  # they have no version to compare
+
+
+def test_training_after_inference_mode_in_a_scope(device, computed):
+    """Scales that were made in inference mode serve inference; autograd cannot save them."""
+    layer, x = make(device, detach_norm=True)
+    expected = gradients(layer, x)
+    with reuse_scales():
+        for _ in range(2):
+            with torch.inference_mode():
+                assert torch.equal(layer(x), expected[0])
+        assert len(computed) == 2
+        for _ in range(2):
+            assert_same(gradients(layer, x), expected)
+        with torch.inference_mode():
+            layer(x)
+    assert len(computed) == 3
