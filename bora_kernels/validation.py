@@ -216,7 +216,7 @@ def prepare(x: Tensor, tensors: tuple[Tensor | None, ...], backend: str | None) 
 
 def prepare_backward(prepared: Prepared | None, dy: Tensor) -> tuple | None:
     """What stands for the tensors of a backward, if what its forward saved is as it was: they, and the layout of dy."""
-    if prepared is None or type(dy) is not Tensor:
+    if prepared is None or type(dy) is not Tensor or torch.compiler.is_compiling():
         return None
     return prepared, dy.shape, dy.stride(), dy.dtype, dy.data_ptr() & 15
 

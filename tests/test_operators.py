@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 import torch._dynamo.testing
 from cases import TRAINED, Case, backends, check_layer, orders, require, run, variants
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -137,6 +138,20 @@ def test_compiled_dropout_is_eager(backend, device):
         results.append(results_of(call, module, x))
     assert_bitwise(*results)
     assert not torch.equal(results[0][0], results_of(module.eval(), module, x)[0])
+
+
+@backends
+@pytest.mark.parametrize("compiled_forward", [False, True], ids=["eager", "compiled"])
+def test_compiled_autograd(backend, compiled_forward, device):
+    """The compiler sees a backward as one operator, also that of an eager forward."""
+    require(backend, torch.float32)
+    torch.compiler.reset()
+    module = make_module(backend, device)
+    compile_whole = torch.compile(backend="aot_eager", fullgraph=True)
+    call, x = compile_whole(module) if compiled_forward else module, torch.randn(2, 5, 24, device=device)
+    expected = results_of(call, module, x)
+    with torch._dynamo.compiled_autograd._enable(compile_whole):
+        assert_bitwise(results_of(call, module, x), expected)
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="inductor needs a C compiler")
