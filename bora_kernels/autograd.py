@@ -81,11 +81,12 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     if any(needs):
         x, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, dropout, *stored = ctx.saved_tensors
         flat_dy, weight = _flat(dy), stored[0]
-        prepared = validation.prepare_backward(ctx.prepared, flat_dy)
+        adapter = (lora_A, lora_B, magnitude_row, magnitude_col)
+        prepared = validation.prepare_backward(ctx.prepared, flat_dy, (*adapter, *stored))
         if call.layout is not None:
             weight = quantized.dense(call.layout, tuple(stored), dy.dtype, call.backend, "backward")
         gradients = ops.backward(
-            flat_dy, _flat(x), weight, lora_A, lora_B, magnitude_row, magnitude_col,
+            flat_dy, _flat(x), weight, *adapter,
             scales, _flat(product), u, dropout, *call[:5], list(needs), call.backend, prepared=prepared,
         )  # fmt: skip
         # an operator's absent gradient is an empty tensor

@@ -181,8 +181,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 class Prepared:
     """A call whose arguments were checked: its backend, and an identity for all that its kernels' plans depend on."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, places: list) -> None:
         self.backend = backend
+        self.places = places  # of the factors, the magnitudes and what the weight is stored as
 
 
 _prepared: dict[tuple, Prepared] = {}
@@ -210,15 +211,27 @@ def prepare(x: Tensor, tensors: tuple[Tensor | None, ...], backend: str | None) 
         return x, chosen, None
     if len(_prepared) >= _MOST_PREPARED:
         _prepared.clear()
-    known = _prepared[signature] = Prepared(chosen)
+    weight, *adapter, _ = tensors
+    stored = weight.parts if type(weight) is Quantized else (weight,)
+    known = _prepared[signature] = Prepared(chosen, _places((*adapter, *stored)))
     return x, chosen, known
 
 
-def prepare_backward(prepared: Prepared | None, dy: Tensor) -> tuple | None:
-    """What stands for the tensors of a backward, if what its forward saved is as it was: they, and the layout of dy."""
+def prepare_backward(prepared: Prepared | None, dy: Tensor, stored: tuple[Tensor | None, ...]) -> tuple | None:
+    """What stands for the tensors of a backward: its forward's, which are as they were, and the layout of dy.
+
+    None where parameters are not: ``.data`` may have been given other memory since. ``stored`` are those parameters.
+    """
     if prepared is None or type(dy) is not Tensor or torch.compiler.is_compiling():
         return None
+    if _places(stored) != prepared.places:
+        return None
     return prepared, dy.shape, dy.stride(), dy.dtype, dy.data_ptr() & 15
+
+
+def _places(tensors: tuple[Tensor | None, ...]) -> list:
+    """How tensors lie in memory: what other ``.data`` of the same shape may change."""
+    return [None if t is None else (t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors]
 
 
 def _layout(tensor: Tensor | Quantized) -> tuple:
