@@ -222,6 +222,28 @@ def test_launches_beside_another(driver):
     assert len(places) == 3  # none is used again while the others are
 
 
+def test_launches_beside_one_that_is_itself_beside_another_wait_for_both(driver):
+    kernel = Kernel(driver)
+
+    @stage
+    def run(a):
+        y, z = (empty((10,), torch.float32, a.device) for _ in range(2))
+        launch(kernel, (1,), (a, None, y), n=10, scale=2.0, ONE=1)
+        for factor in (3.0, 5.0):
+            with beside_last_launch():
+                launch(kernel, (1,), (a, None, z), n=10, scale=factor, ONE=1)
+        launch(kernel, (1,), (y, z, z), n=10, scale=1.0, ONE=1)
+        return (z,)
+
+    for _ in range(4):
+        (a,) = vectors(count=1)
+        torch.testing.assert_close(run(a)[0], 7 * a)
+    waits = []
+    for before in driver.waits:
+        waits.append(set(before).union(*(waits[number] for number in before)))
+    assert waits[3] == {0, 1, 2}
+
+
 def test_results_are_separate_memory(driver):
     run, _ = chain(Kernel(driver))
     first, second, third = (run(*vectors(), scale=2.0) for _ in range(3))

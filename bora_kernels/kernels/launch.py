@@ -82,8 +82,8 @@ def beside_last_launch() -> Iterator[None]:
     What is launched afterwards waits for all of them. Replays without a graph run one launch after the other.
     """
     recording = getattr(_thread, "recording", None)
-    if recording is None or not recording.launches:
-        yield
+    if recording is None or not recording.launches or recording.launches[-1].beside is not None:
+        yield  # there are two branches at most
         return
     recording.beside = len(recording.launches) - 1
     try:
