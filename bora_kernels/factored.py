@@ -289,9 +289,9 @@ def norm_paths(
     ):
         U = V.mul_(inverse)
         if complete_first is None and S_second is not None:
-            S_rows.addmv_((m_rows * U).square_(), kappa)  # (8)
+            S_rows.addcmul_(U.square() @ kappa, m_rows[:, 0].square())  # (8)
         minus_dm = -(S_rows / divisor_rows)[:, None]  # (9)
-        dH = U.mul_(minus_dm if S_second is None else torch.addcmul(minus_dm, m_rows, kappa))
+        dH = U.mul_(minus_dm if S_second is None else (m_rows * kappa).add_(minus_dm))
         torch.mm(dH, Q, out=out)  # (10)
         dQ_t.addmm_(P_rows.T, dH)  # (11)
     dP, dQ_t = scaling * scale * dP, scaling * dQ_t
