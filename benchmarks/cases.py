@@ -113,7 +113,7 @@ def layer_cases(
         for dtype in dtypes
         for shape, length, rank, row_modes, main_only in chosen
         for mode in MODES
-        if mode in (modes or (MODES if full and not main_only else row_modes))
+        if mode in (modes or MODES) and (mode in row_modes or ((full or modes) and not main_only))
     ]
 
 

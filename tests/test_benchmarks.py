@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import report
-from benchmarks.cases import Case, model_cases
+from benchmarks.cases import MODES, Case, layer_cases, model_cases
 from benchmarks.harness import Harness
 from benchmarks.models import Workload
 from benchmarks.providers import PROVIDERS, DenseLinear, Formula, Provider, dense, install
@@ -135,7 +135,7 @@ def test_quick_run(tmp_path: Path) -> None:
     providers = ["frozen", "fused-bora", "fused-bora-reused"]
     command = [sys.executable, "-m", "pytest", "benchmarks", "--quick", "--device", "cpu", "-p", "no:cacheprovider"]
     command += ["--shapes", "48x64", "--tokens", "16", "--providers", ",".join(providers), "--results", str(tmp_path)]
-    command += ["--cases", "*-fp32"]
+    command += ["--full", "--cases", "*-fp32"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON", "PYTEST"))}
     environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
@@ -238,6 +238,17 @@ def test_missing_library_is_skipped() -> None:
     with pytest.raises(pytest.skip.Exception):
         harness.measure(case, provider, _NoBenchmark())
     assert [(r["status"], r["reason"]) for r in harness.records] == [("skipped", "no_such_library is not installed")]
+
+
+def test_what_is_measured_unless_asked_for_more() -> None:
+    """Without --full the cases of the goals; modes that are asked for are had at every layer and batch."""
+    layers = {(case.shape, case.length, case.rank, case.mode) for case in layer_cases("cuda") if not case.main_only}
+    assert {row[:3] for row in layers if row[3] == "step"} == {row[:3] for row in layers} and len(layers) == 10
+    models = [str(case).removeprefix("step-llama3-8b-") for case in model_cases("cuda")]
+    assert models == ["4x2048-r16-bf16", "4x2048-r16-bf16-checkpointed", "1x1024-r16-bf16", "1x1024-r16-bf16-nf4"]
+    for cases in (layer_cases, model_cases):
+        by_mode = [case for mode in MODES for case in cases("cuda", modes=[mode])]
+        assert set(cases("cuda")) < set(cases("cuda", full=True)) == set(by_mode)
 
 
 def test_patterns_of_cases() -> None:
