@@ -96,7 +96,7 @@ def stage(function: Callable[..., tuple]) -> Callable[..., tuple]:
     """Decorate ``function(*tensors, **options)``; a tensor may be None, options are hashable.
 
     It returns a tuple of tensors that it allocated, or None in their place. A caller that knows the layout of all
-    tensors passes ``prepared``, which stands for it, and saves looking at them; it may leave open whether one is given.
+    tensors passes ``prepared``, which stands for it, and saves looking at them; one of the tensors may be given or not.
     """
     plans: dict[tuple, object] = {}
 
