@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import factored, quantized, reuse, validation
+from . import adapted_weight, quantized, reuse, validation
 from .autograd import bora_linear
 from .plan import EPS
 
@@ -201,7 +201,7 @@ class FusedBoraLinear(nn.Module):
         DTensor, sharded as the weight is, where the layer is tensor parallel. Raises TypeError for parameters that are
         sharded otherwise: call this where they are whole, as under FSDP's ``unshard()``.
         """
-        compute = factored.effective_weight
+        compute = adapted_weight.effective_weight
         if hasattr(self.weight, "device_mesh"):
             from .distributed.sharded import effective_weight_sharded as compute
         merged = compute(
@@ -274,7 +274,7 @@ class FusedBoraLinear(nn.Module):
 def _norms(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Row and column norms, reduced over the shards of a DTensor."""
     if not hasattr(weight, "placements"):
-        return factored.norms(weight)
+        return adapted_weight.norms(weight)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     squares = weight.detach().to(dtype).square()
     return squares.sum(1).sqrt(), squares.sum(0).sqrt()

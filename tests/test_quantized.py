@@ -23,7 +23,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from bora_kernels import FusedBoraLinear, FusedDoraLinear, autograd, bora_linear, factored, quantized, reuse_scales
+from bora_kernels import (
+    FusedBoraLinear,
+    FusedDoraLinear,
+    adapted_weight,
+    autograd,
+    bora_linear,
+    quantized,
+    reuse_scales,
+)
 
 four_bit = pytest.mark.parametrize("kind", FOUR_BIT)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=NAMES.get)
@@ -78,7 +86,7 @@ def test_wide_intermediates_are_made_in_blocks(kind, device, monkeypatch):
     """Nothing of the weight's size is made in float32, neither from a 8-bit weight nor for norms."""
     stored = quantized.read(quantized_linear(kind, torch.randn(40, 128, device=device).to(BF16)))
     expected = stored.dense(BF16)
-    for module, name in ((quantized, "CHUNK"), (factored, "CHUNK"), (factored, "_CACHED")):
+    for module, name in ((quantized, "CHUNK"), (adapted_weight, "CHUNK"), (adapted_weight, "_CACHED")):
         monkeypatch.setattr(module, f"{name}_ELEMENTS", 3 * 128)
 
     class Sizes(TorchDispatchMode):
@@ -91,7 +99,7 @@ def test_wide_intermediates_are_made_in_blocks(kind, device, monkeypatch):
             return out
 
     with Sizes() as sizes:
-        row_norm, col_norm = factored.norms(expected)
+        row_norm, col_norm = adapted_weight.norms(expected)
         if kind not in FOUR_BIT:
             layout = stored.layout
             dense = quantized._dequantize(*(stored.parts, *layout[:2], layout.block_size, layout.dtype, BF16, "", ""))

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bora_kernels.kernels import driver as cuda_driver
 from bora_kernels.kernels import launch as launching
-from bora_kernels.kernels import replay
+from bora_kernels.kernels import parameters, replay
 from bora_kernels.kernels.launch import beside_last_launch, empty, launch, stage
 
 SIZES = {"i32": 4, "i64": 8, "fp32": 4}
@@ -380,10 +380,10 @@ def test_where_a_tensor_map_has_its_address(monkeypatch, encode, place):
     monkeypatch.setattr(cuda_driver, "cuda", lambda: MapEncoder(encode))
     base = torch.empty(4, 16, dtype=torch.bfloat16)
     metadata = {"block_size": (2, 8), "swizzle": 3}
-    tensor_map = replay._TensorMap(TensorDescriptor.from_tensor(base, [2, 8]), (0, 0), metadata)
+    tensor_map = parameters.TensorMap(TensorDescriptor.from_tensor(base, [2, 8]), (0, 0), metadata)
     tensor_map.offset, host = 64, memoryview(bytearray(256))
     assert tensor_map.encode(host) == (place is not None)
     if place is not None:
         assert tensor_map.offset == 64 + place
-        replay._WORD.pack_into(host, tensor_map.offset, 0x1230)
+        parameters.WORD.pack_into(host, tensor_map.offset, 0x1230)
         assert bytes(host[64:192]) == encode(0x1230, (16, 4)).ljust(128, b".")

@@ -17,7 +17,7 @@ from cases import require
 from conftest import INTERPRETING
 
 from bora_kernels import bora_linear
-from bora_kernels.factored import effective_weight
+from bora_kernels.adapted_weight import effective_weight
 from bora_kernels.reference import bora_linear_ref, bora_weight_ref
 
 M, N, K, R = 4096, 128, 64, 8

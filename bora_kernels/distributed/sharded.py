@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from .. import autograd, factored, ops, reuse, validation
+from .. import adapted_weight, autograd, factored, ops, reuse, validation
 from ..plan import Needs, accumulation_dtype, join_scales, separate_product, split_scales, zero_stand_in
 from .layout import Layout, as_dtensor, check_placements, finish, to_local
 
@@ -58,7 +58,7 @@ def _compute_scales(parameters: tuple[DTensor | None, ...], layout: Layout, opti
     flat, keep = reuse.find(parameters[2], state, False)
     if flat is None:
         with torch.autocast(local[0].device.type, enabled=False):
-            scales = factored.norms_and_scales(
+            scales = adapted_weight.norms_and_scales(
                 *local, scaling=options.scaling, norm_order=options.norm_order, eps=options.eps,
                 complete=layout.completion(),
             )  # fmt: skip
@@ -193,7 +193,7 @@ def _backward(
             D = layout.all_reduce(D, between=send_dx)
         else:
             S = layout.all_reduce(S, between=send_dx)
-        S, D, dA_norm, dB_norm = factored.norm_paths(
+        S, D, dA_norm, dB_norm = adapted_weight.norm_paths(
             weight, lora_A, lora_B, scales, S, D, norm_order, scaling, eps, complete_first
         )  # (8) to (11)
         dm_row, dm_col = S / live_row, None if live_col is None else D / live_col
@@ -306,7 +306,7 @@ def effective_weight_sharded(
     norm_order: str,
     eps: float,
 ) -> DTensor:
-    """W' [N, K] as a DTensor that is sharded as ``weight`` is; see ``factored.effective_weight``."""
+    """W' [N, K] as a DTensor that is sharded as ``weight`` is; see ``adapted_weight.effective_weight``."""
     parameters = {
         "weight": weight, "lora_A": lora_A, "lora_B": lora_B,
         "magnitude_row": magnitude_row, "magnitude_col": magnitude_col,
@@ -314,7 +314,7 @@ def effective_weight_sharded(
     by_rows = check_placements(parameters)
     layout = Layout(weight.device_mesh, by_rows, Replicate(), torch.Size())
     local = map(to_local, parameters.values())
-    merged = factored.effective_weight(
+    merged = adapted_weight.effective_weight(
         *local, scaling=scaling, norm_order=norm_order, eps=eps,
         complete=layout.completion(), offset=layout.offset(weight.shape),
     )  # fmt: skip

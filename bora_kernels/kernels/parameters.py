@@ -1,0 +1,151 @@
+"""The parameters of a stage's kernels, in one block of host memory that replays write addresses to.
+
+A kernel that Triton compiled takes its arguments in the order of its signature, without constexprs, and after them two
+scratch pointers. A tensor descriptor is a CUtensorMap, two int32 sizes and two int64 strides. The driver's own account
+of a kernel's parameters is compared with that before a plan is used, so that another convention is noticed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import driver
+
+_SCALAR_FORMATS = {"i32": "<i", "i64": "<q", "fp32": "<f"}
+_MAP_BYTES, _MAP_ALIGNMENT = 128, 64  # of a CUtensorMap
+_MAP_DTYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # CUtensorMapDataType
+_MAP_TRIALS = (0x7E5A3C1B9D00, 0x01A5C3E4F600)  # addresses without a common bit pattern, aligned as any tensor here
+_L2_PROMOTION_128B = 2  # CUtensorMapL2promotion
+WORD = struct.Struct("<Q")
+
+Reference = tuple[int, int]  # which of a plan's bases (inputs, results, the workspace), and the offset in bytes
+
+
+class Parameters:
+    """Kernel parameters: addresses that change from replay to replay, tensor maps, and constants."""
+
+    def __init__(self) -> None:
+        self.references: list[Reference] = []
+        self.maps: list[TensorMap] = []
+        self.constants: list[bytes] = []
+        self.start = 0  # address of the block in host memory
+
+    def of_launch(self, compiled, tensors: tuple, located: list, arguments: dict) -> list[tuple] | None:
+        """(kind, index) for each parameter of a kernel; None if the kernel takes others than are expected."""
+        places = dict(zip(compiled.src.fn.arg_names, zip(tensors, located, strict=True), strict=False))
+        map_metadata = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
+        found, sizes = [], []
+        for name, kind in compiled.src.signature.items():
+            if kind == "constexpr":
+                continue
+            if not isinstance(kind, str):
+                return None
+            if kind.startswith("tensordesc"):
+                metadata = next(map_metadata, None)
+                if metadata is None:
+                    return None
+                descriptor, reference = places[name]
+                self.maps.append(TensorMap(descriptor, reference, metadata))
+                found.append(("map", len(self.maps) - 1))
+                sizes.append(_MAP_BYTES)
+                for value, format in zip((*descriptor.shape, *descriptor.strides), "iiqq", strict=True):
+                    found.append(self._constant(struct.pack(f"<{format}", value)))
+                    sizes.append(struct.calcsize(f"<{format}"))
+            elif kind.startswith("*"):
+                found.append(("address", self._address(places[name][1])))
+                sizes.append(8)
+            elif kind in _SCALAR_FORMATS:
+                found.append(self._constant(struct.pack(_SCALAR_FORMATS[kind], arguments[name])))
+                sizes.append(struct.calcsize(_SCALAR_FORMATS[kind]))
+            else:
+                return None
+        for _ in range(2):  # scratch pointers
+            found.append(self._constant(bytes(8)))
+            sizes.append(8)
+        metadata = compiled.metadata
+        usual = metadata.num_ctas == 1 and not metadata.launch_cooperative_grid and not metadata.launch_pdl
+        scratch = metadata.global_scratch_size or metadata.profile_scratch_size
+        return found if usual and not scratch and driver.parameter_sizes(compiled.function) == sizes else None
+
+    def _address(self, reference: Reference) -> int:
+        if reference not in self.references:
+            self.references.append(reference)
+        return self.references.index(reference)
+
+    def _constant(self, value: bytes) -> tuple[str, int]:
+        self.constants.append(value.ljust(8, b"\0"))
+        return "constant", len(self.constants) - 1
+
+    def lay_out(self, base_of) -> memoryview:
+        """Allocate the block and write everything but the addresses; returns it from its first address on."""
+        words = len(self.references) + len(self.constants)
+        self.first_map = -(-8 * words // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
+        size = self.first_map + _MAP_BYTES * len(self.maps)
+        block = ctypes.create_string_buffer(size + _MAP_ALIGNMENT)
+        skipped = -ctypes.addressof(block) % _MAP_ALIGNMENT
+        self.start = ctypes.addressof(block) + skipped
+        host = memoryview(block).cast("B")[skipped : skipped + size]
+        for index, value in enumerate(self.constants):
+            host[self._offset("constant", index) :][:8] = value
+        for index, tensor_map in enumerate(self.maps):
+            tensor_map.reference = base_of(tensor_map.reference)
+            tensor_map.offset = self._offset("map", index)
+        return host
+
+    def _offset(self, kind: str, index: int) -> int:
+        if kind == "map":
+            return self.first_map + _MAP_BYTES * index
+        return 8 * (index if kind == "address" else len(self.references) + index)
+
+    def pointers(self, parameters: list[tuple]) -> ctypes.Array:
+        """What cuLaunchKernel takes: where each parameter lies."""
+        addresses = [self.start + self._offset(*parameter) for parameter in parameters]
+        return (ctypes.c_void_p * len(addresses))(*addresses)
+
+
+class TensorMap:
+    """A CUtensorMap in a plan's host memory. Its layout is the driver's own, but for where the address lies in it."""
+
+    def __init__(self, descriptor: TensorDescriptor, reference: Reference, metadata: dict) -> None:
+        self.reference, self.offset = reference, 0
+        element = descriptor.base.element_size()
+        rows, cols = descriptor.shape
+        block_rows, block_cols = metadata["block_size"]
+        self.before = (_MAP_DTYPES[descriptor.base.dtype], 2)
+        self.after = (
+            (ctypes.c_uint64 * 2)(cols, rows),
+            (ctypes.c_uint64 * 1)(descriptor.strides[0] * element),
+            (ctypes.c_uint32 * 2)(block_cols, block_rows),
+            (ctypes.c_uint32 * 2)(1, 1),
+            0,  # no interleaving
+            metadata["swizzle"],
+            _L2_PROMOTION_128B,
+            0,  # zeros outside the bounds
+        )
+
+    def encode(self, host: memoryview) -> bool:
+        """Write the map to ``host``, and let ``offset`` be where in it the address goes; False if it goes elsewhere.
+
+        To move a tensor by writing one word is ten times as fast as encoding its map anew.
+        """
+        first, second = (self._encoded(address) for address in _MAP_TRIALS)
+        place = first.find(WORD.pack(_MAP_TRIALS[0]))
+        moved = first[:place] + WORD.pack(_MAP_TRIALS[1]) + first[place + WORD.size :]
+        if place < 0 or moved != second:
+            return False
+        host[self.offset : self.offset + _MAP_BYTES] = first
+        self.offset += place
+        return True
+
+    def _encoded(self, address: int) -> bytes:
+        block = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
+        skipped = -ctypes.addressof(block) % _MAP_ALIGNMENT
+        location = ctypes.addressof(block) + skipped
+        driver.check(
+            driver.cuda().cuTensorMapEncodeTiled(location, *self.before, address, *self.after), "cuTensorMapEncodeTiled"
+        )
+        return block.raw[skipped : skipped + _MAP_BYTES]
