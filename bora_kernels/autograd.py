@@ -12,7 +12,7 @@ from . import ops, quantized, reference, reuse, validation
 from .plan import Needs, separate_product
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """What a call computes with besides tensors."""
 
     scaling: float
@@ -21,8 +21,8 @@ class _Call(NamedTuple):
     dropout_p: float
     eps: float
     backend: str
-    prepared: validation.Prepared | None
-    layout: quantized.Layout | None  # of a quantized weight
+    prepared: validation.Prepared | None = None
+    layout: quantized.Layout | None = None  # of a quantized weight
 
 
 class BoraLinearFunction(torch.autograd.Function):
@@ -43,7 +43,7 @@ class BoraLinearFunction(torch.autograd.Function):
         magnitude_col: Tensor | None,  # [K]
         bias: Tensor | None,  # [N]
         dropout: Tensor | None,  # what the backend draws its mask from
-        call: _Call,
+        call: Call,
         *parts: Tensor,  # what a quantized weight is stored as
     ) -> Tensor:
         requested = ctx.needs_input_grad
@@ -111,7 +111,7 @@ def _forward(
     magnitude_col: Tensor | None,
     bias: Tensor | None,
     dropout: Tensor | None,
-    call: _Call,
+    call: Call,
     parts: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, bool, bool]:
     """The output, and what a backward with these needs uses again: the product before the bias, u, the scales.
@@ -229,7 +229,7 @@ def bora_linear(
             dropout_p=dropout_p, training=training, eps=eps,
         )  # fmt: skip
     dropout = ops.draw_dropout(x, dropout_p, backend) if dropout_p > 0.0 else None
-    call = _Call(float(scaling), norm_order, detach_norm, dropout_p, eps, backend, prepared, layout)
+    call = Call(float(scaling), norm_order, detach_norm, dropout_p, eps, backend, prepared, layout)
     if not torch.is_grad_enabled():
         return _forward(_NO_NEEDS, x, weight, *parameters[1:], dropout, call, parts)[0]
     return BoraLinearFunction.apply(x, weight, *parameters[1:], dropout, call, *parts)

@@ -25,8 +25,8 @@ from bora_kernels.plan import Needs, separate_product
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.uint8: "u8"}
 # ptxas spills a register or two to raise occupancy even where a thread has 40 of its 255. Of what Triton 3.6 makes,
-# three variants spill more: two for rows that no descriptor can address (100 bytes, sm_90), one for M = 8 (212, sm_100)
-TOLERATED_SPILL_BYTES = 32 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 212
+# four finishing kernels for more than 64 ranks spill more, up to 96 bytes on sm_80
+TOLERATED_SPILL_BYTES = 32 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 96
 PROCESSORS = {80: 108, 90: 132, 100: 148, "gfx942": 304}
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,18 +33,7 @@ from ..plan import Needs, accumulation_dtype, join_scales, separate_product, spl
 from .layout import Layout, as_dtensor, check_placements, finish, to_local
 
 
-class Options(NamedTuple):
-    """What is the same on every rank and for all data."""
-
-    scaling: float
-    norm_order: str
-    detach_norm: bool
-    dropout_p: float
-    eps: float
-    backend: str
-
-
-def _compute_scales(parameters: tuple[DTensor | None, ...], layout: Layout, options: Options) -> Tensor | None:
+def _compute_scales(parameters: tuple[DTensor | None, ...], layout: Layout, options: autograd.Call) -> Tensor | None:
     """The flat scales of this rank's shard; the norms are those of the whole weight."""
     local = [to_local(t) for t in parameters]
     if local[3] is None:
@@ -86,7 +74,7 @@ class ShardedBoraLinearFunction(torch.autograd.Function):
         bias: Tensor | None,
         compute_scales: Callable[[], Tensor | None],
         layout: Layout,
-        options: Options,
+        options: autograd.Call,
     ) -> Tensor:
         x = layout.gather(x)
         scales = compute_scales()  # while x is under way
@@ -152,10 +140,10 @@ def _backward(
     dropout: Tensor | None,
     needs: Needs,
     layout: Layout,
-    options: Options,
+    options: autograd.Call,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, lora_A, lora_B, magnitude_row and magnitude_col, complete for the replicated ones."""
-    scaling, norm_order, detach_norm, dropout_p, eps, backend = options
+    scaling, norm_order, detach_norm, dropout_p, eps, backend, *_ = options
     members = magnitude_row is not None, magnitude_col is not None
     needs_S, needs_D = needs.sums(*members, norm_order, detach_norm)
     adapter = (lora_A, lora_B, magnitude_row, magnitude_col)
@@ -223,7 +211,7 @@ def _all_reduce_together(
     return None if factor is None else parts.pop(0), None if vector is None else parts.pop(0)
 
 
-def _draw_dropout(x: Tensor, layout: Layout, options: Options) -> Tensor:
+def _draw_dropout(x: Tensor, layout: Layout, options: autograd.Call) -> Tensor:
     """``ops.draw_dropout`` from a seed that the ranks share, plus their number where each has columns of its own."""
     seed = torch.randint(0, 2**31 - 1, (1,), device=x.device)
     dist.broadcast(seed, group=layout.mesh.get_group(), group_src=0)
@@ -287,7 +275,7 @@ def bora_linear_sharded(
             backend = "torch"
         backend = validation.choose_backend(backend, x.device, dtype, lora_A.shape[0])
         layout = Layout(weight.device_mesh, by_rows, x.placements[0], x.shape)
-        options = Options(scaling, norm_order, detach_norm, dropout_p, eps, backend)
+        options = autograd.Call(scaling, norm_order, detach_norm, dropout_p, eps, backend)
         compute_scales = functools.partial(_compute_scales, tuple(parameters.values())[:5], layout, options)
         x_local = x.to_local(grad_placements=[layout.dx_placement]).to(dtype)
         y = ShardedBoraLinearFunction.apply(x_local, *local.values(), compute_scales, layout, options)

@@ -130,7 +130,7 @@ class TensorMap:
     def encode(self, host: memoryview) -> bool:
         """Write the map to ``host``, and let ``offset`` be where in it the address goes; False if it goes elsewhere.
 
-        To move a tensor by writing one word is ten times as fast as encoding its map anew.
+        To move a tensor one word is written then, instead of a call of the driver.
         """
         first, second = (self._encoded(address) for address in _MAP_TRIALS)
         place = first.find(WORD.pack(_MAP_TRIALS[0]))
