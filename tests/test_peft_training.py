@@ -23,6 +23,9 @@ from peft_models import (
 transformers = pytest.importorskip("transformers")
 from peft import PeftModel  # noqa: E402
 
+from bora_kernels import autograd, reuse  # noqa: E402
+from bora_kernels.integrations.transformers import ReuseScalesCallback  # noqa: E402
+
 STEPS = 50
 
 
@@ -121,7 +124,7 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
-def run_trainer(folder, *, base_dtype=torch.float32, resume=False, stop_at=None, **options):
+def run_trainer(folder, *, base_dtype=torch.float32, resume=False, stop_at=None, callbacks=(), **options):
     """A model after a few steps of the Trainer; ``stop_at`` ends it early, after a checkpoint of that step."""
     model = make_peft(make_base(vocab_size=64).to(base_dtype), trained=False, task_type="CAUSAL_LM", lora_dropout=0.1)
     options = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 5e-3, **options}
@@ -134,7 +137,7 @@ def run_trainer(folder, *, base_dtype=torch.float32, resume=False, stop_at=None,
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == stop_at
 
-    callbacks = [Stop()] if stop_at else []
+    callbacks = [*callbacks, *([Stop()] if stop_at else [])]
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Rows(), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=str(Path(folder) / "checkpoint-3") if resume else None)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -155,6 +158,40 @@ def test_the_trainer_fine_tunes_in_bf16_with_gradient_accumulation(tmp_path):
     ids = make_ids()
     model.eval()
     assert torch.equal(loaded(ids).logits, model.cpu()(ids).logits)
+
+
+def test_the_callback_computes_norms_once_a_step(tmp_path, monkeypatch):
+    """Three micro-batches share the norms of each layer, to the bit, and no scope is left open."""
+    computed, forward = [], autograd.ops.forward
+
+    def noting(*arguments, **options):
+        computed.append(arguments[6] is None)  # scales
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(autograd.ops, "forward", noting)
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    runs, counts = [], []
+    for callbacks in ([], [ReuseScalesCallback()]):
+        computed.clear()
+        model, losses = run_trainer(tmp_path, callbacks=callbacks, **options)
+        runs.append((adapter_bytes(model), losses))
+        counts.append((len(computed), sum(computed)))
+    calls = 2 * 3 * len(bora_layers(model))
+    assert counts == [(calls, calls), (calls, calls // 3)] and not reuse._scopes
+    (expected, losses), (actual, losses_reused) = runs
+    assert losses == losses_reused and all(torch.equal(actual[name], value) for name, value in expected.items())
+
+
+def test_the_callback_closes_what_a_failed_training_left_open():
+    callback = ReuseScalesCallback()
+    callback.on_step_begin(None, None, None)
+    callback.on_step_begin(None, None, None)
+    assert len(reuse._scopes) == 1
+    callback.on_train_begin(None, None, None)
+    assert not reuse._scopes
+    callback.on_step_begin(None, None, None)
+    del callback
+    assert not reuse._scopes
 
 
 def test_the_trainer_checkpoints_activations(tmp_path):
