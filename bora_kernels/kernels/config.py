@@ -156,10 +156,10 @@ def gemm_tile(
 ) -> dict:
     """The tile of the base product for one target."""
 
-    def tile(m: int, o: int, c: int, warps: int, stages: int, descriptors: bool = False) -> dict:
+    def tile(m: int, o: int, c: int, warps: int, stages: int, descriptors: bool = False, stores: int = 1) -> dict:
         return {
             "BLOCK_SIZE_M": m, "BLOCK_SIZE_O": o, "BLOCK_SIZE_C": c, "BLOCK_SIZE_R": 16, "GROUP_SIZE_M": 8,
-            "USE_DESCRIPTORS": descriptors, "num_warps": warps, "num_stages": stages,
+            "STORES": stores, "USE_DESCRIPTORS": descriptors, "num_warps": warps, "num_stages": stages,
         }  # fmt: skip
 
     def fills_device(m: int, o: int) -> bool:
@@ -171,13 +171,17 @@ def gemm_tile(
         return tile(64, 64, 16, 8, 2)
     if arch in (90, 100, 103) and descriptors_fit:
         if fills_device(128, 256) and not dropout:
-            return tile(128, 256, 64, 8, 3, True)
+            return tile(128, 256, 64, 8, 4, True, stores=2)
         return tile(128, 128, 64, 8, 4, True) if M > 64 and not dropout else tile(64, 128, 64, 8, 4, True)
     if isinstance(arch, str):
         return tile(128, 128, 32, 8, 2)
     if aligned and not dropout and fills_device(128, 128):
         return tile(128, 128, 64, 8, 3) if arch in (80, 90, 100, 103) else tile(128, 128, 32, 8, 3)
     return tile(64, 64, 32, 8, 3)
+
+
+def split_config(R: int) -> dict:
+    return {"BLOCK_SIZE": 64, "BLOCK_SIZE_R": min(64, 1 << (R - 1).bit_length()), "num_warps": 4}
 
 
 def dequantize_config(block: int) -> dict:
