@@ -35,7 +35,6 @@ class Harness:
         self._key: tuple | None = None
         self._workload: Workload | None = None
         self._references: References | None = None
-        self._prepare = None
 
     def measure(self, case: Case, provider: Provider, benchmark) -> None:
         """Check the provider on the case, time it with the benchmark fixture, and record what came out.
@@ -102,20 +101,22 @@ class Harness:
         return self._workload, self._references
 
     def _time(self, benchmark, step, record: dict) -> None:
-        if self._prepare is None:
-            self._prepare = measure.prepare(self.device)
-        seconds = measure.warm_up(step, self.device, self._prepare)
+        setup = measure.behind_another(step, self.device)
+        seconds = measure.warm_up(step, self.device, setup)
         rounds = measure.rounds_for(seconds, self.budget, self.least_rounds)
-        benchmark.pedantic(step, setup=self._prepare, rounds=rounds)
+        benchmark.pedantic(step, setup=setup, rounds=rounds)
         if benchmark.stats is not None:  # None under --benchmark-disable
             stats = benchmark.stats.stats
             names = ("median", "min", "q1", "q3", "rounds")
             record.update({name: _significant(getattr(stats, name)) for name in names})
+        if self.device.type == "cuda":
+            setup = measure.on_idle_device(self.device)
+            seconds = measure.median_seconds(step, self.device, setup, self.budget / 3, self.least_rounds)
+            record["idle_median"] = _significant(seconds)
 
     def _time_graph(self, step, record: dict) -> None:
         try:
-            seconds = measure.graph_seconds(step, self.device, self._prepare, self.budget / 2)
-            record["graph_median"] = _significant(seconds)
+            record["graph_median"] = _significant(measure.graph_seconds(step, self.device, self.budget / 3))
         except RuntimeError as error:  # what cannot be captured is no reason to lose the eager time
             record["graph_error"] = str(error).splitlines()[0][:200]
             with contextlib.suppress(RuntimeError):

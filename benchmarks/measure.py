@@ -1,13 +1,14 @@
 """Clocks, memory and the machine.
 
-On CUDA a step is timed by CUDA events around it. It starts on an idle device with a cold L2 cache, so that the
-time that the host needs to launch it counts; the time of a CUDA graph of the same step, by the same events, is
-the device's alone. On the CPU the clock is ``time.perf_counter``.
+On CUDA a step is timed by CUDA events around it, with a cold L2 cache. It is launched behind another one, as in a
+training loop, so the host's time counts where it is longer than the device's. The same step on an idle device counts
+all of the host's time until the first kernel, and as a CUDA graph none. On the CPU the clock is ``time.perf_counter``.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import gc
 import importlib.metadata
 import os
@@ -22,11 +23,10 @@ import torch
 
 import bora_kernels
 
-_L2_FLUSH_BYTES = 256 * 2**20
 _WARMUP_SECONDS = 0.03
 _LIBRARIES = ("torch", "triton", "peft", "transformers", "bitsandbytes", "pytest-benchmark")
 CLOCKS = {
-    "cuda": "CUDA events around one step that starts on an idle device with a cold L2 cache; launches count",
+    "cuda": "CUDA events around one step that is launched behind another one, with a cold L2 cache",
     "cpu": "time.perf_counter around one step",
 }
 
@@ -52,17 +52,37 @@ def timer(device: torch.device) -> Callable:
     return cuda_events if device.type == "cuda" else time.perf_counter
 
 
-def prepare(device: torch.device) -> Callable[[], None]:
-    """What runs before each timed step: empties the L2 cache and waits for the device."""
+def behind_another(step: Callable, device: torch.device) -> Callable[[], None]:
+    """What runs before each timed step: the step itself, and the L2 cache is emptied; nothing waits for the device."""
     if device.type != "cuda":
         return lambda: None
-    scratch = torch.empty(_L2_FLUSH_BYTES, dtype=torch.int8, device=device)
 
-    def flush() -> None:
-        scratch.zero_()
+    def queue() -> None:
+        step()
+        _flush(device)
+
+    return queue
+
+
+def on_idle_device(device: torch.device) -> Callable[[], None]:
+    """The same for a step that the device waits for."""
+
+    def wait() -> None:
+        _flush(device)
         torch.cuda.synchronize(device)
 
-    return flush
+    return wait
+
+
+def _flush(device: torch.device) -> None:
+    """Empty the L2 cache: a pass over twice its size, so that it takes no longer than it must."""
+    _scratch(device).zero_()
+
+
+@functools.lru_cache
+def _scratch(device: torch.device) -> torch.Tensor:
+    size = torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(2 * size, dtype=torch.int8, device=device)
 
 
 def once(step: Callable, device: torch.device, setup: Callable) -> float:
@@ -88,7 +108,15 @@ def rounds_for(seconds: float, budget: float, least: int = 10, most: int = 200) 
     return max(least, min(most, int(budget / max(seconds, 1e-9))))
 
 
-def graph_seconds(step: Callable, device: torch.device, setup: Callable, budget: float) -> float:
+def median_seconds(
+    step: Callable, device: torch.device, setup: Callable, budget: float, least: int = 10, most: int = 200
+) -> float:
+    """Median of as many steps as fit the budget."""
+    rounds = rounds_for(warm_up(step, device, setup), budget, least, most)
+    return statistics.median(once(step, device, setup) for _ in range(rounds))
+
+
+def graph_seconds(step: Callable, device: torch.device, budget: float) -> float:
     """Median seconds of the step replayed as a CUDA graph."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -99,8 +127,7 @@ def graph_seconds(step: Callable, device: torch.device, setup: Callable, budget:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    seconds = warm_up(graph.replay, device, setup)
-    return statistics.median(once(graph.replay, device, setup) for _ in range(rounds_for(seconds, budget)))
+    return median_seconds(graph.replay, device, behind_another(graph.replay, device), budget)
 
 
 def peak_bytes(step: Callable, device: torch.device) -> int | None:
@@ -124,10 +151,8 @@ def gemm_tflops(device: torch.device, dtype: torch.dtype) -> float:
     """TFLOP/s of one square matrix product of random values: 8192³ on CUDA, 1024³ on the CPU."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    setup = prepare(device)
-    seconds = warm_up(lambda: a @ b, device, setup)
-    median = statistics.median(once(lambda: a @ b, device, setup) for _ in range(rounds_for(seconds, 0.5, 5, 30)))
-    return 2 * size**3 / median / 1e12
+    setup = behind_another(lambda: a @ b, device)
+    return 2 * size**3 / median_seconds(lambda: a @ b, device, setup, 0.5, 5, 30) / 1e12
 
 
 def environment(device: torch.device, commit: str | None) -> dict[str, object]:

@@ -32,7 +32,8 @@ SUMMARY += ("fused-dora", "fused-bora", "fused-bora-reused", "peft-bora", "fused
 _NOTES = """\
 Time: median of single steps; the clock: {clock}.
 "step" is forward and backward, with the gradients of the input and of the adapter; "forward" records a graph;
-"inference" runs under `torch.no_grad`. "graph" is the same step as a CUDA graph.
+"inference" runs under `torch.no_grad`. "idle" is the same step launched on an idle device, which waits for the host
+until the first kernel; "graph" is it as a CUDA graph.
 TFLOP/s counts the frozen layer's own products alone, for every provider; "of GEMM" is their share of one
 square product measured in the session ({gemm}).
 Memory: the most that was allocated at once over what was there before the step (weights, adapter, input and
@@ -106,7 +107,7 @@ def title(key: tuple) -> str:
 
 def details(key: tuple, case: dict[str, dict], gemm: dict[str, float]) -> str:
     """The table of one case: a row for each provider, also for those that failed or were skipped."""
-    header = ["provider", "ms", "graph ms", "ktokens/s", "TFLOP/s", "of GEMM", "peak MiB"]
+    header = ["provider", "ms", "idle ms", "graph ms", "ktokens/s", "TFLOP/s", "of GEMM", "peak MiB"]
     header += [f"× {peer}" for peer in PEERS] + [f"memory × {peer}" for peer in PEERS] + ["error"]
     rows = []
     for record in case.values():
@@ -119,7 +120,7 @@ def details(key: tuple, case: dict[str, dict], gemm: dict[str, float]) -> str:
             [
                 record["title"],
                 _number(1e3 * seconds, 3),
-                _number(1e3 * record["graph_median"], 3) if record.get("graph_median") else "",
+                *(_number(1e3 * record[f], 3) if record.get(f) else "" for f in ("idle_median", "graph_median")),
                 _number(speed_in_tokens / 1e3, 0 if speed_in_tokens >= 1e5 else 1),
                 f"{speed:.3g}" if speed else "",
                 f"{speed / rate:.0%}" if rate and speed else "",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import measure, report
 from benchmarks.cases import MODES, Case, layer_cases, model_cases
 from benchmarks.harness import Harness
 from benchmarks.models import Workload
@@ -85,6 +85,27 @@ def test_report_shows_the_graph_beside_the_frozen_layer(result: Path) -> None:
     header, _, row, other = report.summary(report.by_case(loaded["records"]), "layer").splitlines()[2:]
     assert header.endswith("FusedBoraLinear as a CUDA graph |")
     assert row.endswith("| 0.900 (0.90×) |") and other.endswith("|  |")
+
+
+def test_report_shows_the_step_on_an_idle_device(result: Path) -> None:
+    loaded = report.load(result)
+    for record in loaded["records"]:
+        if record["provider"] == "fused-bora":
+            record["idle_median"] = 1.7e-3
+    text = report.markdown(loaded)
+    assert _cells(text, "fused-bora")[:3] == ["1.200", "1.700", "107"]
+    assert _cells(text, "frozen")[:3] == ["1.000", "", "128"]
+
+
+def test_setups_queue_or_wait(monkeypatch) -> None:
+    """A step is launched behind itself, or on a device that has been waited for; the L2 cache is emptied in between."""
+    calls, device = [], torch.device("cuda")
+    monkeypatch.setattr(measure, "_flush", lambda device: calls.append("flush"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("wait"))
+    measure.behind_another(lambda: calls.append("step"), device)()
+    measure.on_idle_device(device)()
+    assert calls == ["step", "flush", "flush", "wait"]
+    assert measure.behind_another(lambda: calls.append("step"), torch.device("cpu"))() is None and len(calls) == 4
 
 
 def test_report_merges_whole_cases(result: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from accuracy import assert_accurate
 from distributed import Collectives, RankErrors, launch
+from timing import times_in_turn
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -97,8 +98,6 @@ LARGE = [(4096, 14336), (14336, 4096)]  # in and out features
 
 def time_one_rank() -> dict[str, float]:
     """Milliseconds of forward and backward of two large layers: bare, and as units of FSDP on one device."""
-    from triton.testing import do_bench
-
     models = {}
     for name, layer in (("bora", FusedBoraLinear), ("frozen", nn.Linear)):
         bare = nn.Sequential(*(layer(*size, device="cuda", dtype=torch.bfloat16) for size in LARGE))
@@ -109,11 +108,7 @@ def time_one_rank() -> dict[str, float]:
             fully_shard(module, mesh=init_device_mesh("cuda", (1,)))
         models |= {name: bare, f"{name} fsdp": sharded}
     x = torch.randn(8192, LARGE[0][0], dtype=torch.bfloat16, device="cuda", requires_grad=True)
-    rounds = [
-        {name: do_bench(lambda model=model: model(x).sum().backward()) for name, model in models.items()}
-        for _ in range(5)
-    ]
-    return {name: min(times[name] for times in rounds) for name in models}
+    return times_in_turn({name: lambda model=model: model(x).sum().backward() for name, model in models.items()})
 
 
 @pytest.mark.gpu

@@ -19,11 +19,14 @@ from peft_models import (
     make_peft,
     trained_parameters,
 )
+from timing import times_in_turn
+from torch import nn
 
 transformers = pytest.importorskip("transformers")
-from peft import PeftModel  # noqa: E402
+from peft import PeftModel, get_peft_model  # noqa: E402
 
-from bora_kernels import autograd, reuse  # noqa: E402
+from bora_kernels import autograd, convert, reuse  # noqa: E402
+from bora_kernels.integrations.peft import BoraConfig  # noqa: E402
 from bora_kernels.integrations.transformers import ReuseScalesCallback  # noqa: E402
 
 STEPS = 50
@@ -109,6 +112,24 @@ def test_a_model_compiles_on_a_gpu(dtype, bound):
 
 
 # ---- Trainer ----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1024, 8192])
+def test_peft_costs_at_most_3_percent(tokens):
+    """Over the layers alone, also where the host is what takes the time."""
+
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.Linear(4096, 4096, bias=False) for _ in range(4))).to("cuda", torch.bfloat16)
+
+    bare = convert(base(), r=16, alpha=32)
+    root = base()
+    get_peft_model(root, BoraConfig(r=16, lora_alpha=32, target_modules=["0", "1", "2", "3"]))
+    x, dy = (torch.randn(tokens, 4096, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    x.requires_grad_()
+    times = times_in_turn({name: lambda m=m: m(x).backward(dy) for name, m in (("bare", bare), ("peft", root))}, 150)
+    assert times["peft"] <= 1.03 * times["bare"], times
 
 
 class Rows(torch.utils.data.Dataset):

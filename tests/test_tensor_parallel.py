@@ -13,6 +13,7 @@ from accuracy import assert_accurate
 from cases import SCALING, Case, run
 from distributed import Collectives, RankErrors, launch
 from sharded import PLACEMENTS, STYLES, sharded_layer, styles, whole_and_sharded, x_and_dy
+from timing import times_in_turn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 from training import RANK, STEPS, WIDTH, Run, train
@@ -162,18 +163,13 @@ def test_one_rank_computes_the_same_bits_over_nccl():
 
 def time_one_rank() -> dict[str, float]:
     """Milliseconds of forward and backward of a large layer: bare, and tensor parallel on a mesh of one device."""
-    from triton.testing import do_bench
-
     mesh = init_device_mesh("cuda", (1,))
     layers = {"bare": FusedBoraLinear(4096, 14336, dtype=torch.bfloat16, device="cuda")}
     for name, style in (("colwise", BoraColwiseParallel()), ("rowwise", BoraRowwiseParallel())):
         layers[name] = parallelize_module(copy.deepcopy(layers["bare"]), mesh, style)
     x = torch.randn(8192, 4096, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     dy = torch.randn(8192, 14336, dtype=torch.bfloat16, device="cuda")
-    rounds = [
-        {name: do_bench(lambda layer=layer: layer(x).backward(dy)) for name, layer in layers.items()} for _ in range(5)
-    ]
-    return {name: min(round[name] for round in rounds) for name in layers}
+    return times_in_turn({name: lambda layer=layer: layer(x).backward(dy) for name, layer in layers.items()})
 
 
 @pytest.mark.gpu
