@@ -1,7 +1,8 @@
 """The layer on Triton kernels: the "triton" backend. Equations and their numbers are those of ``factored``.
 
-Launches: ``forward`` 2, and 4 where it computes scales (2 for DoRA, none for LoRA); ``backward`` 6 with detached norms
-and 10 with exact ones. All sums are made in two stages in a fixed order, so results are the same bits from run to run.
+Launches: ``forward`` 2, and 4 more where it computes scales (2 for DoRA, none for LoRA); ``backward`` 6 with detached
+norms and 10 with exact ones; each one more where the base product takes a tail (``kernels.gemm``). All sums are made in
+two stages in a fixed order, so results are the same bits from run to run.
 """
 
 from __future__ import annotations
