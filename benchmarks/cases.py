@@ -62,9 +62,12 @@ _CUDA_LAYERS = [
     ("4096x14336", 8192, 16, _STEP),
     ("4096x4096", 2048, 16, _STEP_AND_INFERENCE),
     ("1024x4096", 8192, 16, _STEP),
-    *(("4096x4096", 8192, rank, _STEP) for rank in (8, 64, 256)),
 ]
-_CUDA_POINTS = [("4096x4096", 512), ("4096x4096", 32768), ("2048x2048", 8192), ("8192x8192", 8192)]
+_CUDA_POINTS = [  # of charts against tokens, width and rank
+    *(("4096x4096", tokens, 16) for tokens in (512, 32768)),
+    *((shape, 8192, 16) for shape in ("2048x2048", "8192x8192")),
+    *(("4096x4096", 8192, rank) for rank in (8, 64, 256)),
+]
 _CPU_LAYERS = [
     ("1024x1024", 512, 16, MODES),
     ("2816x1024", 512, 16, _STEP),
@@ -72,7 +75,7 @@ _CPU_LAYERS = [
     ("1024x1024", 128, 16, _STEP),
     ("1024x1024", 512, 64, _STEP),
 ]
-_CPU_POINTS = [("1024x1024", 1024), ("512x512", 512), ("1536x1536", 512)]
+_CPU_POINTS = [("1024x1024", 1024, 16), ("512x512", 512, 16), ("1536x1536", 512, 16)]
 _MODELS = {"cuda": ("llama3-8b", [(4, 2048), (1, 1024)]), "cpu": ("tiny", [(2, 128)])}
 # (mode, checkpointing, base, the batches of a run without --full)
 _MODEL_RUNS = [
@@ -107,7 +110,7 @@ def layer_cases(
         chosen = [(*row, MODES, False) for row in rows]
     else:
         chosen = [(*layer, False) for layer in (layers[:1] if quick else layers)]
-        chosen += [] if quick else [(*point, rank, _STEP, True) for point in points]
+        chosen += [] if quick else [(*point, _STEP, True) for point in points]
     return [
         Case("layer", mode, shape, 1, length, rank, dtype, main_only=main_only)
         for dtype in dtypes

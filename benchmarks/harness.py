@@ -111,7 +111,7 @@ class Harness:
             record.update({name: _significant(getattr(stats, name)) for name in names})
         if self.device.type == "cuda":
             setup = measure.on_idle_device(self.device)
-            seconds = measure.median_seconds(step, self.device, setup, self.budget / 3, self.least_rounds)
+            seconds = measure.median_seconds(step, self.device, setup, self.budget / 3, least=3)
             record["idle_median"] = _significant(seconds)
 
     def _time_graph(self, step, record: dict) -> None:

@@ -264,7 +264,9 @@ def test_missing_library_is_skipped() -> None:
 def test_what_is_measured_unless_asked_for_more() -> None:
     """Without --full the cases of the goals; modes that are asked for are had at every layer and batch."""
     layers = {(case.shape, case.length, case.rank, case.mode) for case in layer_cases("cuda") if not case.main_only}
-    assert {row[:3] for row in layers if row[3] == "step"} == {row[:3] for row in layers} and len(layers) == 10
+    assert {row[:3] for row in layers if row[3] == "step"} == {row[:3] for row in layers} and len(layers) == 7
+    points = [case for case in layer_cases("cuda") if case.main_only]
+    assert [case.rank for case in points if case.shape == "4096x4096" and case.length == 8192] == [8, 64, 256]
     models = [str(case).removeprefix("step-llama3-8b-") for case in model_cases("cuda")]
     assert models == ["4x2048-r16-bf16", "4x2048-r16-bf16-checkpointed", "1x1024-r16-bf16", "1x1024-r16-bf16-nf4"]
     for cases in (layer_cases, model_cases):
