@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import adapted_weight, quantized, reuse, validation
 from .autograd import bora_linear
 from .plan import EPS
+from .quantized_weight import QuantizedWeight, StoredWeight
 
 
 class FusedBoraLinear(nn.Module):
@@ -82,7 +83,7 @@ class FusedBoraLinear(nn.Module):
         """Adapt an existing layer: shares (and freezes) its weight and bias and copies nothing.
 
         A weight that is quantized stays so: bitsandbytes ``Linear4bit`` and ``Linear8bitLt``, torchao int8 and float8
-        weight-only. ``layer.weight`` is then a ``quantized.QuantizedWeight``, and ``layer.compute_dtype`` is the
+        weight-only. ``layer.weight`` is then a ``QuantizedWeight``, and ``layer.compute_dtype`` is the
         layer's. Activations are not quantized, whatever the layer did.
         """
         if not isinstance(linear, nn.Linear):
@@ -124,11 +125,11 @@ class FusedBoraLinear(nn.Module):
         if stored is None:
             self.weight = linear.weight.requires_grad_(False)
         else:
-            self.weight = quantized.QuantizedWeight(stored)
+            self.weight = QuantizedWeight(stored)
             self.compute_dtype = getattr(linear, "compute_dtype", None)
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
         self.register_buffer("merged_weight", None, persistent=False)  # W' while merged; ``weight`` is always W0
-        self.merged_quantized: quantized.StoredWeight | None = None  # or W' quantized again
+        self.merged_quantized: StoredWeight | None = None  # or W' quantized again
 
         adapter = {"device": linear.weight.device, "dtype": adapter_dtype}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **adapter))
@@ -239,7 +240,7 @@ class FusedBoraLinear(nn.Module):
             return
         merged = self.effective_weight()
         if requantize:
-            self.merged_quantized = quantized.StoredWeight(quantized.quantize_like(merged, *self.weight.stored()))
+            self.merged_quantized = StoredWeight(quantized.quantize_like(merged, *self.weight.stored()))
         else:
             self.merged_weight = merged
 
