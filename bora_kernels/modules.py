@@ -83,8 +83,8 @@ class FusedBoraLinear(nn.Module):
         """Adapt an existing layer: shares (and freezes) its weight and bias and copies nothing.
 
         A weight that is quantized stays so: bitsandbytes ``Linear4bit`` and ``Linear8bitLt``, torchao int8 and float8
-        weight-only. ``layer.weight`` is then a ``QuantizedWeight``, and ``layer.compute_dtype`` is the
-        layer's. Activations are not quantized, whatever the layer did.
+        weight-only. ``layer.weight`` is then a ``QuantizedWeight``, and ``layer.compute_dtype`` is the layer's.
+        Activations are not quantized, whatever the layer did.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")

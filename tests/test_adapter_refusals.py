@@ -4,17 +4,7 @@ import json
 
 import pytest
 import torch
-from adapted_models import (
-    CONFIG,
-    TENSORS,
-    K,
-    N,
-    X,
-    base,
-    description,
-    saved,
-    trained,
-)
+from adapted_models import CONFIG, TENSORS, K, N, X, base, description, saved, trained
 
 from bora_kernels import adapter_state_dict, convert, load_adapter, merge_adapter, save_adapter
 

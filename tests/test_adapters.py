@@ -8,19 +8,7 @@ import textwrap
 
 import pytest
 import torch
-from adapted_models import (
-    CONFIG,
-    TENSORS,
-    K,
-    Model,
-    N,
-    X,
-    base,
-    methods,
-    perturb,
-    saved,
-    trained,
-)
+from adapted_models import CONFIG, TENSORS, K, Model, N, X, base, methods, perturb, saved, trained
 from torch import nn
 
 import bora_kernels

@@ -10,15 +10,7 @@ import pytest
 import torch
 from accuracy import assert_accurate
 from cases import orders
-from peft_models import (
-    MODELS,
-    bora_layers,
-    dense_twin,
-    make_base,
-    make_ids,
-    make_peft,
-    trained_parameters,
-)
+from peft_models import MODELS, bora_layers, dense_twin, make_base, make_ids, make_peft, trained_parameters
 from timing import times_in_turn
 from torch import nn
 
@@ -111,9 +103,6 @@ def test_a_model_compiles_on_a_gpu(dtype, bound):
         assert error < bound, f"{name}: {error:.1e}"
 
 
-# ---- Trainer ----
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1024, 8192])
 def test_peft_costs_at_most_3_percent(tokens):
@@ -130,6 +119,9 @@ def test_peft_costs_at_most_3_percent(tokens):
     x.requires_grad_()
     times = times_in_turn({name: lambda m=m: m(x).backward(dy) for name, m in (("bare", bare), ("peft", root))}, 150)
     assert times["peft"] <= 1.03 * times["bare"], times
+
+
+# ---- Trainer ----
 
 
 class Rows(torch.utils.data.Dataset):

@@ -6,26 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import NAMES, Case, check_layer, conventions, orders, require, variants
-from quantized_layers import (
-    BF16,
-    FOUR_BIT,
-    SCALED,
-    kinds,
-    make_layer,
-    quantized_linear,
-    results,
-    tokens,
-)
+from quantized_layers import BF16, FOUR_BIT, SCALED, kinds, make_layer, quantized_linear, results, tokens
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bora_kernels import (
-    FusedBoraLinear,
-    FusedDoraLinear,
-    adapted_weight,
-    bora_linear,
-    quantized,
-)
+from bora_kernels import FusedBoraLinear, FusedDoraLinear, adapted_weight, bora_linear, quantized
 
 four_bit = pytest.mark.parametrize("kind", FOUR_BIT)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=NAMES.get)

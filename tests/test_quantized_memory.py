@@ -7,26 +7,10 @@ import weakref
 import pytest
 import torch
 from cases import SCALING, Case, require
-from quantized_layers import (
-    BF16,
-    FOUR_BIT,
-    SCALED,
-    all_equal,
-    kinds,
-    make_layer,
-    quantized_linear,
-    results,
-    tokens,
-)
+from quantized_layers import BF16, FOUR_BIT, SCALED, all_equal, kinds, make_layer, quantized_linear, results, tokens
 from torch.utils.checkpoint import checkpoint
 
-from bora_kernels import (
-    FusedBoraLinear,
-    autograd,
-    bora_linear,
-    quantized,
-    reuse_scales,
-)
+from bora_kernels import FusedBoraLinear, autograd, bora_linear, quantized, reuse_scales
 
 
 def saved_by(layer, x):
