@@ -45,7 +45,7 @@ def forward(
     return _forward(
         x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, bias, seed,
         scaling=scaling, norm_order=norm_order, dropout_p=dropout_p, eps=eps, products=products,
-        apart=save_product and separate_product(x.dtype, bias),
+        **_kept_product(save_product, x.dtype, bias),
         precision=_precision(x.dtype), weight_precision=_precision(weight.dtype), prepared=prepared,
     )  # fmt: skip
 
@@ -53,7 +53,7 @@ def forward(
 @stage
 def _forward(
     x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, bias, seed, *,
-    scaling, norm_order, dropout_p, eps, products, apart, precision, weight_precision,
+    scaling, norm_order, dropout_p, eps, products, save_product, stand_in, out_stand_in, precision, weight_precision,
 ):  # fmt: skip
     (M, K), N, R, has_col = x.shape, weight.shape[0], lora_A.shape[0], magnitude_col is not None
     made = None
@@ -65,16 +65,17 @@ def _forward(
         )  # fmt: skip
     if M == 0:
         y, product = (empty((0, N), x.dtype, x.device) for _ in range(2))
-        return y, product if apart else None, empty((projection_parts(K, R), 0, R), torch.float32, x.device), made
+        u = empty((projection_parts(K, R), 0, R), torch.float32, x.device)
+        return y, product if save_product else None, u, made
     scales = split_scales(scales, N, K, R, has_col)
     x_scaled, u = project(
         x, lora_A, scales.col_scale, seed, scaling=scaling, dropout_p=dropout_p, precision=precision
     )  # (1)
     y, product = scaled_gemm(
         x_scaled, weight, u, lora_B.T, scales.row_scale, bias, None,
-        dropout_p=0.0, stand_in=zero_stand_in(x.dtype), save_product=apart, precision=precision,
+        dropout_p=0.0, stand_in=stand_in, out_stand_in=out_stand_in, save_product=save_product, precision=precision,
     )  # (2)  # fmt: skip
-    return y, product if apart else None, u, made
+    return y, product if save_product else None, u, made
 
 
 def _compute_scales(
@@ -138,10 +139,9 @@ def _backward(
             dy, lora_B.T, scales.row_scale, None, scaling=scaling, dropout_p=0.0, precision=precision
         )  # (3)
     if needs.x or needs_D:
-        apart = needs_D and separate_product(dtype, None)
         dx, dx_product = scaled_gemm(
             dy_scaled, weight.T, v, lora_A, scales.col_scale, None, seed,
-            dropout_p=dropout_p, stand_in=stand_in, save_product=apart, precision=precision,
+            dropout_p=dropout_p, precision=precision, **_kept_product(needs_D, dtype, None),
         )  # (4)  # fmt: skip
     if needs.lora_B or needs_S:
         with beside_last_launch():  # the product, which arithmetic bounds and not memory
@@ -181,6 +181,12 @@ def _backward(
 
     results = (dx, dA, dB, dm_row, dm_col)
     return tuple(result if need else None for result, need in zip(results, needs, strict=True))
+
+
+def _kept_product(needed: bool, dtype: torch.dtype, bias: Tensor | None) -> dict:
+    """Where ``scaled_gemm`` leaves a product that a magnitude gradient needs, and what a zero scale counts as there."""
+    apart, stand_in = needed and separate_product(dtype, bias), zero_stand_in(dtype)
+    return {"save_product": apart, "stand_in": stand_in, "out_stand_in": stand_in if needed and not apart else 0.0}
 
 
 def _precision(dtype: torch.dtype) -> str:

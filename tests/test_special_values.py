@@ -55,6 +55,23 @@ def test_zero_magnitudes(backend, order, detach_norm, dtype, device):
 
 @backends
 @orders
+@dtypes
+def test_zero_magnitudes_that_are_not_trained(backend, order, dtype, device):
+    """No gradient of a magnitude is asked for, so nothing has to stand for its zero."""
+    case = Case(**SMALL, dtype=dtype, bias=False)
+    inputs = case.inputs(device)
+    inputs["magnitude_row"][:4] = 0.0
+    inputs["magnitude_col"][5:7] = 0.0
+    results = check_layer(backend, inputs, case.upstream(device), norm_order=order, trained=("x",))
+    with torch.no_grad():
+        y = bora_linear(**inputs, scaling=SCALING, norm_order=order, backend=backend)
+    for zeros in (y[:, :4], results["y"][:, :4], results["d_x"][:, 5:7]):
+        assert zeros.float().abs().max() < 1e-12
+    assert torch.isfinite(y).all() and y[:, 4:].any()
+
+
+@backends
+@orders
 @pytest.mark.parametrize("member", ["bora", "dora"])
 @pytest.mark.parametrize("rows, size", [(slice(3, 5), 1e-38), (slice(None), 1e-30)], ids=["some", "all"])
 def test_tiny_magnitudes(backend, member, order, rows, size, device):

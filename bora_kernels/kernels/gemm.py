@@ -186,14 +186,14 @@ def scaled_gemm(
     *,
     dropout_p: float,
     stand_in: float,
+    out_stand_in: float,
     save_product: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     """out [M, O] in t's dtype, and the product before the bias (out itself unless ``save_product``).
 
     t [M, C], W [O, C] (any strides), projection [parts, M, R] as ``project`` leaves it, factor [R, O], scale and
-    bias [O]. With ``save_product`` a zero scale gives a zero output and ``stand_in`` only in the product; otherwise
-    in the output.
+    bias [O]. A zero scale counts as ``out_stand_in`` in the output and as ``stand_in`` in a product that is apart.
     """
     (M, C), O, (allocated, _, R) = t.shape, W.shape[0], projection.shape
     parts, save_product = parts_in_use(allocated, M), save_product and scale is not None
@@ -225,7 +225,7 @@ def scaled_gemm(
         M=M, O=O, C=C,
         stride_tm=t.stride(0), stride_tc=t.stride(1), stride_wo=W.stride(0), stride_wc=W.stride(1),
         stride_fr=factor.stride(0), stride_fo=factor.stride(1),
-        stand_in=stand_in, out_stand_in=0.0 if save_product else stand_in, dropout_p=dropout_p,
+        stand_in=stand_in, out_stand_in=out_stand_in, dropout_p=dropout_p,
         R=R, PARTS=parts, TAIL=tail, W_ROWS_ARE_OUTPUTS=rows_are_outputs, HAS_SCALE=scale is not None,
         HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None, SAVE_PRODUCT=save_product,
         DTYPE=TRITON_DTYPES[t.dtype], PRECISION=precision, **config,
