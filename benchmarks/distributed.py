@@ -74,6 +74,7 @@ class Session:
         self.inputs = {"single": own, "fsdp": own, "tp": common}
 
     def run(self) -> list[dict]:
+        gc.freeze()  # what is imported: garbage is collected often, which takes a quarter of a second otherwise
         providers = {provider.name: provider for provider in PROVIDERS}
         for strategy, name in itertools.product(self.options.strategies, self.options.providers):
             self.measure(replace(self.case, mode=strategy), providers[name])

@@ -1,7 +1,6 @@
 """The benchmark of several devices, on CPUs: what it records, refuses and prints."""
 
 import contextlib
-import gc
 import io
 import json
 import os
@@ -20,7 +19,6 @@ PROVIDERS = ["frozen", "peft-dora", "fused-bora"]
 
 def run_session(folder: str, providers: list[str], tolerance: float = 1e-4) -> list[dict]:
     """The records of a run in a process group that is there already."""
-    gc.freeze()  # what is imported; the benchmark collects garbage often
     distributed.TOLERANCE["fp32"] = tolerance
     arguments = ["--device=cpu", "--layers=1", "--batch=2", "--length=16", "--rank=4", "--steps=3"]
     options = distributed.parse([*arguments, f"--providers={','.join(providers)}", f"--results={folder}"])
