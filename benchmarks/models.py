@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +37,11 @@ class Workload:
     """A case's base model, its input x and the gradient dy of its output; the same values on every run.
 
     ``targets`` names the linear layers that get an adapter. ``root`` is what providers adapt and ``dense`` what the
-    references do: the same modules, or those with the weights that the 4-bit ones of ``root`` stand for.
+    references do: the same modules, or those with the weights that the 4-bit ones of ``root`` stand for. ``layers``
+    is the number of decoder blocks of a stack, that of its shape by default.
     """
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: Case, device: torch.device, layers: int | None = None) -> None:
         dtype = DTYPES[case.dtype]
         torch.manual_seed(0)
         with torch.device(device):
@@ -51,6 +52,7 @@ class Workload:
                 self.targets = ["linear"]
             else:
                 stack = STACKS[case.shape]
+                stack = replace(stack, layers=layers or stack.layers)
                 self.dense = (_TransformersStack if HAS_TRANSFORMERS else _PlainStack)(stack, dtype)
                 width = (stack.hidden, stack.hidden)
                 names = (name for name, _ in self.dense.named_modules())

@@ -119,18 +119,18 @@ def details(key: tuple, case: dict[str, dict], gemm: dict[str, float]) -> str:
         rows.append(
             [
                 record["title"],
-                _number(1e3 * seconds, 3),
-                *(_number(1e3 * record[f], 3) if record.get(f) else "" for f in ("idle_median", "graph_median")),
-                _number(speed_in_tokens / 1e3, 0 if speed_in_tokens >= 1e5 else 1),
+                number(1e3 * seconds, 3),
+                *(number(1e3 * record[f], 3) if record.get(f) else "" for f in ("idle_median", "graph_median")),
+                number(speed_in_tokens / 1e3, 0 if speed_in_tokens >= 1e5 else 1),
                 f"{speed:.3g}" if speed else "",
                 f"{speed / rate:.0%}" if rate and speed else "",
-                _number(record["peak_bytes"] / 2**20, 0) if record.get("peak_bytes") else "",
-                *(_number(ratio(record, case, peer), 2) for peer in PEERS),
-                *(_number(ratio(record, case, peer, "peak_bytes"), 2) for peer in PEERS),
-                _number(record.get("error_ratio"), 2),
+                number(record["peak_bytes"] / 2**20, 0) if record.get("peak_bytes") else "",
+                *(number(ratio(record, case, peer), 2) for peer in PEERS),
+                *(number(ratio(record, case, peer, "peak_bytes"), 2) for peer in PEERS),
+                number(record.get("error_ratio"), 2),
             ]
         )
-    return f"### {title(key)}\n\n" + _table(header, rows)
+    return f"### {title(key)}\n\n" + table(header, rows)
 
 
 def summary(cases: dict[tuple, dict[str, dict]], level: str) -> str:
@@ -148,19 +148,19 @@ def summary(cases: dict[tuple, dict[str, dict]], level: str) -> str:
             if not record.get("median"):
                 cells.append(record.get("status", "–").replace("measured", "–"))
                 continue
-            cell = _number(1e3 * record["median"], 3)
+            cell = number(1e3 * record["median"], 3)
             if record.get("peak_bytes"):
                 cell += f" · {record['peak_bytes'] / 2**20:.0f}"
             times = ratio(record, case, "frozen")
             cells.append(cell + (f" ({times:.2f}×)" if times and name != "frozen" else ""))
         graph = case.get("fused-bora", {}).get("graph_median")
         frozen = case.get("frozen", {}).get("median")  # as its users run it
-        cells.append(_number(graph and 1e3 * graph, 3) + (f" ({graph / frozen:.2f}×)" if graph and frozen else ""))
+        cells.append(number(graph and 1e3 * graph, 3) + (f" ({graph / frozen:.2f}×)" if graph and frozen else ""))
         rows.append([title(key).removeprefix(f"{level}, "), *cells])
     weighed = any(record.get("peak_bytes") for case in shown.values() for record in case.values())
     caption = f"ms{' · peak MiB' * weighed} (multiple of the frozen time)"
     header = ["case", *(titles[name] for name in names), "FusedBoraLinear as a CUDA graph"]
-    return f"## {level.capitalize()}: {caption}\n\n" + _table(header, rows)
+    return f"## {level.capitalize()}: {caption}\n\n" + table(header, rows)
 
 
 def markdown(result: dict, charts: list[str] = ()) -> str:
@@ -192,11 +192,13 @@ def markdown(result: dict, charts: list[str] = ()) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
+    """A cell of a table: the value with so many decimals, or nothing."""
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; rows may end early, and columns without a value are left out."""
     full = [row + [""] * (len(header) - len(row)) for row in rows]
     used = [i for i in range(len(header)) if i == 0 or any(row[i] for row in full)]
     lines = [

@@ -54,10 +54,13 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not CUDA:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    present = torch.cuda.device_count() if CUDA else 0
+    for item in items:
+        if marker := item.get_closest_marker("gpu"):
+            (needed,) = marker.args or (1,)
+            if present < needed:
+                reason = {1: "needs a CUDA device", 2: "needs two GPUs"}[needed]
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture

@@ -18,8 +18,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 _SLOW_IMPORTS = [  # those that are not installed are passed over
     "pytest",
@@ -30,6 +28,7 @@ _SLOW_IMPORTS = [  # those that are not installed are passed over
     "transformers.models.llama.modeling_llama",
     "transformers.trainer",
 ]
+NCCL = "cpu:gloo,cuda:nccl"  # the backend of ranks that have a GPU each; objects travel by gloo
 _WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 
 
@@ -58,9 +57,10 @@ def launch(
 ) -> list[Any]:
     """``worker(*arguments)`` on ``world_size`` ranks of a process group; the results in the order of the ranks.
 
-    ``worker`` is a function of a module that the ranks import; arguments and results are pickled. Raises ``RankErrors``
-    if any rank raises, dies, or is not done after ``timeout`` seconds (it is killed then). No rank is ended before that
-    because of another: how the others end is part of what is tested.
+    ``worker`` is a function of a module that the ranks import; arguments and results are pickled. With NCCL in
+    ``backend`` each rank has the GPU of its number. Raises ``RankErrors`` if any rank raises, dies, or is not done
+    after ``timeout`` seconds (it is killed then). No rank is ended before that because of another: how the others end
+    is part of what is tested.
     """
     context = _context(on_gpu="nccl" in backend)
     deadline = time.monotonic() + timeout
@@ -107,6 +107,8 @@ def _run(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
     )
     try:
+        if "nccl" in backend:
+            torch.cuda.set_device(rank)  # what "cuda" means from here on
         limit = timedelta(seconds=timeout)
         dist.init_process_group(backend, init_method=address, rank=rank, world_size=world_size, timeout=limit)
         answer = (True, worker(*arguments))
@@ -115,22 +117,3 @@ def _run(
     except BaseException:
         answer = (False, traceback.format_exc())
     sender.send_bytes(pickle.dumps(answer))
-
-
-class Collectives(TorchDispatchMode):
-    """Lists each collective with the number of elements of its larger side, and adds up the bytes of these."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, int]] = []
-        self.bytes = 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        result = operator(*args, **(kwargs or {}))
-        name = operator.__name__.split(".")[0].strip("_")
-        if "c10d" in operator.namespace and name not in ("wait_tensor", "wrap_tensor_autograd"):
-            tensors = [t for t in tree_leaves((args, result)) if isinstance(t, torch.Tensor)]
-            largest = max(tensors, key=torch.Tensor.numel)
-            self.seen.append((name, largest.numel()))
-            self.bytes += largest.nbytes
-        return result

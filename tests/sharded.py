@@ -35,14 +35,14 @@ def sharded_layer(mesh, placements, x, **arguments):
     return bora_linear(x, **(arguments | sharded)).redistribute(placements=[Replicate()]).to_local()
 
 
-def whole_and_sharded(style, N=41, K=27, R=3, **options) -> tuple[FusedBoraLinear, FusedBoraLinear]:
+def whole_and_sharded(style, N=41, K=27, R=3, device="cpu", **options) -> tuple[FusedBoraLinear, FusedBoraLinear]:
     """The same float64 layer twice, once shared by all ranks."""
     layer = options.pop("layer", FusedBoraLinear)
     torch.manual_seed(3)
-    whole = layer(K, N, R, dtype=torch.float64, adapter_dtype=torch.float64, **options)
+    whole = layer(K, N, R, dtype=torch.float64, adapter_dtype=torch.float64, device=device, **options)
     torch.nn.init.normal_(whole.lora_B)
     sharded = copy.deepcopy(whole)
-    parallelize_module(sharded, init_device_mesh("cpu", (dist.get_world_size(),)), style)
+    parallelize_module(sharded, init_device_mesh(device, (dist.get_world_size(),)), style)
     whole.backend = "reference"
     return whole, sharded
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accuracy import assert_accurate
-from distributed import Collectives, RankErrors, launch
+from distributed import NCCL, RankErrors, launch
 from timing import times_in_turn
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from training import ADAPTERS, BATCH, HIDDEN, RANK, STEPS, WIDTH, Model, Run, distribute, train
 
+from benchmarks.collectives import Collectives
 from bora_kernels import FusedBoraLinear
 
 # ---- the same numbers ----
@@ -55,8 +56,8 @@ def trained(request) -> dict:
     return dict(zip(RUNS, zip(*launch(train_all, request.param, RUNS, timeout=120), strict=True), strict=True))
 
 
-def train_all(runs: list[Run]) -> list[dict]:
-    return [train(run) for run in runs]
+def train_all(runs: list[Run], device: str = "cpu") -> list[dict]:
+    return [train(run, device) for run in runs]
 
 
 def assert_as_on_one_process(actual: dict, run: Run, device: str = "cpu") -> None:
@@ -89,7 +90,7 @@ GPU_RUNS = [
 @pytest.mark.gpu
 @pytest.mark.parametrize("run", GPU_RUNS, ids=str)
 def test_one_rank_on_a_gpu_equals_the_bare_model(run):
-    (actual,) = launch(train, 1, run, "cuda", backend="cpu:gloo,cuda:nccl", timeout=120)
+    (actual,) = launch(train, 1, run, "cuda", backend=NCCL, timeout=120)
     assert_as_on_one_process(actual, run, "cuda")
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from accuracy import assert_accurate
 from cases import NAMES, TRAINED, VARIANTS, Case, check_layer, require, run
 from conftest import INTERPRETING
-from distributed import Collectives, launch
+from distributed import launch
 from sharded import PLACEMENTS, STYLES, assert_same, sharded_layer, styles, whole_and_sharded, x_and_dy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from training import gathered
 
 from benchmarks import communication
+from benchmarks.collectives import Collectives
 from bora_kernels import FusedBoraLinear, FusedDoraLinear, bora_linear, reuse_scales
 from bora_kernels.distributed import BoraColwiseParallel, BoraRowwiseParallel
 from bora_kernels.reference import bora_linear_ref
@@ -47,17 +48,17 @@ LAYERS |= {
 }
 
 
-def check_layers(names: list[str]) -> dict[str, str]:
+def check_layers(layers: dict[str, tuple], device: str = "cpu") -> dict[str, str]:
     """What is wrong with each layer, for those with which something is."""
-    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    # fills fresh memory with NaN; cuBLAS would refuse without an environment variable that changes what it runs
+    torch.use_deterministic_algorithms(True, warn_only=device == "cuda")
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
     failures = {}
-    for name in names:
-        by, case, detach_norm, backend = LAYERS[name]
+    for name, (by, case, detach_norm, backend) in layers.items():
         layer = functools.partial(sharded_layer, mesh, PLACEMENTS[by])
         options = {"layer": layer, "norm_order": case.order, "detach_norm": detach_norm}
         try:
-            check_layer(backend, case.inputs("cpu"), case.upstream("cpu"), **options)
+            check_layer(backend, case.inputs(device), case.upstream(device), **options)
         except AssertionError as error:
             failures[name] = str(error)
         except pytest.skip.Exception:
@@ -67,7 +68,7 @@ def check_layers(names: list[str]) -> dict[str, str]:
 
 @functools.cache
 def failures() -> list[dict[str, str]]:
-    return launch(check_layers, 2, list(LAYERS))
+    return launch(check_layers, 2, LAYERS)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -81,14 +82,14 @@ def test_layer_obeys_the_accuracy_rule(name):
 # ---- layouts ----
 
 
-def check_layouts(style: str) -> None:
+def check_layouts(style: str, device: str = "cpu") -> None:
     """Any layout of a DTensor that comes in, and any that is asked for, with gradients to match."""
-    x, dy = x_and_dy()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x, dy = (tensor.to(device) for tensor in x_and_dy())
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
     placements = (Replicate(), Shard(0), Shard(1), Shard(-1))
     for inner, outer in itertools.product((*placements, Partial()), placements):
         kind = type(STYLES[style])
-        whole_layer, sharded = whole_and_sharded(kind(output_layouts=outer, use_local_output=False))
+        whole_layer, sharded = whole_and_sharded(kind(output_layouts=outer, use_local_output=False), device=device)
         leaves = [x.clone().requires_grad_() for _ in range(2)]
         y = whole_layer(leaves[0])
         y.backward(dy)

@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 from accuracy import assert_accurate
 from cases import SCALING, Case, run
-from distributed import Collectives, RankErrors, launch
+from distributed import RankErrors, launch
 from sharded import PLACEMENTS, STYLES, sharded_layer, styles, whole_and_sharded, x_and_dy
 from timing import times_in_turn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 from training import RANK, STEPS, WIDTH, Run, train
 
+from benchmarks.collectives import Collectives
 from bora_kernels import FusedBoraLinear, bora_linear, reuse_scales
 from bora_kernels.distributed import BoraColwiseParallel, BoraRowwiseParallel
 
@@ -39,8 +40,8 @@ RUNS_ON = {
 
 
 @functools.cache
-def single(run: Run, exact: bool) -> dict:
-    return train(run, exact=exact)
+def single(run: Run, device: str, exact: bool) -> dict:
+    return train(run, device, exact=exact)
 
 
 @functools.cache
@@ -50,15 +51,16 @@ def trained_by(world_size: int) -> dict:
     return dict(zip(runs, zip(*launch(train_all, world_size, runs, timeout=120), strict=True), strict=True))
 
 
-def train_all(runs: list[Run]) -> list[dict]:
-    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
-    return [train(run) for run in runs]
+def train_all(runs: list[Run], device: str = "cpu") -> list[dict]:
+    # fills fresh memory with NaN; cuBLAS would refuse without an environment variable that changes what it runs
+    torch.use_deterministic_algorithms(True, warn_only=device == "cuda")
+    return [train(run, device) for run in runs]
 
 
-def assert_as_on_one_process(actual: dict, run: Run) -> None:
+def assert_as_on_one_process(actual: dict, run: Run, device: str = "cpu") -> None:
     """By the accuracy rule: "plain" is the layer on one process, "exact" the dense reference in float64."""
     one = Run(order=run.order, detach_norm=run.detach_norm, dora=run.dora, precision=run.precision)
-    triple = actual, single(one, exact=False), single(one, exact=True)
+    triple = actual, single(one, device, exact=False), single(one, device, exact=True)
     for names, samples in (({"loss"}, STEPS), (actual.keys() - {"loss"}, RANK * WIDTH)):
         assert_accurate(*({name: results[name] for name in names} for results in triple), samples=samples)
 
