@@ -42,7 +42,8 @@ from .verify import References, Result, WrongResult, errors, make_step, named
 
 NAMES = [p.name for p in PROVIDERS if "step" in p.modes and not p.compiled]
 DEFAULT = ["frozen", "peft-lora-half", "peft-dora-half", "fused-bora", "fused-bora-detached"]
-TOLERANCE = {"bf16": 3e-2, "fp32": 1e-4}  # relative error of sharded against alone
+# relative error of sharded against alone; sums in parts change the frozen stack's dx by 2.9e-2 (bf16, eight blocks)
+TOLERANCE = {"bf16": 6e-2, "fp32": 1e-4}
 TIMEOUT = timedelta(seconds=90)  # a rank that waits longer for another ends the run
 CLOCK = "{} at the end of steps that follow one another, the slowest rank's"
 

@@ -14,6 +14,7 @@ from .kernels.gemm import scaled_gemm
 from .kernels.launch import beside_last_launch, empty, stage
 from .kernels.low_rank import combine, project, reduce
 from .kernels.moments import Axis, add_norm_path, norm
+from .kernels.moments import weighted_sums as launch_weighted_sums
 from .plan import Needs, Scales, projection_parts, scales_size, separate_product, split_scales, zero_stand_in
 
 
@@ -181,6 +182,18 @@ def _backward(
 
     results = (dx, dA, dB, dm_row, dm_col)
     return tuple(result if need else None for result, need in zip(results, needs, strict=True))
+
+
+def weighted_sums(
+    W: Tensor, P: Tensor, Z: Tensor, coefficient: Tensor | None, *, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Of V = W [I, J] + s·P [I, R]·Z [J, R]ᵀ: Σ_j c_j·V_ij² [I] and V·(c⊙Z) [I, R], in float32 (c = None: 1)."""
+    return _weighted_sums(W, P, Z, coefficient, scaling=scaling, precision=_precision(W.dtype))
+
+
+@stage
+def _weighted_sums(W, P, Z, coefficient, *, scaling, precision):
+    return launch_weighted_sums(W, P, Z, coefficient, scaling=scaling, precision=precision)
 
 
 def _kept_product(needed: bool, dtype: torch.dtype, bias: Tensor | None) -> dict:

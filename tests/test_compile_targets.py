@@ -102,6 +102,8 @@ def run_layer(case: Case) -> None:
         torch.empty_like(y), x, weight, lora_A, lora_B, *magnitudes, scales, product, u, seed,
         detach_norm=False, dropout_p=dropout_p, needs=Needs(True, True, True, True, True), **norm,
     )  # fmt: skip
+    fused.weighted_sums(weight, lora_B, lora_A.T, None, scaling=2.0)  # of a shard
+    fused.weighted_sums(weight.T, lora_A.T, lora_B, magnitudes[0], scaling=2.0)
 
 
 def run_dequantization(dtype: torch.dtype, block: int, nested: bool) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -43,17 +44,30 @@ def _compute_scales(parameters: tuple[DTensor | None, ...], layout: Layout, opti
         versions = (None if t is None else (id(t), t._version) for t in parameters)
         return options.scaling, options.norm_order, options.eps, *versions
 
-    flat, keep = reuse.find(parameters[2], state, False)
+    trained = any(t is not None and t.requires_grad for t in parameters)
+    products = trained and not options.detach_norm and options.backend == "triton"
+    flat, keep = reuse.find(parameters[2], state, products)
     if flat is None:
         with torch.autocast(local[0].device.type, enabled=False):
-            scales = adapted_weight.norms_and_scales(
+            scales = _over_weight(options).norms_and_scales(
                 *local, scaling=options.scaling, norm_order=options.norm_order, eps=options.eps,
                 complete=layout.completion(),
             )  # fmt: skip
+        if not products:
+            scales = scales._replace(row_product=None, col_product=None)
         flat = join_scales(scales, *local[0].shape, local[1].shape[0])
         if keep is not None:
             keep(flat)
     return flat
+
+
+def _over_weight(options: autograd.Call) -> ModuleType:
+    """Where norms and norm paths are made: by kernels, or by PyTorch operations."""
+    if options.backend == "triton":
+        from . import norms  # Triton is imported only when it is used
+
+        return norms
+    return adapted_weight
 
 
 # --- the layer --------------------------------------------------------------------------------------------------------
@@ -181,7 +195,7 @@ def _backward(
             D = layout.all_reduce(D, between=send_dx)
         else:
             S = layout.all_reduce(S, between=send_dx)
-        S, D, dA_norm, dB_norm = adapted_weight.norm_paths(
+        S, D, dA_norm, dB_norm = _over_weight(options).norm_paths(
             weight, lora_A, lora_B, scales, S, D, norm_order, scaling, eps, complete_first
         )  # (8) to (11)
         dm_row, dm_col = S / live_row, None if live_col is None else D / live_col

@@ -121,14 +121,14 @@ def _finish_norm_kernel(
     magnitude_ptr,  # [I]
     norm_ptr,  # [I]
     scale_ptr,  # [I]
-    coefficient_ptr,  # [I]: scale²
+    coefficient_ptr,  # [I]: scale², or squares without a magnitude
     kept_ptr,  # [I, R]: products
     splits, I,
     stride_pi, stride_pr,
     scaling, eps,
     R: tl.constexpr,
     BLOCK_SIZE_I: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
-    HAS_KEPT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MAGNITUDE: tl.constexpr, HAS_KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     offs_i = tl.program_id(0) * BLOCK_SIZE_I + tl.arange(0, BLOCK_SIZE_I)
     mask_i = offs_i < I
@@ -143,12 +143,15 @@ def _finish_norm_kernel(
         if HAS_KEPT:
             ptrs = kept_ptr + offs_i.to(tl.int64)[:, None] * R + offs_r[None, :]
             tl.store(ptrs, products, mask=mask_i[:, None] & (offs_r < R)[None, :])
-    squares = tl.where(squares < 0.0, 0.0, squares)  # by rounding, at most; NaN stays
-    norm = tl.maximum(tl.sqrt(squares), eps, propagate_nan=tl.PropagateNan.ALL)
-    scale = load_vector(magnitude_ptr, offs_i, I) / norm
-    tl.store(norm_ptr + offs_i, norm, mask=mask_i)
-    tl.store(scale_ptr + offs_i, scale, mask=mask_i)
-    tl.store(coefficient_ptr + offs_i, scale * scale, mask=mask_i)
+    if HAS_MAGNITUDE:
+        squares = tl.where(squares < 0.0, 0.0, squares)  # by rounding, at most; NaN stays
+        norm = tl.maximum(tl.sqrt(squares), eps, propagate_nan=tl.PropagateNan.ALL)
+        scale = load_vector(magnitude_ptr, offs_i, I) / norm
+        tl.store(norm_ptr + offs_i, norm, mask=mask_i)
+        tl.store(scale_ptr + offs_i, scale, mask=mask_i)
+        tl.store(coefficient_ptr + offs_i, scale * scale, mask=mask_i)
+    else:
+        tl.store(coefficient_ptr + offs_i, squares, mask=mask_i)
 
 
 @triton.jit
@@ -252,20 +255,32 @@ def norm(
 
     Writes norm [I], scale = magnitude / norm [I] and, where asked for, V·(c⊙Z) to kept [I, R]. Returns scale² [I].
     """
+    return _finish_norm(W, P, Z, magnitude, coefficient, norm, scale, kept, scaling, eps, precision)
+
+
+def weighted_sums(
+    W: Tensor, P: Tensor, Z: Tensor, coefficient: Tensor | None, *, scaling: float, precision: str
+) -> tuple[Tensor, Tensor]:
+    """squares [I] and products [I, R], equations (b) and (a), where the norms need more than this W: a shard, say."""
+    products = empty(P.shape, torch.float32, W.device)
+    return _finish_norm(W, P, Z, None, coefficient, None, None, products, scaling, 0.0, precision), products
+
+
+def _finish_norm(W, P, Z, magnitude, coefficient, norm, scale, kept, scaling, eps, precision) -> Tensor:
     products, squares = _moments(W, Z, coefficient, precision)
     I, R = P.shape
-    scale_squared = empty((I,), torch.float32, W.device)
+    result = empty((I,), torch.float32, W.device)
     config = finish_config(R, W.dtype)
     launch(
         _finish_norm_kernel,
         (cdiv(I, config["BLOCK_SIZE_I"]),),
-        (products, squares, P, magnitude, norm, scale, scale_squared, kept),
+        (products, squares, P, magnitude, norm, scale, result, kept),
         splits=len(products), I=I,
         stride_pi=P.stride(0), stride_pr=P.stride(1),
         scaling=scaling, eps=eps,
-        R=R, HAS_KEPT=kept is not None, PRECISION=precision, **config,
+        R=R, HAS_MAGNITUDE=magnitude is not None, HAS_KEPT=kept is not None, PRECISION=precision, **config,
     )  # fmt: skip
-    return scale_squared
+    return result
 
 
 class Axis(NamedTuple):
