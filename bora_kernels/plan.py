@@ -62,12 +62,15 @@ def split_scales(flat: Tensor | None, N: int, K: int, R: int, has_col: bool) -> 
 
 def join_scales(scales: Scales, N: int, K: int, R: int) -> Tensor:
     """One flat tensor that holds these scales."""
-    has_col, products = scales.col_norm is not None, scales.row_product is not None
-    flat = scales.row_norm.new_zeros(scales_size(N, K, R, has_col, products))
-    for place, value in zip(split_scales(flat, N, K, R, has_col), scales, strict=True):
+    sections = _sections(N, K, R, scales.col_norm is not None, scales.row_product is not None)
+    pieces, end = [], 0
+    for (start, shape), value in zip(sections, scales, strict=False):
         if value is not None:
-            place.copy_(value)
-    return flat
+            pieces += [scales.row_norm.new_zeros(start - end)] if start > end else []
+            pieces.append(value.flatten())
+            end = start + math.prod(shape)
+    pieces += [scales.row_norm.new_zeros(sections[-1][0] - end)] if sections[-1][0] > end else []
+    return torch.cat(pieces)
 
 
 class Completion(NamedTuple):

@@ -97,9 +97,11 @@ def check_layouts(style: str, device: str = "cpu") -> None:
             x_sharded = DTensor.from_local(leaves[1] / dist.get_world_size(), mesh, [inner])
         else:
             x_sharded = DTensor.from_local(leaves[1], mesh, [Replicate()]).redistribute(placements=[inner])
+        given = x_sharded.to_local().clone()
         y_sharded = sharded(x_sharded)
         assert y_sharded.placements == (outer if outer != Shard(-1) else Shard(2),)
         y_sharded.backward(distribute_tensor(dy, mesh, [outer]))
+        assert torch.equal(x_sharded.to_local(), given)  # no message overwrites what came in
         actual = {name: gathered(p.grad) for name, p in sharded.named_parameters() if p.requires_grad}
         expected = {name: p.grad for name, p in whole_layer.named_parameters() if p.requires_grad}
         dx = leaves[1].grad * (dist.get_world_size() if inner == Partial() else 1)

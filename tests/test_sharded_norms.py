@@ -7,28 +7,30 @@ from cases import SCALING, VARIANTS, Case, require
 
 pytest.importorskip("triton", reason="needs triton")
 
-from bora_kernels import adapted_weight
-from bora_kernels.distributed import norms
-from bora_kernels.plan import EPS
+from bora_kernels.autograd import Call
+from bora_kernels.distributed.norms import add_norm_paths, norms_and_scales
+from bora_kernels.plan import COMPLETE, EPS, zero_stand_in
 
 N, K, R = 37, 53, 3
-NAMES = ("row_norm", "row_scale", "col_norm", "col_scale", "S", "D", "dA", "dB")
+NAMES = ("row_norm", "row_scale", "col_norm", "col_scale", "dm_row", "dm_col", "dA", "dB")
 
 
-def evaluate(module, inputs: dict, order: str, dtype: torch.dtype, complete=None) -> dict[str, torch.Tensor]:
-    """Everything that the functions of ``module`` return, computed in ``dtype``."""
+def evaluate(backend: str, inputs: dict, order: str, dtype: torch.dtype, complete) -> dict[str, torch.Tensor]:
+    """Everything that the functions return, computed in ``dtype`` from the same gradients."""
     weight, *adapter = (
         None if inputs[name] is None else inputs[name].to(dtype)
         for name in ("weight", "lora_A", "lora_B", "magnitude_row", "magnitude_col")
     )
-    options = {"scaling": SCALING, "norm_order": order, "eps": EPS}
-    scales = module.norms_and_scales(weight, *adapter, **options)
-    has_col = scales.col_norm is not None
+    options = Call(SCALING, order, False, 0.0, EPS, backend)
+    scales = norms_and_scales(weight, *adapter, options, COMPLETE)
     generator = torch.Generator(weight.device).manual_seed(5)
-    S, D = (torch.randn(size, generator=generator, device=weight.device).to(dtype) for size in (N, K))
-    paths = module.norm_paths(
-        weight, *adapter[:2], scales, S, D if has_col else None, order, SCALING, EPS, complete_first=complete
+    dm_row, dm_col, dA, dB = (
+        torch.randn(size, generator=generator, device=weight.device).to(dtype) for size in ((N,), (K,), (R, K), (N, R))
     )
+    paths = add_norm_paths(
+        weight, *adapter, scales, dm_row, dm_col if adapter[3] is not None else None, dA, dB,
+        options, zero_stand_in(dtype), complete,
+    )  # fmt: skip
     return {name: t for name, t in zip(NAMES, (*scales[:4], *paths), strict=True) if t is not None}
 
 
@@ -46,8 +48,8 @@ def test_kernels_and_operations_agree(member, order, completed, special, device)
         if inputs["magnitude_col"] is not None:
             inputs["magnitude_col"][5:7] = -0.0
     complete = (lambda sums: 2 * sums) if completed else None
-    exact = evaluate(adapted_weight, inputs, order, torch.float64, complete)
-    plain = evaluate(adapted_weight, inputs, order, torch.float32, complete)
-    actual = evaluate(norms, inputs, order, torch.float32, complete)
+    exact = evaluate("torch", inputs, order, torch.float64, complete)
+    plain = evaluate("torch", inputs, order, torch.float32, complete)
+    actual = evaluate("triton", inputs, order, torch.float32, complete)
     assert_accurate(actual, plain, exact, samples=N)
     assert all(torch.isfinite(t).all() for t in actual.values())

@@ -21,7 +21,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -29,9 +28,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from .. import adapted_weight, autograd, factored, ops, reuse, validation
+from .. import adapted_weight, autograd, ops, reuse, validation
 from ..plan import Needs, accumulation_dtype, join_scales, separate_product, split_scales, zero_stand_in
 from .layout import Layout, as_dtensor, check_placements, finish, to_local
+from .norms import add_norm_paths, norms_and_scales
 
 
 def _compute_scales(parameters: tuple[DTensor | None, ...], layout: Layout, options: autograd.Call) -> Tensor | None:
@@ -49,25 +49,13 @@ def _compute_scales(parameters: tuple[DTensor | None, ...], layout: Layout, opti
     flat, keep = reuse.find(parameters[2], state, products)
     if flat is None:
         with torch.autocast(local[0].device.type, enabled=False):
-            scales = _over_weight(options).norms_and_scales(
-                *local, scaling=options.scaling, norm_order=options.norm_order, eps=options.eps,
-                complete=layout.completion(),
-            )  # fmt: skip
+            scales = norms_and_scales(*local, options, layout.completion())
         if not products:
             scales = scales._replace(row_product=None, col_product=None)
         flat = join_scales(scales, *local[0].shape, local[1].shape[0])
         if keep is not None:
             keep(flat)
     return flat
-
-
-def _over_weight(options: autograd.Call) -> ModuleType:
-    """Where norms and norm paths are made: by kernels, or by PyTorch operations."""
-    if options.backend == "triton":
-        from . import norms  # Triton is imported only when it is used
-
-        return norms
-    return adapted_weight
 
 
 # --- the layer --------------------------------------------------------------------------------------------------------
@@ -179,28 +167,20 @@ def _backward(
         else:
             dB, dm_row = _all_reduce_together(layout, send_dx, dB, dm_row)
     else:
-        stand_in = zero_stand_in(dy.dtype)
         scales = split_scales(flat_scales, *weight.shape, lora_A.shape[0], members[1])
-        row_norm, row_scale, col_norm, col_scale = scales[:4]
-        live_row = factored.live_magnitude(magnitude_row, row_norm, row_scale, stand_in)
-        live_col = None if col_norm is None else factored.live_magnitude(magnitude_col, col_norm, col_scale, stand_in)
-        S, D = dm_row * live_row, None if live_col is None else dm_col * live_col
-        rows_first = norm_order == "row_col" or col_norm is None
+        rows_first = norm_order == "row_col" or magnitude_col is None
         complete_first = None
         if rows_first != layout.by_rows:  # the axis normalized first is the replicated one
             complete_first = functools.partial(layout.all_reduce, between=send_dx)
-        elif col_norm is None:
+        elif magnitude_col is None:
             send_dx()
         elif layout.by_rows:
-            D = layout.all_reduce(D, between=send_dx)
+            dm_col = layout.all_reduce(dm_col, between=send_dx)
         else:
-            S = layout.all_reduce(S, between=send_dx)
-        S, D, dA_norm, dB_norm = _over_weight(options).norm_paths(
-            weight, lora_A, lora_B, scales, S, D, norm_order, scaling, eps, complete_first
+            dm_row = layout.all_reduce(dm_row, between=send_dx)
+        dm_row, dm_col, dA, dB = add_norm_paths(
+            weight, *adapter, scales, dm_row, dm_col, dA, dB, options, zero_stand_in(dy.dtype), complete_first
         )  # (8) to (11)
-        dm_row, dm_col = S / live_row, None if live_col is None else D / live_col
-        dA = dA + dA_norm if needs.lora_A else None
-        dB = dB + dB_norm if needs.lora_B else None
         if layout.by_rows and needs.lora_A:
             dA = layout.all_reduce(dA)
         elif not layout.by_rows and needs.lora_B:
