@@ -34,6 +34,7 @@ class Case:
     checkpointing: bool = False
     base: str = "dense"
     main_only: bool = False  # a point of a chart: only the providers that charts show
+    lead: bool = False  # of the first layer
 
     def __str__(self) -> str:
         parts = [self.mode, self.shape, f"{self.batch}x{self.length}", f"r{self.rank}", self.dtype]
@@ -112,9 +113,9 @@ def layer_cases(
         chosen = [(*layer, False) for layer in (layers[:1] if quick else layers)]
         chosen += [] if quick else [(*point, _STEP, True) for point in points]
     return [
-        Case("layer", mode, shape, 1, length, rank, dtype, main_only=main_only)
+        Case("layer", mode, shape, 1, length, rank, dtype, main_only=main_only, lead=number == 0)
         for dtype in dtypes
-        for shape, length, rank, row_modes, main_only in chosen
+        for number, (shape, length, rank, row_modes, main_only) in enumerate(chosen)
         for mode in MODES
         if mode in (modes or MODES) and (mode in row_modes or ((full or modes) and not main_only))
     ]

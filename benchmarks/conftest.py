@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     what = parser.getgroup("bora benchmarks: what is measured")
     what.addoption("--levels", type=names(LEVELS), help="layer,model (default: both)")
     what.addoption("--modes", type=names(MODES), help=f"{','.join(MODES)} (default: all; step is forward and backward)")
-    what.addoption("--providers", type=names(listed), help=f"of {', '.join(listed)} (default: all)")
+    what.addoption("--providers", type=names(listed), help=f"of {', '.join(listed)} (default: those of the goals)")
     what.addoption("--shapes", type=shapes, help="layer shapes as out_features x in_features: 4096x4096,14336x4096")
     what.addoption("--tokens", type=integers, help="tokens of the layer's input: 2048,8192")
     what.addoption("--ranks", type=integers, help="ranks of the adapters: 8,16,64")
@@ -56,7 +56,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     what.addoption("--quick", action="store_true", help="one shape, one model batch, and fewer rounds")
     what.addoption(
-        "--full", action="store_true", help="more modes of each layer and model: about twice the measurements"
+        "--full",
+        action="store_true",
+        help="more modes of each layer and model, and every provider: more than twice the measurements",
     )
     how = parser.getgroup("bora benchmarks: how and where")
     how.addoption("--device", help="cuda or cpu (default: cuda where there is one)")
@@ -112,7 +114,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             )
             for case in cases
             for provider in providers
-            if provider.runs(case)
+            if provider.runs(case) and (option.full or option.providers or provider.by_default(case))
         ],
     )
 

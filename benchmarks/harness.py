@@ -51,12 +51,13 @@ class Harness:
     @contextlib.contextmanager
     def recording(self, case: Case, provider: str, title: str) -> Iterator[dict]:
         """A new record, which says in the end whether it was measured."""
-        record = {**asdict(case), "provider": provider, "title": title, "status": "failed"}
+        record = {**asdict(case), "provider": provider, "title": title, "status": "interrupted"}
         self.records.append(record)
         try:
             yield record
             record["status"] = "measured"
         except Exception as error:
+            record["status"] = "failed"
             record.pop("median", None)  # what failed has no time
             record["reason"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise

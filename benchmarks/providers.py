@@ -60,6 +60,7 @@ class Provider:
     compiled: bool = False
     merged: bool = False
     scope: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    by_default: Callable[[Case], bool] = lambda case: True  # whether a run takes it there that does not ask for it
 
     def adapter_dtype(self, case: Case) -> torch.dtype:
         return DTYPES[case.dtype] if self.half else torch.float32
@@ -215,6 +216,11 @@ def _peft(member: str) -> Callable:
     return adapt
 
 
+def _full_layer(case: Case) -> bool:
+    """No model and no point of a chart: what takes long there is measured where all providers are."""
+    return case.level == "layer" and not case.main_only
+
+
 _NONE, _LORA, _DORA, _BORA = Formula("none"), Formula("lora"), Formula("dora", True), Formula("bora")
 _BORA_DETACHED = Formula("bora", True)
 _fused_dora, _fused_bora = _fused(FusedDoraLinear, True), _fused(FusedBoraLinear, False)
@@ -228,10 +234,10 @@ PROVIDERS = [
     Provider("frozen", "frozen nn.Linear", _NONE, dense(_NONE), charted=True, graphed=True),
     _peer("peft-lora", "PEFT LoRA", _LORA, _peft("lora")),
     _peer("peft-lora-half", f"PEFT LoRA, {_HALF}", _LORA, _peft("lora"), half=True),
-    _peer("peft-dora", "PEFT DoRA", _DORA, _peft("dora")),
+    _peer("peft-dora", "PEFT DoRA", _DORA, _peft("dora"), by_default=_full_layer),
     _peer("peft-dora-half", f"PEFT DoRA, {_HALF}", _DORA, _peft("dora"), half=True),
     _layer("dense-dora", "dense DoRA", _DORA, dense(_DORA)),
-    _dense_base("dense-bora", "dense BoRA", _BORA, dense(_BORA)),
+    _dense_base("dense-bora", "dense BoRA", _BORA, dense(_BORA), by_default=_full_layer),
     _ours("fused-dora", "FusedDoraLinear, detached", _DORA, _fused_dora),
     _ours("fused-bora", "FusedBoraLinear", _BORA, _fused_bora, charted=True),
     _ours(
@@ -247,7 +253,16 @@ PROVIDERS = [
 _reusing = functools.partial(_ours, modes=("step", "inference"), scope=bora_kernels.reuse_scales)
 PROVIDERS += [  # a step after another one with the same adapter
     _reusing("fused-dora-reused", "FusedDoraLinear, detached, scales reused", _DORA, _fused_dora, levels=("layer",)),
-    _reusing("fused-bora-reused", "FusedBoraLinear, scales reused", _BORA, _fused_bora),
+    _reusing("fused-bora-reused", "FusedBoraLinear, scales reused", _BORA, _fused_bora, by_default=_full_layer),
 ]
 # last, because what its compiler leaves behind could disturb the others
-PROVIDERS.append(_layer("dense-bora-compiled", "dense BoRA, torch.compile", _BORA, dense(_BORA, True), compiled=True))
+PROVIDERS.append(
+    _layer(
+        "dense-bora-compiled",
+        "dense BoRA, torch.compile",
+        _BORA,
+        dense(_BORA, True),
+        compiled=True,
+        by_default=lambda case: case.lead,
+    )
+)

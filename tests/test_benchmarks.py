@@ -274,6 +274,19 @@ def test_what_is_measured_unless_asked_for_more() -> None:
         assert set(cases("cuda")) < set(cases("cuda", full=True)) == set(by_mode)
 
 
+def test_providers_that_take_long_are_measured_once_unless_asked_for_more() -> None:
+    lead, *others = layer_cases("cuda")
+    places = {
+        p.name: [p.runs(case) and p.by_default(case) for case in (lead, *others, *model_cases("cuda"))]
+        for p in PROVIDERS
+    }
+    assert sum(places["dense-bora-compiled"]) == 2 and places["dense-bora-compiled"][0]  # step and inference
+    for name in ("peft-dora", "dense-bora", "fused-bora-reused"):
+        assert places[name][:7] == 7 * [True] and not any(places[name][7:])
+    for name in ("frozen", "peft-lora", "peft-lora-half", "peft-dora-half", "fused-bora"):
+        assert all(places[name])
+
+
 def test_patterns_of_cases() -> None:
     names = "step-llama3-8b-4x2048-r16-bf16-nf4-checkpointed", "inference-llama3-8b-1x1024-r16-bf16"
     case = {str(case): case for case in model_cases("cuda", full=True)}
