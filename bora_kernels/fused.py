@@ -10,11 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .kernels import norms
 from .kernels.gemm import scaled_gemm
 from .kernels.launch import beside_last_launch, empty, stage
 from .kernels.low_rank import combine, project, reduce
-from .kernels.moments import Axis, add_norm_path, norm
-from .kernels.moments import weighted_sums as launch_weighted_sums
 from .plan import Needs, Scales, projection_parts, scales_size, separate_product, split_scales, zero_stand_in
 
 
@@ -86,9 +85,9 @@ def _compute_scales(
     col = (weight.T, lora_A.T, lora_B, magnitude_col), (scales.col_norm, scales.col_scale, scales.col_product)
     first, second = (row, col) if norm_order == "row_col" or magnitude_col is None else (col, row)
     options = {"scaling": scaling, "eps": eps, "precision": precision}
-    coefficient = norm(*first[0], None, *first[1], **options)
+    coefficient = norms.norm(*first[0], None, *first[1], **options)
     if magnitude_col is not None:
-        norm(*second[0], coefficient, *second[1], **options)
+        norms.norm(*second[0], coefficient, *second[1], **options)
 
 
 def backward(
@@ -166,19 +165,19 @@ def _backward(
         )  # (5), (6), (7)  # fmt: skip
 
     if needs.norm_paths(*members, norm_order, detach_norm):
-        row = Axis(
+        row = norms.Axis(
             weight, lora_B, scales.row_norm, scales.row_scale, magnitude_row,
             row_coefficient, scales.row_product, dm_row, dB,
         )  # fmt: skip
-        col = Axis(
+        col = norms.Axis(
             weight.T, lora_A.T, scales.col_norm, scales.col_scale, magnitude_col,
             col_coefficient, scales.col_product, dm_col, None if dA is None else dA.T,
         )  # fmt: skip
         first, second = (row, col) if norm_order == "row_col" or magnitude_col is None else (col, row)
         options = {"scaling": scaling, "eps": eps, "stand_in": stand_in, "precision": weight_precision}
-        add_norm_path(first, second, first=True, **options)  # (8), (9), (10)
+        norms.add_norm_path(first, second, first=True, **options)  # (8), (9), (10)
         if second.d_factor is not None:
-            add_norm_path(second, first, first=False, **options)  # (11)
+            norms.add_norm_path(second, first, first=False, **options)  # (11)
 
     results = (dx, dA, dB, dm_row, dm_col)
     return tuple(result if need else None for result, need in zip(results, needs, strict=True))
@@ -193,7 +192,7 @@ def weighted_sums(
 
 @stage
 def _weighted_sums(W, P, Z, coefficient, *, scaling, precision):
-    return launch_weighted_sums(W, P, Z, coefficient, scaling=scaling, precision=precision)
+    return norms.weighted_sums(W, P, Z, coefficient, scaling=scaling, precision=precision)
 
 
 def _kept_product(needed: bool, dtype: torch.dtype, bias: Tensor | None) -> dict:

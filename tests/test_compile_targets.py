@@ -20,7 +20,7 @@ from cross_compile import SHARED_MEMORY_LIMIT, CompileError, CompileRequest, cro
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bora_kernels import fused
-from bora_kernels.kernels import config, gemm, low_rank, moments, nf4
+from bora_kernels.kernels import config, gemm, low_rank, moments, nf4, norms
 from bora_kernels.plan import Needs, separate_product
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.uint8: "u8"}
@@ -77,7 +77,7 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch):
     recorded = []
-    for module in (gemm, low_rank, moments, nf4):
+    for module in (gemm, low_rank, moments, nf4, norms):
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder(kernel, recorded))

@@ -1,0 +1,210 @@
+"""Norms of the adapted weight, and the exact gradient's paths through them, from the sums of ``moments``.
+
+The four uses of these, numbered as in ``factored``:
+
+    first axis,  c = 1               first_norm, first_scale; V·Q is kept for (10)
+    second axis, c = first_scale²    second_norm, second_scale; Vᵀ·(first_scale²⊙P) is kept for (11)
+    first axis,  c = κ               (8), (9), (10)
+    second axis, c = λ               (11)
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import live_magnitude, load_matrix, load_vector
+from .config import cdiv, finish_config
+from .launch import empty, launch
+from .moments import load_products, load_squares, moments
+
+
+@triton.jit
+def _finish_norm_kernel(
+    products_ptr,  # [splits, I + R, R]
+    squares_ptr,  # [splits, I]
+    p_ptr,  # [I, R]
+    magnitude_ptr,  # [I]
+    norm_ptr,  # [I]
+    scale_ptr,  # [I]
+    coefficient_ptr,  # [I]: scale², or squares without a magnitude
+    kept_ptr,  # [I, R]: products
+    splits, I,
+    stride_pi, stride_pr,
+    scaling, eps,
+    R: tl.constexpr,
+    BLOCK_SIZE_I: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
+    HAS_MAGNITUDE: tl.constexpr, HAS_KEPT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    offs_i = tl.program_id(0) * BLOCK_SIZE_I + tl.arange(0, BLOCK_SIZE_I)
+    mask_i = offs_i < I
+    squares = load_squares(squares_ptr, offs_i, splits, I)
+    for r in range(0, R, BLOCK_SIZE_R):
+        offs_r = r + tl.arange(0, BLOCK_SIZE_R)
+        x, products = load_products(
+            products_ptr, p_ptr, offs_i, offs_r, splits, I, stride_pi, stride_pr, scaling, R, BLOCK_SIZE_R, PRECISION
+        )
+        p = load_matrix(p_ptr, offs_i, offs_r, I, R, stride_pi, stride_pr).to(tl.float32)
+        squares += scaling * tl.sum(p * (x + products), axis=1)  # (b)
+        if HAS_KEPT:
+            ptrs = kept_ptr + offs_i.to(tl.int64)[:, None] * R + offs_r[None, :]
+            tl.store(ptrs, products, mask=mask_i[:, None] & (offs_r < R)[None, :])
+    if HAS_MAGNITUDE:
+        squares = tl.where(squares < 0.0, 0.0, squares)  # by rounding, at most; NaN stays
+        norm = tl.maximum(tl.sqrt(squares), eps, propagate_nan=tl.PropagateNan.ALL)
+        scale = load_vector(magnitude_ptr, offs_i, I) / norm
+        tl.store(norm_ptr + offs_i, norm, mask=mask_i)
+        tl.store(scale_ptr + offs_i, scale, mask=mask_i)
+        tl.store(coefficient_ptr + offs_i, scale * scale, mask=mask_i)
+    else:
+        tl.store(coefficient_ptr + offs_i, squares, mask=mask_i)
+
+
+@triton.jit
+def _finish_path_kernel(
+    products_ptr,  # [splits, I + R, R]
+    squares_ptr,  # [splits, I]
+    p_ptr,  # [I, R]
+    norm_ptr,  # [I]
+    scale_ptr,  # [I]
+    magnitude_ptr,  # [I]
+    coefficient_ptr,  # [I]: −S / norm², replaced by λ on the first axis; κ on the second
+    kept_ptr,  # [I, R]: V·Q, or Vᵀ·(first_scale²⊙P)
+    d_magnitude_ptr,  # [I], added to
+    d_factor_ptr,  # [I, R], added to
+    splits, I,
+    stride_pi, stride_pr, stride_di, stride_dr,
+    scaling, eps, stand_in,
+    R: tl.constexpr,
+    BLOCK_SIZE_I: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
+    FIRST: tl.constexpr, HAS_PRODUCTS: tl.constexpr, HAS_KEPT: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    offs_i = tl.program_id(0) * BLOCK_SIZE_I + tl.arange(0, BLOCK_SIZE_I)
+    mask_i = offs_i < I
+    coefficient = load_vector(coefficient_ptr, offs_i, I) if FIRST or HAS_KEPT else tl.zeros_like(offs_i)
+    weight_of_products = tl.full((BLOCK_SIZE_I,), 1.0, dtype=tl.float32)
+    if FIRST and HAS_PRODUCTS:
+        squares = load_squares(squares_ptr, offs_i, splits, I)
+        for r in range(0, R, BLOCK_SIZE_R):
+            offs_r = r + tl.arange(0, BLOCK_SIZE_R)
+            x, products = load_products(
+                products_ptr, p_ptr, offs_i, offs_r, splits, I, stride_pi, stride_pr, scaling,
+                R, BLOCK_SIZE_R, PRECISION,
+            )  # fmt: skip
+            p = load_matrix(p_ptr, offs_i, offs_r, I, R, stride_pi, stride_pr).to(tl.float32)
+            squares += scaling * tl.sum(p * (x + products), axis=1)  # (b): w of (8)
+        scale, norm = load_vector(scale_ptr, offs_i, I), load_vector(norm_ptr, offs_i, I)
+        weight_of_products = scale * scale
+        path = weight_of_products * squares
+        coefficient -= tl.where(norm > eps, path / (norm * norm), 0.0)  # (9): λ
+        tl.store(coefficient_ptr + offs_i, coefficient, mask=mask_i)
+        live = live_magnitude(scale_ptr, norm_ptr, magnitude_ptr, offs_i, I, stand_in)
+        d_magnitude = load_vector(d_magnitude_ptr, offs_i, I)
+        tl.store(d_magnitude_ptr + offs_i, d_magnitude + path / live, mask=mask_i)  # (9)
+    if HAS_FACTOR:
+        for r in range(0, R, BLOCK_SIZE_R):
+            offs_r = r + tl.arange(0, BLOCK_SIZE_R)
+            update = tl.zeros((BLOCK_SIZE_I, BLOCK_SIZE_R), dtype=tl.float32)
+            if HAS_PRODUCTS:
+                _, products = load_products(
+                    products_ptr, p_ptr, offs_i, offs_r, splits, I, stride_pi, stride_pr, scaling,
+                    R, BLOCK_SIZE_R, PRECISION,
+                )  # fmt: skip
+                update += weight_of_products[:, None] * products
+            if HAS_KEPT:
+                update += coefficient[:, None] * load_matrix(kept_ptr, offs_i, offs_r, I, R, R, 1)
+            ptrs = d_factor_ptr + offs_i.to(tl.int64)[:, None] * stride_di + offs_r.to(tl.int64)[None, :] * stride_dr
+            mask = mask_i[:, None] & (offs_r < R)[None, :]
+            tl.store(ptrs, tl.load(ptrs, mask=mask, other=0.0) + scaling * update, mask=mask)  # (10), (11)
+
+
+def norm(
+    W: Tensor,
+    P: Tensor,
+    Z: Tensor,
+    magnitude: Tensor,
+    coefficient: Tensor | None,
+    norm: Tensor,
+    scale: Tensor,
+    kept: Tensor | None,
+    *,
+    scaling: float,
+    eps: float,
+    precision: str,
+) -> Tensor:
+    """Norms over j of V = W [I, J] + s·P [I, R]·Z [J, R]ᵀ weighted by the coefficient [J] (None: 1).
+
+    Writes norm [I], scale = magnitude / norm [I] and, where asked for, V·(c⊙Z) to kept [I, R]. Returns scale² [I].
+    """
+    return _finish_norm(W, P, Z, magnitude, coefficient, norm, scale, kept, scaling, eps, precision)
+
+
+def weighted_sums(
+    W: Tensor, P: Tensor, Z: Tensor, coefficient: Tensor | None, *, scaling: float, precision: str
+) -> tuple[Tensor, Tensor]:
+    """squares [I] and products [I, R], equations (b) and (a), where the norms need more than this W: a shard, say."""
+    products = empty(P.shape, torch.float32, W.device)
+    return _finish_norm(W, P, Z, None, coefficient, None, None, products, scaling, 0.0, precision), products
+
+
+def _finish_norm(W, P, Z, magnitude, coefficient, norm, scale, kept, scaling, eps, precision) -> Tensor:
+    products, squares = moments(W, Z, coefficient, precision)
+    I, R = P.shape
+    result = empty((I,), torch.float32, W.device)
+    config = finish_config(R, W.dtype)
+    launch(
+        _finish_norm_kernel,
+        (cdiv(I, config["BLOCK_SIZE_I"]),),
+        (products, squares, P, magnitude, norm, scale, result, kept),
+        splits=len(products), I=I,
+        stride_pi=P.stride(0), stride_pr=P.stride(1),
+        scaling=scaling, eps=eps,
+        R=R, HAS_MAGNITUDE=magnitude is not None, HAS_KEPT=kept is not None, PRECISION=precision, **config,
+    )  # fmt: skip
+    return result
+
+
+class Axis(NamedTuple):
+    """What the path through one axis's norms is made of; None for what is absent or not needed."""
+
+    W: Tensor  # [I, J], this axis first
+    P: Tensor  # [I, R]
+    norm: Tensor | None  # [I]
+    scale: Tensor | None  # [I]
+    magnitude: Tensor | None  # [I]
+    coefficient: Tensor | None  # [I]: −S / norm²
+    kept: Tensor | None  # [I, R]: what ``norm`` left over
+    d_magnitude: Tensor | None  # [I], added to
+    d_factor: Tensor | None  # [I, R], added to
+
+
+def add_norm_path(
+    axis: Axis, other: Axis, *, first: bool, scaling: float, eps: float, stand_in: float, precision: str
+) -> None:
+    """Adds the path through the norms to the axis's d_factor and, if it is the first, to its d_magnitude.
+
+    First, equations (8) to (10): other.coefficient is κ (None for DoRA), and axis.coefficient becomes λ in place.
+    Second, equation (11): other.coefficient is λ and axis.coefficient κ (None for DoRA).
+    """
+    W, P, norm, scale, magnitude, coefficient, kept, d_magnitude, d_factor = axis
+    I, R = P.shape
+    products = squares = None
+    if other.coefficient is not None:
+        products, squares = moments(W, other.P, other.coefficient, precision, squares_needed=first)
+    splits = 0 if products is None else len(products)
+    strides = (0, 0) if d_factor is None else d_factor.stride()
+
+    config = finish_config(R, W.dtype)
+    launch(
+        _finish_path_kernel,
+        (cdiv(I, config["BLOCK_SIZE_I"]),),
+        (products, squares, P, norm, scale, magnitude, coefficient, kept, d_magnitude, d_factor),
+        splits=splits, I=I,
+        stride_pi=P.stride(0), stride_pr=P.stride(1), stride_di=strides[0], stride_dr=strides[1],
+        scaling=scaling, eps=eps, stand_in=stand_in,
+        R=R, FIRST=first, HAS_PRODUCTS=products is not None, HAS_KEPT=coefficient is not None,
+        HAS_FACTOR=d_factor is not None, PRECISION=precision, **config,
+    )  # fmt: skip
