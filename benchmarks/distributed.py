@@ -8,8 +8,8 @@ Strategies: "single" is each device by itself, all at the same time: what the ot
 blocks and root, and each device has a batch of its own. "tp" shares one batch: q, k, v, gate and up are sharded over
 outputs, o and down over inputs. In the result the strategy is the case's mode.
 
-A provider is timed only after its step was checked: alone against the dense reference by the rule of ``verify``,
-sharded against what it computes alone. The optimizer is not part of a step.
+A provider is timed only after its step was checked: "single" and "tp" against the dense reference by the rule of
+``verify``, "fsdp" against what each rank computes alone, gradients averaged. The optimizer is not part of a step.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ from .verify import References, Result, WrongResult, errors, make_step, named
 
 NAMES = [p.name for p in PROVIDERS if "step" in p.modes and not p.compiled]
 DEFAULT = ["frozen", "peft-lora-half", "peft-dora-half", "fused-bora", "fused-bora-detached"]
-# relative error of sharded against alone; sums in parts change the frozen stack's dx by 2.9e-2 (bf16, eight blocks)
-TOLERANCE = {"bf16": 6e-2, "fp32": 1e-4}
+TOLERANCE = {"bf16": 2e-2, "fp32": 1e-4}  # relative error of "fsdp" against alone: the same operations
 TIMEOUT = timedelta(seconds=90)  # a rank that waits longer for another ends the run
 CLOCK = "{} at the end of steps that follow one another, the slowest rank's"
 
@@ -72,7 +71,7 @@ class Session:
         torch.manual_seed(1 + dist.get_rank())
         common = self.workload.x, self.workload.dy
         own = tuple(map(torch.randn_like, common))
-        self.inputs = {"single": own, "fsdp": own, "tp": common}
+        self.inputs = {"single": common, "fsdp": own, "tp": common}
 
     def run(self) -> list[dict]:
         gc.freeze()  # what is imported: garbage is collected often, which takes a quarter of a second otherwise
@@ -102,10 +101,11 @@ class Session:
             traceback.print_exc()  # the next one may do better
 
     def _measure(self, case: Case, provider: Provider, record: dict) -> None:
-        if case.mode == "single":  # they stay in memory, so they come before it is read
+        own_batch = case.mode == "fsdp"
+        if not own_batch:  # what they are made of stays in memory, so they come before it is read
             together(self.references.plain_errors, provider.formula, provider.adapter_dtype(case))
         before = self._allocated()
-        alone = None if case.mode == "single" else together(self._alone, case, provider)
+        alone = together(self._alone, case, provider) if own_batch else None
         step, result = together(self._first_step, case, provider)
         record |= together(self._check, case, provider, result, alone)
         del alone, result
@@ -155,7 +155,7 @@ class Session:
         """Hold the first step to its reference; returns by how much it is off."""
         if alone is None:
             return {"error_ratio": self.references.check(result, provider, provider.adapter_dtype(case))}
-        found = errors(result, average_gradients(alone) if case.mode == "fsdp" else alone)
+        found = errors(result, average_gradients(alone))
         wrong = [f"{kind} by {error:.1e}" for kind, error in found.items() if not error <= TOLERANCE[case.dtype]]
         if wrong:  # also for NaN
             allowed = f"allowed is {TOLERANCE[case.dtype]:.0e}"
