@@ -17,8 +17,14 @@ _CACHED_ELEMENTS = 1 << 18  # of a block on a CPU that is passed over several ti
 
 
 def norms(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Row norms [N] and column norms [K] of a weight, made in blocks of rows in the accumulation dtype."""
+    """Row norms [N] and column norms [K] of a weight, made in blocks of rows in the accumulation dtype.
+
+    Those of a DTensor are reduced over its shards.
+    """
     dtype = accumulation_dtype(weight.dtype)
+    if hasattr(weight, "placements"):
+        squares = weight.detach().to(dtype).square()
+        return squares.sum(1).sqrt(), squares.sum(0).sqrt()
     row_norm = torch.empty(weight.shape[0], dtype=dtype, device=weight.device)
     col_squares = torch.zeros(weight.shape[1], dtype=dtype, device=weight.device)
     step = block_rows(weight)

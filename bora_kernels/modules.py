@@ -147,7 +147,7 @@ class FusedBoraLinear(nn.Module):
         """
         _draw_factor(self.lora_A)
         nn.init.zeros_(self.lora_B)
-        row_norm, col_norm = _norms(self._dense_weight())
+        row_norm, col_norm = adapted_weight.norms(self._dense_weight())
         self.magnitude_row.copy_(row_norm)
         if self.magnitude_col is not None:
             self.magnitude_col.copy_(col_norm)
@@ -270,15 +270,6 @@ class FusedBoraLinear(nn.Module):
         parts += ["detach_norm=True"] if self.detach_norm else []
         parts += ["merged=True"] if self.merged else []
         return ", ".join(parts)
-
-
-def _norms(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column norms, reduced over the shards of a DTensor."""
-    if not hasattr(weight, "placements"):
-        return adapted_weight.norms(weight)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    squares = weight.detach().to(dtype).square()
-    return squares.sum(1).sqrt(), squares.sum(0).sqrt()
 
 
 def _draw_factor(factor: nn.Parameter) -> None:

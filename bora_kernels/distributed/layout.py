@@ -48,6 +48,16 @@ class Layout(NamedTuple):
         work.wait()
         return tensor
 
+    def all_reduce_together(self, *tensors: Tensor | None, between: Callable[[], None]) -> list[Tensor | None]:
+        """``all_reduce`` of those that there are, as one message."""
+        present = [t for t in tensors if t is not None]
+        if not present:
+            between()
+            return list(tensors)
+        message = self.all_reduce(torch.cat([t.flatten() for t in present]), between)
+        parts = iter(message.split([t.numel() for t in present]))
+        return [None if t is None else next(parts).view_as(t) for t in tensors]
+
     def completion(self) -> Completion:
         return Completion(col=self.all_reduce) if self.by_rows else Completion(row=self.all_reduce)
 

@@ -163,9 +163,9 @@ def _backward(
 
     if not needs.norm_paths(*members, norm_order, detach_norm):
         if layout.by_rows:
-            dA, dm_col = _all_reduce_together(layout, send_dx, dA, dm_col)
+            dA, dm_col = layout.all_reduce_together(dA, dm_col, between=send_dx)
         else:
-            dB, dm_row = _all_reduce_together(layout, send_dx, dB, dm_row)
+            dB, dm_row = layout.all_reduce_together(dB, dm_row, between=send_dx)
     else:
         scales = split_scales(flat_scales, *weight.shape, lora_A.shape[0], members[1])
         rows_first = norm_order == "row_col" or magnitude_col is None
@@ -190,19 +190,6 @@ def _backward(
         for gradient, parameter, need in zip((dA, dB, dm_row, dm_col), adapter, needs[1:], strict=True)
     )
     return None if dx is None else finish(dx), *adapter_gradients
-
-
-def _all_reduce_together(
-    layout: Layout, between: Callable[[], None], factor: Tensor | None, vector: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The sums over the shards of those that there are, as one message."""
-    present = [t for t in (factor, vector) if t is not None]
-    if not present:
-        between()
-        return None, None
-    message = layout.all_reduce(torch.cat([t.flatten() for t in present]), between)
-    parts = [part.view_as(t) for part, t in zip(message.split([t.numel() for t in present]), present, strict=True)]
-    return None if factor is None else parts.pop(0), None if vector is None else parts.pop(0)
 
 
 def _draw_dropout(x: Tensor, layout: Layout, options: autograd.Call) -> Tensor:
