@@ -1,14 +1,14 @@
 """Fused kernels for BoRA, DoRA and LoRA linear layers (BoRA: arXiv 2412.06441)."""
 
 from . import reference
-from .adapters import adapter_state_dict, load_adapter, merge_adapter, save_adapter
-from .autograd import bora_linear
-from .conversion import convert
-from .diagnostics import explain
+from ._version import __version__
+from .adapters.conversion import convert
+from .adapters.diagnostics import explain
+from .adapters.storage import adapter_state_dict, load_adapter, merge_adapter, save_adapter
+from .functional import bora_linear
 from .modules import FusedBoraLinear, FusedDoraLinear
-from .reuse import reuse_scales
+from .ops.reuse import reuse_scales
 
-__version__ = "0.1.0"
 __all__ = [
     "FusedBoraLinear",
     "FusedDoraLinear",

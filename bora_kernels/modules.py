@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import adapted_weight, quantized, reuse, validation
-from .autograd import bora_linear
-from .plan import EPS
-from .quantized_weight import QuantizedWeight, StoredWeight
+from . import quantized
+from .contract import EPS
+from .functional import bora_linear
+from .ops import adapted_weight, reuse, validation
+from .quantized.module import QuantizedWeight, StoredWeight
 
 
 class FusedBoraLinear(nn.Module):
@@ -204,7 +205,7 @@ class FusedBoraLinear(nn.Module):
         """
         compute = adapted_weight.effective_weight
         if hasattr(self.weight, "device_mesh"):
-            from .distributed.sharded import effective_weight_sharded as compute
+            from .ops.sharded.linear import effective_weight_sharded as compute
         merged = compute(
             self._dense_weight(),
             self.lora_A,

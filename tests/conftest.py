@@ -19,7 +19,7 @@ if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
-import interpreter_bf16 as bf16  # noqa: E402
+from helpers import interpreter_bf16 as bf16  # noqa: E402
 
 if INTERPRETING and bf16.unsupported_reason() is None:
     bf16.activate()

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_accurate
-from cases import HALVES, NAMES, conventions, orders
+from helpers.accuracy import assert_accurate
+from helpers.cases import HALVES, NAMES, conventions, orders
 from torch import nn
 
-from bora_kernels.functional import axis_norms, bora_conv, bora_embedding, merged_weight
+from bora_kernels.functional import bora_conv, bora_embedding
+from bora_kernels.ops.axis_scales import axis_norms, merged_weight
 from bora_kernels.reference import bora_weight_ref
 
 SCALING = 0.5

@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
-from accuracy import assert_accurate
-from cases import backends, orders, require
+from helpers.accuracy import assert_accurate
+from helpers.cases import backends, orders, require
 from torch import nn
 
 from bora_kernels import FusedBoraLinear, FusedDoraLinear, reference

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from accuracy import assert_accurate
+from helpers.accuracy import assert_accurate
 from torch import nn
 
 from bora_kernels import FusedBoraLinear, FusedDoraLinear

@@ -12,8 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from bora_kernels import load_adapter, merge_adapter, save_adapter
-
+from .. import load_adapter, merge_adapter, save_adapter
 from . import report
 from .data import Encoded, encode, load_dataset, load_movies, longest_batch, split
 from .models import AdapterOptions, TextClassifier, build_classifier, model_source, trained_parameters

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from bora_kernels import convert
-
+from .. import convert
 from .packages import DemoError
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from ..modules import FusedBoraLinear
-from .layout import BY_COLUMNS, BY_ROWS, as_dtensor, shard_bounds
+from ..ops.sharded.layout import BY_COLUMNS, BY_ROWS, as_dtensor, shard_bounds
 
 
 class _BoraParallel(ParallelStyle):

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 from transformers import TrainerCallback
 
-from ..reuse import reuse_scales
+from ..ops.reuse import reuse_scales
 
 
 class ReuseScalesCallback(TrainerCallback):

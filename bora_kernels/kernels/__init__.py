@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, one file a job; ``fused`` puts them together into the layer."""
+"""Triton kernels and their launchers, one file a job; ``ops.triton_backend`` puts them together into the layer."""

@@ -2,9 +2,9 @@
 
     out = scale⊙( t·Wᵀ + projection·factor ) + bias
 
-With t = x⊙g, W = W0 [N, K], projection = u, factor = Bᵀ and scale = a this is y, equation (2) of ``factored``; with
-t = dy⊙a, W = W0ᵀ (a view), projection = v, factor = A and scale = g it is dx, equation (4). One persistent kernel does
-both. Where the hardware has tensor descriptors (TMA) and the operands are aligned, they fill its tiles.
+With t = x⊙g, W = W0 [N, K], projection = u, factor = Bᵀ and scale = a this is y, equation (2) of ``ops.torch_backend``;
+with t = dy⊙a, W = W0ᵀ (a view), projection = v, factor = A and scale = g it is dx, equation (4). One persistent kernel
+does both. Where the hardware has tensor descriptors (TMA) and the operands are aligned, they fill its tiles.
 
 There the low-rank product lengthens the inner dimension: one loop runs over the columns of t and then over those of
 the projection, which meets the factor as ``split_low_rank`` lays them out.
@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..replay.recording import empty, launch
 from .common import dot_split, keep_mask, load_matrix, load_projection, load_vector
 from .config import TRITON_DTYPES, cdiv, gemm_config, is_aligned, is_half, parts_in_use, split_config
-from .launch import empty, launch
 
 
 @triton.jit

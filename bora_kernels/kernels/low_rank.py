@@ -2,7 +2,7 @@
 
 ``project``     folds a scale into a token matrix and projects it onto a factor, in one read:
                 t_scaled = t⊙scale          projection = s·(drop(t)⊙scale)·factorᵀ
-                t = x gives u, t = dy gives v: (1) and (3) of ``factored``
+                t = x gives u, t = dy gives v: (1) and (3) of ``ops.torch_backend``
 ``reduce``      sums over tokens, in one read of t and other:
                 d_factor = tᵀ·projection    total = Σ_m t⊙other
                 t = dy gives dB and S, t = x gives dA and D: (5) and (6)
@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plan import projection_parts
+from ..contract import projection_parts
+from ..replay.recording import empty, launch
 from .common import dot_split, keep_mask, live_magnitude, load_matrix, load_projection, load_vector, round_with_dither
 from .config import cdiv, combine_config, is_aligned, is_packed, parts_in_use, project_config, reduce_config, target
-from .launch import empty, launch
 
 
 @triton.jit

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay.recording import empty, launch
 from .common import dot_split, load_matrix, load_vector
 from .config import TRITON_DTYPES, cdiv, is_aligned, is_packed, moments_config, target
-from .launch import empty, launch
 
 
 @triton.jit

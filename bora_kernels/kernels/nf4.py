@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay.recording import empty, launch
+from ..replay.stage import stage
 from .config import cdiv, dequantize_config
-from .launch import empty, launch, stage
 
 
 @triton.jit

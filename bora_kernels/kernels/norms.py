@@ -1,6 +1,6 @@
 """Norms of the adapted weight, and the exact gradient's paths through them, from the sums of ``moments``.
 
-The four uses of these, numbered as in ``factored``:
+The four uses of these, numbered as in ``ops.torch_backend``:
 
     first axis,  c = 1               first_norm, first_scale; V·Q is kept for (10)
     second axis, c = first_scale²    second_norm, second_scale; Vᵀ·(first_scale²⊙P) is kept for (11)
@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay.recording import empty, launch
 from .common import live_magnitude, load_matrix, load_vector
 from .config import cdiv, finish_config
-from .launch import empty, launch
 from .moments import load_products, load_squares, moments
 
 

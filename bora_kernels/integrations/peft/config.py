@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 
 from peft import LoraConfig
 
-from ...plan import NORM_ORDERS
+from ...contract import NORM_ORDERS
 
 
 class _PeftType(str):

@@ -10,8 +10,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...autograd import bora_linear
-from ...functional import axis_norms, bora_conv, bora_embedding, merged_weight
+from ...functional import bora_conv, bora_embedding, bora_linear
+from ...ops.axis_scales import axis_norms, merged_weight
 from .config import BoraConfig
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...autograd import bora_linear
+from ...functional import bora_linear
 from ...quantized import read
 from .layers import BoraLinear
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
-from ... import validation
+from ...ops import validation
 from ...quantized import read
 from .config import BoraConfig
 from .layers import BoraConv1d, BoraConv2d, BoraConv3d, BoraEmbedding, BoraLayer, BoraLinear

@@ -1,0 +1,1 @@
+"""Adapters of whole models: converting layers, saving, loading, merging, and saying what runs where."""

@@ -1,0 +1,172 @@
+"""``convert``: linear layers of a model, chosen by name, become adapted ones in place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..modules import FusedBoraLinear, FusedDoraLinear
+
+METHODS: dict[str, type[FusedBoraLinear]] = {"bora": FusedBoraLinear, "dora": FusedDoraLinear}
+_ALL_LINEAR = "all-linear"
+_HEADS = ("lm_head", "embed_out", "score", "classifier", "head")  # children of a model that are its output head
+_ADAPTER = ("lora_A", "lora_B", "magnitude_row", "magnitude_col")
+# The output projection of torch.nn.MultiheadAttention, which reads its weight and never calls it.
+_NEVER_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
+
+
+def convert(
+    model: nn.Module,
+    r: int = 16,
+    alpha: float = 32,
+    *,
+    target_modules: str | Iterable[str] = _ALL_LINEAR,
+    exclude: str | Iterable[str] = (),
+    method: str = "bora",
+    **options: Any,
+) -> nn.Module:
+    """Replace linear layers of a model in place by ``FusedBoraLinear`` or ``FusedDoraLinear`` and freeze the rest.
+
+        V = W0 + (alpha / r)·B·A        W' = diag(m_r / ‖·‖_row)·V·diag(m_c / ‖·‖_col)        W' = W0 at the start
+
+    Weights are shared, not copied. A layer that is used in several places stays one layer with one adapter. Layers
+    that were converted before stay as they are, so that several calls can give layers ranks of their own. To train
+    another part as well, such as a new head, call ``requires_grad_()`` on it afterwards: ``save_adapter`` saves it too.
+
+    Args:
+        model: any module that contains ``torch.nn.Linear`` layers.
+        r, alpha: rank of the updates and numerator of their scaling.
+        target_modules: ends of layer names (``["q_proj", "mlp.up_proj"]``) or a regular expression for whole names, as
+            in PEFT, or "all-linear": all but the output head (``get_output_embeddings()``, else a child of the model
+            called lm_head, embed_out, score, classifier or head) and ``MultiheadAttention.out_proj``.
+        exclude: layers to leave out, named in the same two ways.
+        method: "bora" or "dora".
+        options: the other keyword arguments of ``FusedBoraLinear.from_linear``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError, TypeError: naming the argument or the layer, before the model changes.
+
+    Source: BoRA, arXiv 2412.06441, section 3; DoRA, arXiv 2402.09353, section 4.1.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    chosen = _choose(model, _names("target_modules", target_modules), _names("exclude", exclude))
+    adapt(model, {linear: (METHODS[method], {"r": r, "alpha": alpha, **options}) for linear in chosen})
+    return model
+
+
+def adapted_layers(model: nn.Module) -> dict[str, FusedBoraLinear]:
+    """The adapted layers of a model by name, each once."""
+    return {name: layer for name, layer in named_modules(model) if isinstance(layer, FusedBoraLinear)}
+
+
+def adapter_parameters(layer: FusedBoraLinear) -> dict[str, nn.Parameter]:
+    """The trained parameters that the layer has."""
+    return {name: getattr(layer, name) for name in _ADAPTER if getattr(layer, name) is not None}
+
+
+def named_modules(model: nn.Module, *, every_place: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by the names that they have before ``torch.compile`` wraps any, each once or in every place."""
+    for name, module in model.named_modules(remove_duplicate=not every_place):
+        yield plain_name(name), module
+
+
+def plain_name(name: str) -> str:
+    """A module's or tensor's name without what ``torch.compile`` adds."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def matches(names: str | Iterable[str], name: str) -> bool:
+    """Whether ``names``, a regular expression or ends of names, mean this one."""
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in names)
+
+
+def adapt(model: nn.Module, layers: Mapping[nn.Linear, tuple[type[FusedBoraLinear], dict[str, Any]]]) -> None:
+    """Replace each linear layer by one of the class with the options, and freeze what is not an adapter.
+
+    All layers are built before the first is replaced: an error leaves the model as it was.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        built = {linear: cls.from_linear(linear, **options) for linear, (cls, options) in layers.items()}
+    except Exception:
+        for parameter in trainable:  # from_linear freezes
+            parameter.requires_grad_()
+        raise
+    replace(model, built)
+    _leave_inference_path(model)
+    kept = {id(p) for layer in adapted_layers(model).values() for p in adapter_parameters(layer).values()}
+    for parameter in trainable:
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
+
+
+def replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put new modules in every place where the old ones are."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in new:
+                setattr(parent, name, new[child])
+
+
+def _leave_inference_path(model: nn.Module) -> None:
+    """Turn off the path of ``TransformerEncoderLayer`` that reads weights without calling layers, in inference mode."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and adapted_layers(module):
+            module.activation_relu_or_gelu = 0  # read by that path only
+        elif isinstance(module, nn.TransformerEncoder) and adapted_layers(module):
+            module.use_nested_tensor = False  # which that path alone can take
+
+
+def _names(argument: str, names: str | Iterable[str]) -> str | tuple[str, ...]:
+    if isinstance(names, str):
+        return _ALL_LINEAR if names.lower() == _ALL_LINEAR else names
+    names = tuple(names)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{argument} must be a string or several, got {names}")
+    return names
+
+
+def _choose(model: nn.Module, targets: str | tuple[str, ...], exclude: str | tuple[str, ...]) -> list[nn.Linear]:
+    """The linear layers that the arguments mean, each once."""
+    places = [(name, m) for name, m in named_modules(model, every_place=True) if isinstance(m, nn.Linear) and name]
+    left_out = {module for name, module in places if matches(exclude, name)}
+    if targets == _ALL_LINEAR:
+        left_out |= _output_head(model)
+        chosen = {m: name for name, m in places if m not in left_out and not isinstance(m, _NEVER_CALLED)}
+    else:
+        for target in [targets] if isinstance(targets, str) else targets:
+            names = target if isinstance(targets, str) else (target,)
+            if not any(matches(names, name) for name, _ in places):
+                ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name, _ in places)) or "it has none"
+                raise ValueError(f"target_modules must name torch.nn.Linear layers ({ends}), got {target!r}")
+        chosen = {m: name for name, m in places if m not in left_out and matches(targets, name)}
+    if not chosen:
+        raise ValueError(f"target_modules must leave a layer to convert, got {targets!r} with exclude={exclude!r}")
+    for module, name in chosen.items():
+        if isinstance(module, _NEVER_CALLED):
+            raise ValueError(f"target_modules must not name {name}: MultiheadAttention never calls it")
+        own_forward = type(module).forward is not nn.Linear.forward
+        if own_forward and not type(module).__module__.startswith("bitsandbytes."):
+            raise ValueError(f"target_modules must not name {name}: a {type(module).__name__} has a forward of its own")
+        if "weight" not in module._parameters:
+            raise ValueError(f"target_modules must not name {name}: its weight is computed (a parametrization)")
+    return list(chosen)
+
+
+def _output_head(model: nn.Module) -> set[nn.Module]:
+    """The modules that turn the last hidden state into the model's output."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    heads = [child for name, child in model.named_children() if name in _HEADS] if head is None else [head]
+    return {module for head in heads for module in head.modules()}

@@ -1,0 +1,117 @@
+"""``explain``: which layers of a model run on which backend, and why."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .. import quantized
+from ..modules import FusedBoraLinear
+from ..ops import validation
+from .conversion import named_modules
+
+_PEFT = "bora_kernels.integrations.peft"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One adapted layer. ``backend`` is what it would run on now, with inputs of its weight's dtype."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]  # of the weight; [out_features, in_features] of a linear layer
+    rank: int | None  # None: no adapter is active
+    dtype: torch.dtype
+    device: torch.device
+    backend: str  # "triton", "torch", "reference", or "none": the frozen or the merged weight runs alone
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All adapted layers of a model, and the names of its linear layers without an adapter; ``str`` makes a table."""
+
+    layers: tuple[LayerReport, ...]
+    frozen: tuple[str, ...]
+
+    def __str__(self) -> str:
+        rows = Counter(
+            (
+                re.sub(r"\d+", "*", layer.name),
+                layer.kind,
+                "×".join(map(str, layer.shape)),
+                "-" if layer.rank is None else str(layer.rank),
+                f"{layer.dtype}".removeprefix("torch."),
+                f"{layer.device}",
+                layer.backend,
+                layer.reason,
+            )
+            for layer in self.layers
+        )
+        table = [("layer", "", "class", "weight", "rank", "dtype", "device", "backend", "because")]
+        table += [(name, f"{count}×", *rest) for (name, *rest), count in rows.items()]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+        backends = Counter(layer.backend for layer in self.layers)
+        counts = ", ".join(f"{count} {backend}" for backend, count in backends.items()) or "none"
+        lines.append(f"adapted layers: {counts}; linear layers without an adapter: {len(self.frozen) or 'none'}")
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Which layers of a model run on which backend, and why: ``print(bora_kernels.explain(model))``.
+
+    Covers ``FusedBoraLinear``, ``FusedDoraLinear`` and the layers of ``bora_kernels.integrations.peft``. Nothing is
+    run. Under ``torch.autocast`` autocast's dtype decides, not the weight's, which is what is reported.
+    """
+    layers, frozen, inside = [], [], set()
+    for name, module in named_modules(model):
+        report = _report(name, module)
+        if report is not None:
+            layers.append(report)
+            inside.update(module.modules())
+        elif isinstance(module, nn.Linear) and module not in inside:
+            frozen.append(name)
+    return Explanation(tuple(layers), tuple(frozen))
+
+
+def _report(name: str, module: nn.Module) -> LayerReport | None:
+    if isinstance(module, FusedBoraLinear):
+        weight, rank, merged = module.weight, module.r, module.merged
+        compute_dtype = module.compute_dtype
+    elif _PEFT in sys.modules and isinstance(module, sys.modules[_PEFT].BoraLayer):
+        base, merged = module.get_base_layer(), module.merged
+        weight = quantized.read(base) or base.weight
+        compute_dtype = getattr(base, "compute_dtype", None)
+        active = [] if module.disable_adapters else [n for n in module.active_adapters if n in module.r]
+        rank = module.r[active[0]] if active else None
+    else:
+        return None
+    dtype = compute_dtype or weight.dtype
+    backend, reason = _backend(module, weight.device, dtype, rank, merged)
+    shape = tuple(weight.shape)
+    return LayerReport(name, type(module).__name__, shape, rank, dtype, weight.device, backend, reason)
+
+
+def _backend(
+    module: nn.Module, device: torch.device, dtype: torch.dtype, rank: int | None, merged: bool
+) -> tuple[str, str]:
+    """The backend's name and why it is that one."""
+    if merged:
+        return "none", "it is merged"
+    if rank is None:
+        return "none", "no adapter is active"
+    if not hasattr(module, "backend"):
+        return "torch", "only linear layers have kernels"
+    problem = validation.triton_problem(device, dtype) or validation.rank_problem(rank)
+    if module.backend is not None:
+        fails = module.backend == "triton" and problem is not None
+        return module.backend, f"layer.backend says so, but cannot run: {problem}" if fails else "layer.backend says so"
+    if device.type != "cuda":
+        return "torch", f"it is the default on {device.type}"
+    return ("triton", "it is the default on cuda") if problem is None else ("torch", f"triton cannot run: {problem}")

@@ -1,0 +1,167 @@
+"""The file format of adapters: ``adapter_model.safetensors`` and ``adapter_config.json`` in a folder, as PEFT has them.
+
+Tensors are called ``base_model.model.<layer>.lora_A.weight``, ``.lora_B.weight``, ``.lora_magnitude_row.weight`` and
+``.lora_magnitude_col.weight``; whatever else was trained is ``base_model.model.<its name>``. The safetensors header
+says all that is needed to use the tensors, so that the file is enough by itself; the configuration tells PEFT the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .._version import __version__
+from ..contract import EPS
+
+FORMAT_VERSION = "1.0"  # a reader refuses a newer major version; a newer minor one only adds what it may ignore
+TENSOR_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+SUFFIXES = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "magnitude_row": "lora_magnitude_row.weight",
+    "magnitude_col": "lora_magnitude_col.weight",
+}
+_CONFIG_KEYS = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "norm_order": "norm_order",
+    "detach_norm": "detach_norm",
+    "rslora": "use_rslora",
+    "dropout": "lora_dropout",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+}
+# How PEFT may start lora_A and lora_B without changing the base weight, which its other ways do.
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
+
+
+@dataclass(frozen=True)
+class AdapterDescription:
+    """What the layers of an adapter share. The patterns map layers to a rank or alpha of their own, as in PEFT."""
+
+    method: str
+    rank: int
+    alpha: float
+    norm_order: str
+    detach_norm: bool = False
+    rslora: bool = False
+    dropout: float = 0.0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def rank_of(self, layer: str) -> int:
+        return _lookup(self.rank_pattern, layer, self.rank)
+
+    def alpha_of(self, layer: str) -> float:
+        return _lookup(self.alpha_pattern, layer, self.alpha)
+
+
+def exact_pattern(layer: str) -> str:
+    """The key of a pattern that fits this layer and no other."""
+    return f"^{re.escape(layer)}"
+
+
+def _lookup(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
+    """The first pattern, a regular expression, that fits the layer's name or its end after a dot."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), default)
+
+
+def write_adapter(
+    folder: Path, tensors: Mapping[str, Tensor], description: AdapterDescription, config: Mapping[str, Any]
+) -> None:
+    """Write both files; ``config`` adds to the configuration. A crash leaves no half-written file."""
+    from safetensors.torch import save_file
+
+    sharded = [name for name, tensor in tensors.items() if is_traceable_wrapper_subclass(tensor)]
+    if sharded:
+        kind = type(tensors[sharded[0]]).__name__
+        raise ValueError(f"state_dict must hold whole tensors, got a {kind} for {sharded[0]}")
+    header = {"format": "pt", "format_version": FORMAT_VERSION, "library_version": __version__, "eps": repr(EPS)}
+    header |= {k: v if isinstance(v, str) else json.dumps(v) for k, v in asdict(description).items()}
+    config = {
+        "peft_type": "BORA",
+        "use_dora": description.method == "dora",
+        **{key: getattr(description, name) for name, key in _CONFIG_KEYS.items()},
+        **config,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    new_tensors, new_config = folder / f"{TENSOR_FILE}.new", folder / f"{CONFIG_FILE}.new"
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    save_file(copies, new_tensors, metadata=header)
+    new_config.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(new_tensors, folder / TENSOR_FILE)
+    os.replace(new_config, folder / CONFIG_FILE)
+
+
+def read_adapter(path: Path) -> tuple[AdapterDescription, dict[str, Tensor]]:
+    """The description and the tensors, without the names' prefix, of a folder or of the safetensors file alone.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: for a newer format, an incomplete description, or a header and a configuration that disagree.
+    """
+    from safetensors import safe_open
+
+    file_path = path / TENSOR_FILE if path.is_dir() else path
+    config_path = path / CONFIG_FILE if path.is_dir() else None
+    if not file_path.is_file():
+        raise FileNotFoundError(f"path must be a folder with {TENSOR_FILE} or a safetensors file, got {path}")
+    with safe_open(file_path, framework="pt") as file:
+        header = file.metadata() or {}
+        tensors = {_plain_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    known = []
+    if "format_version" in header:
+        known.append(_from_header(header, file_path))
+    if config_path is not None and config_path.is_file():
+        known.append(_from_config(json.loads(config_path.read_text(encoding="utf-8")), config_path))
+    if not known:
+        raise ValueError(f"{file_path} must have a header with format_version or {CONFIG_FILE} beside it, got neither")
+    if known[0] != known[-1]:
+        raise ValueError(f"{file_path} and {config_path} must say the same, got {known[0]} and {known[-1]}")
+    return known[0], tensors
+
+
+def _plain_name(name: str) -> str:
+    """Without PEFT's prefix, and with one name for the magnitude of PEFT's DoRA and of this package's."""
+    return re.sub(r"\.lora_magnitude_vector(\.weight)?$", f".{SUFFIXES['magnitude_row']}", name.removeprefix(PREFIX))
+
+
+def _from_header(header: Mapping[str, str], path: Path) -> AdapterDescription:
+    version = header["format_version"]
+    major = version.partition(".")[0]
+    if not major.isdigit() or int(major) > int(FORMAT_VERSION.partition(".")[0]):
+        writer = header.get("library_version", "an unknown version")
+        raise ValueError(f"{path} must have format {FORMAT_VERSION} or older, got {version} of bora_kernels {writer}")
+    if float(header.get("eps", "nan")) != EPS:
+        raise ValueError(f"{path} must have eps {EPS}, got {header.get('eps')}")
+    texts = ("method", "norm_order")
+    values = {name: header[name] for name in ("method", *_CONFIG_KEYS) if name in header}
+    return _description({k: v if k in texts else json.loads(v) for k, v in values.items()}, path)
+
+
+def _from_config(config: Mapping[str, Any], path: Path) -> AdapterDescription:
+    kind = config.get("peft_type")
+    peft_dora = {"norm_order": "row_col", "detach_norm": True} if kind == "LORA" and config.get("use_dora") else {}
+    if kind != "BORA" and not peft_dora:
+        raise ValueError(f"{path} must have the peft_type BORA, or LORA with use_dora, got {kind}")
+    start = config.get("init_lora_weights", True)
+    if start not in _PLAIN_STARTS:
+        raise ValueError(f"{path}: init_lora_weights={start!r} changes the base weight; load this adapter with PEFT")
+    values = {name: config[key] for name, key in _CONFIG_KEYS.items() if config.get(key) is not None}
+    return _description({"method": "dora" if config.get("use_dora") else "bora", **peft_dora, **values}, path)
+
+
+def _description(values: dict[str, Any], path: Path) -> AdapterDescription:
+    missing = {"method", "rank", "alpha", "norm_order"} - values.keys()
+    if missing:
+        raise ValueError(f"{path} must say {', '.join(sorted(missing))}, got {', '.join(sorted(values))}")
+    return AdapterDescription(**values)

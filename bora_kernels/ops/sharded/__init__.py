@@ -1,0 +1,1 @@
+"""The layer over a weight that is sharded over a mesh of devices."""

@@ -1,0 +1,154 @@
+"""How a layer lies on a mesh of devices: the placement of each tensor, and the messages between the shards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from ...contract import Completion
+
+BY_ROWS = {
+    "weight": Shard(0),
+    "lora_A": Replicate(),
+    "lora_B": Shard(0),
+    "magnitude_row": Shard(0),
+    "magnitude_col": Replicate(),
+    "bias": Shard(0),
+}
+BY_COLUMNS = {
+    "weight": Shard(1),
+    "lora_A": Shard(1),
+    "lora_B": Replicate(),
+    "magnitude_row": Replicate(),
+    "magnitude_col": Shard(0),
+    "bias": Replicate(),
+}
+
+
+class Layout(NamedTuple):
+    """How the weight lies on its mesh, and how x does."""
+
+    mesh: DeviceMesh
+    by_rows: bool
+    x_placement: Placement
+    x_shape: torch.Size
+
+    def all_reduce(self, tensor: Tensor, between: Callable[[], None] = lambda: None) -> Tensor:
+        """The sum over the shards, in place where it can be; ``between`` runs while it is under way."""
+        tensor = tensor.contiguous()
+        work = dist.all_reduce(tensor, group=self.mesh.get_group(), async_op=True)
+        between()
+        work.wait()
+        return tensor
+
+    def all_reduce_together(self, *tensors: Tensor | None, between: Callable[[], None]) -> list[Tensor | None]:
+        """``all_reduce`` of those that there are, as one message."""
+        present = [t for t in tensors if t is not None]
+        if not present:
+            between()
+            return list(tensors)
+        message = self.all_reduce(torch.cat([t.flatten() for t in present]), between)
+        parts = iter(message.split([t.numel() for t in present]))
+        return [None if t is None else next(parts).view_as(t) for t in tensors]
+
+    def completion(self) -> Completion:
+        return Completion(col=self.all_reduce) if self.by_rows else Completion(row=self.all_reduce)
+
+    def offset(self, shape: torch.Size) -> tuple[int, int]:
+        """The row and the column of a weight of that shape where this rank's shard starts."""
+        start, _ = shard_bounds(shape[0 if self.by_rows else 1], self.mesh)
+        return (start, 0) if self.by_rows else (0, start)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Start to bring x from its own placement to where the product takes it."""
+        return self._start(x, self.x_placement, self._inner)
+
+    def scatter(self, dx: Tensor) -> Tensor | _UnderWay:
+        """Start to bring dx, a partial sum for a weight sharded by rows, to the placement of x. It is overwritten."""
+        if self.by_rows and self.dx_placement.is_replicate():  # the usual case, at a third of the host time
+            return _UnderWay(dx, dist.all_reduce(dx, group=self.mesh.get_group(), async_op=True))
+        return self._start(dx, Partial() if self.by_rows else self._inner, self.dx_placement)
+
+    @property
+    def dx_placement(self) -> Placement:
+        return Replicate() if self.x_placement.is_partial() else self.x_placement
+
+    @property
+    def _inner(self) -> Placement:
+        return Replicate() if self.by_rows else Shard(len(self.x_shape) - 1)
+
+    def _start(self, tensor: Tensor, source: Placement, target: Placement) -> Tensor:
+        if source == target:
+            return tensor
+        whole = as_dtensor(tensor, self.mesh, source, self.x_shape)
+        return whole.redistribute(placements=[target], async_op=True).to_local()
+
+
+class _UnderWay(NamedTuple):
+    """A tensor that a collective still works on."""
+
+    tensor: Tensor
+    work: dist.Work
+
+    def wait(self) -> Tensor:
+        self.work.wait()
+        return self.tensor
+
+
+def shard_bounds(size: int, mesh: DeviceMesh) -> tuple[int, int]:
+    """Where this rank's shard of a dimension of that size starts and ends; the last ranks may have less, or none."""
+    step = -(-size // mesh.size())
+    start = min(size, step * mesh.get_local_rank())
+    return start, min(size, start + step)
+
+
+def as_dtensor(tensor: Tensor, mesh: DeviceMesh, placement: Placement, shape: Sequence[int]) -> DTensor:
+    """This rank's part of a contiguous tensor of that shape, which the ranks may divide unevenly; differentiable."""
+    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return DTensor.from_local(tensor, mesh, [placement], run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def to_local(tensor: DTensor | None) -> Tensor | None:
+    """This rank's part, with a gradient placed as the tensor is."""
+    if tensor is None:
+        return None
+    with torch.set_grad_enabled(torch.is_grad_enabled() and tensor.requires_grad):  # a frozen one costs the host less
+        return tensor.to_local(grad_placements=tensor.placements)
+
+
+def finish(tensor: Tensor | _UnderWay) -> Tensor:
+    """Wait for what ``gather`` or ``scatter`` started."""
+    return tensor.wait() if hasattr(tensor, "wait") else tensor
+
+
+def check_placements(parameters: dict[str, Tensor | None], x: Tensor | None = None) -> bool:
+    """Whether the weight is sharded by rows; raises unless all lies as ``BY_ROWS`` or ``BY_COLUMNS`` says."""
+    weight = parameters["weight"]
+    mesh, placements = weight.device_mesh, tuple(weight.placements)
+    if placements not in ((Shard(0),), (Shard(1),)):
+        raise TypeError(
+            "weight must be a plain dense tensor, got a DTensor (sharded), and not once, by Shard(0) (rows) or Shard(1)"
+            f" (columns), but by {placements}"
+        )
+    by_rows = placements == (Shard(0),)
+    for name, expected in (BY_ROWS if by_rows else BY_COLUMNS).items():
+        tensor = parameters.get(name)
+        if tensor is None or (getattr(tensor, "placements", None) == (expected,) and tensor.device_mesh == mesh):
+            continue
+        got = f"{tensor.placements} on {tensor.device_mesh}" if isinstance(tensor, DTensor) else "a plain tensor"
+        raise TypeError(
+            f"weight must be a plain dense tensor, got a DTensor (sharded), and beside {placements[0]!r} on {mesh} "
+            f"{name} must be {expected!r}, got {got}"
+        )
+    if x is not None and not isinstance(x, DTensor):
+        raise TypeError(f"x must be a DTensor on the mesh of weight, got {type(x).__name__}")
+    if x is not None and x.device_mesh != mesh:
+        raise ValueError(f"x must be on the mesh of weight, {mesh}, got {x.device_mesh}")
+    return by_rows

@@ -1,0 +1,290 @@
+"""The layer over a weight that is sharded by rows or by columns: DTensors in, a DTensor out.
+
+Every rank runs the operators of the whole layer on its shard. What is left is to complete the sums over the sharded
+axis. With the numbers of ``torch_backend``, and [K] ([N]) for vectors of the replicated axis:
+
+    weight sharded by            rows                     columns
+    shards                       W0, B, m_r, bias, y      W0, A, m_c, x, dx
+    replicas                     A, m_c, x                B, m_r, bias, dy
+    forward, all-reduced         squares of γ   [K]       squares of ρ   [N]
+    backward, all-reduced        D   [K]                  S   [N]
+    and then                     dA  [R, K]               dB  [N, R]
+    left as a partial sum        dx                       y
+
+The sum for the axis normalized second is completed before (8), the other as S' of (9), so that either order takes one
+vector. With detached norms the backward's two are one message. DoRA by rows and LoRA all-reduce dA or dB alone.
+docs/tensor_parallel.md has the derivation, the bytes, and what overlaps.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from ...contract import Needs, accumulation_dtype, join_scales, separate_product, split_scales, zero_stand_in
+from .. import adapted_weight, autograd, operators, reuse, validation
+from .layout import Layout, as_dtensor, check_placements, finish, to_local
+from .norms import add_norm_paths, norms_and_scales
+
+
+def _compute_scales(parameters: tuple[DTensor | None, ...], layout: Layout, options: autograd.Call) -> Tensor | None:
+    """The flat scales of this rank's shard; the norms are those of the whole weight."""
+    local = [to_local(t) for t in parameters]
+    if local[3] is None:
+        return None
+
+    def state() -> tuple:  # the same on every rank: addresses are not, and a rank alone must not leave out a message
+        versions = (None if t is None else (id(t), t._version) for t in parameters)
+        return options.scaling, options.norm_order, options.eps, *versions
+
+    trained = any(t is not None and t.requires_grad for t in parameters)
+    products = trained and not options.detach_norm and options.backend == "triton"
+    flat, keep = reuse.find(parameters[2], state, products)
+    if flat is None:
+        with torch.autocast(local[0].device.type, enabled=False):
+            scales = norms_and_scales(*local, options, layout.completion())
+        if not products:
+            scales = scales._replace(row_product=None, col_product=None)
+        flat = join_scales(scales, *local[0].shape, local[1].shape[0])
+        if keep is not None:
+            keep(flat)
+    return flat
+
+
+# --- the layer --------------------------------------------------------------------------------------------------------
+
+
+class ShardedBoraLinearFunction(torch.autograd.Function):
+    """``BoraLinearFunction`` on shards: the local tensors come in, the local output and gradients go out."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,  # this rank's part of [..., K], as layout says
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        magnitude_row: Tensor | None,
+        magnitude_col: Tensor | None,
+        bias: Tensor | None,
+        compute_scales: Callable[[], Tensor | None],
+        layout: Layout,
+        options: autograd.Call,
+    ) -> Tensor:
+        x = layout.gather(x)
+        scales = compute_scales()  # while x is under way
+        x = finish(x)
+        flat = x.reshape(math.prod(x.shape[:-1]), weight.shape[1])
+        dropout = _draw_dropout(flat, layout, options) if options.dropout_p > 0.0 else None
+        if not layout.by_rows and layout.mesh.get_local_rank() != 0:
+            bias = None  # y is a sum over the ranks
+        needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
+        members = magnitude_row is not None, magnitude_col is not None
+        needs_S, needs_D = needs.sums(*members, options.norm_order, options.detach_norm)
+        y, product, u, _ = operators.forward(
+            flat, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, bias, dropout,
+            options.scaling, options.norm_order, options.dropout_p, options.eps, False, needs_S, options.backend,
+        )  # fmt: skip
+        if not separate_product(flat.dtype, bias):
+            product = y
+        ctx.save_for_backward(
+            flat if needs.lora_A or needs_D else None,
+            weight,
+            lora_A,
+            lora_B,
+            magnitude_row,
+            magnitude_col,
+            scales,
+            product if needs_S else None,
+            u if needs.lora_B else None,
+            dropout,
+        )
+        ctx.needs, ctx.layout, ctx.options = needs, layout, options
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        dx = dA = dB = dm_row = dm_col = d_bias = None
+        dy = finish(dy)
+        tokens = dy.shape[:-1]
+        dy = dy.reshape(math.prod(tokens), dy.shape[-1])
+        if any(ctx.needs):
+            with torch.autocast(dy.device.type, enabled=False):
+                gradients = _backward(dy, tokens, *ctx.saved_tensors, ctx.needs, ctx.layout, ctx.options)
+            dx, dA, dB, dm_row, dm_col = (
+                gradient if need else None for gradient, need in zip(gradients, ctx.needs, strict=True)
+            )
+        if ctx.needs_input_grad[6]:
+            d_bias = dy.sum(0)
+        return dx, None, dA, dB, dm_row, dm_col, d_bias, None, None, None
+
+
+def _backward(
+    dy: Tensor,
+    tokens: torch.Size,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude_row: Tensor | None,
+    magnitude_col: Tensor | None,
+    flat_scales: Tensor | None,
+    product: Tensor | None,
+    u: Tensor | None,
+    dropout: Tensor | None,
+    needs: Needs,
+    layout: Layout,
+    options: autograd.Call,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, lora_A, lora_B, magnitude_row and magnitude_col, complete for the replicated ones."""
+    scaling, norm_order, detach_norm, dropout_p, eps, backend, *_ = options
+    members = magnitude_row is not None, magnitude_col is not None
+    needs_S, needs_D = needs.sums(*members, norm_order, detach_norm)
+    adapter = (lora_A, lora_B, magnitude_row, magnitude_col)
+    wide = [None if t is None else t.to(accumulation_dtype(weight.dtype)) for t in adapter]  # partial sums are wide
+    asked = Needs(needs.x, needs.lora_A, needs.lora_B, needs_S, needs_D)
+    gradients = operators.backward(
+        dy, x, weight, *wide, flat_scales, product, u, dropout,
+        scaling, norm_order, True, dropout_p, eps, list(asked), backend,
+    )  # (3) to (7)  # fmt: skip
+    dx, dA, dB, dm_row, dm_col = (g if need else None for g, need in zip(gradients, asked, strict=True))
+
+    def send_dx() -> None:  # behind the first small message and beside what is computed from it
+        nonlocal dx
+        dx = None if dx is None else layout.scatter(dx.view(*tokens, weight.shape[1]))
+
+    if not needs.norm_paths(*members, norm_order, detach_norm):
+        if layout.by_rows:
+            dA, dm_col = layout.all_reduce_together(dA, dm_col, between=send_dx)
+        else:
+            dB, dm_row = layout.all_reduce_together(dB, dm_row, between=send_dx)
+    else:
+        scales = split_scales(flat_scales, *weight.shape, lora_A.shape[0], members[1])
+        rows_first = norm_order == "row_col" or magnitude_col is None
+        complete_first = None
+        if rows_first != layout.by_rows:  # the axis normalized first is the replicated one
+            complete_first = functools.partial(layout.all_reduce, between=send_dx)
+        elif magnitude_col is None:
+            send_dx()
+        elif layout.by_rows:
+            dm_col = layout.all_reduce(dm_col, between=send_dx)
+        else:
+            dm_row = layout.all_reduce(dm_row, between=send_dx)
+        dm_row, dm_col, dA, dB = add_norm_paths(
+            weight, *adapter, scales, dm_row, dm_col, dA, dB, options, zero_stand_in(dy.dtype), complete_first
+        )  # (8) to (11)
+        if layout.by_rows and needs.lora_A:
+            dA = layout.all_reduce(dA)
+        elif not layout.by_rows and needs.lora_B:
+            dB = layout.all_reduce(dB)
+    adapter_gradients = (
+        gradient.to(parameter.dtype) if need else None
+        for gradient, parameter, need in zip((dA, dB, dm_row, dm_col), adapter, needs[1:], strict=True)
+    )
+    return None if dx is None else finish(dx), *adapter_gradients
+
+
+def _draw_dropout(x: Tensor, layout: Layout, options: autograd.Call) -> Tensor:
+    """``draw_dropout`` from a seed that the ranks share, plus their number where each has columns of its own."""
+    seed = torch.randint(0, 2**31 - 1, (1,), device=x.device)
+    dist.broadcast(seed, group=layout.mesh.get_group(), group_src=0)
+    if not layout.by_rows:
+        seed += layout.mesh.get_local_rank()
+    if options.backend == "triton":
+        return seed
+    generator = torch.Generator(x.device).manual_seed(int(seed))
+    return torch.rand(x.shape, device=x.device, generator=generator) >= options.dropout_p
+
+
+def bora_linear_sharded(
+    x: DTensor,
+    weight: DTensor,
+    lora_A: DTensor,
+    lora_B: DTensor,
+    magnitude_row: DTensor | None,
+    magnitude_col: DTensor | None,
+    bias: DTensor | None,
+    *,
+    scaling: float,
+    norm_order: str,
+    detach_norm: bool,
+    dropout_p: float,
+    eps: float,
+    backend: str | None,
+) -> DTensor:
+    """``bora_linear`` over a weight that is sharded on a mesh of one dimension; ``bora_linear`` calls it for a DTensor.
+
+    Args:
+        x: [..., K], of any placement on the weight's mesh. It is brought to where it is needed (replicated for a
+            weight sharded by rows, sharded over K for one sharded by columns), and its gradient back.
+        weight, lora_A, lora_B, magnitude_row, magnitude_col, bias: placed as in ``BY_ROWS`` or ``BY_COLUMNS``.
+        scaling, norm_order, detach_norm, eps: as in ``bora_linear``, the same on every rank.
+        dropout_p: of the low-rank branch's input; 0 outside of training.
+        backend: "triton", "torch" or None to pick by device.
+
+    Returns:
+        y: [..., N], ``Shard(-1)`` for a weight sharded by rows, ``Partial()`` for one sharded by columns.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came, before any communication.
+    """
+    parameters = {
+        "weight": weight, "lora_A": lora_A, "lora_B": lora_B,
+        "magnitude_row": magnitude_row, "magnitude_col": magnitude_col, "bias": bias,
+    }  # fmt: skip
+    by_rows = check_placements(parameters, x)
+    validation.check_tensors(x, *parameters.values(), sharded=True)
+    if backend == "reference":
+        raise ValueError('backend must be "triton", "torch" or None for a sharded weight, got "reference"')
+    local = {name: to_local(t) for name, t in parameters.items()}
+    if weight.device_mesh.size() == 1:
+        y = autograd.adapted_linear(
+            x.to_local(), tuple(local.values()), scaling=scaling, norm_order=norm_order, detach_norm=detach_norm,
+            dropout_p=dropout_p, eps=eps, backend=backend,
+        )  # fmt: skip
+    else:
+        dtype = validation.autocast_dtype(x) or x.dtype
+        if 0 in local["weight"].shape:  # more ranks than rows or columns
+            backend = "torch"
+        backend = validation.choose_backend(backend, x.device, dtype, lora_A.shape[0])
+        layout = Layout(weight.device_mesh, by_rows, x.placements[0], x.shape)
+        options = autograd.Call(scaling, norm_order, detach_norm, dropout_p, eps, backend)
+        compute_scales = functools.partial(_compute_scales, tuple(parameters.values())[:5], layout, options)
+        x_local = x.to_local(grad_placements=[layout.dx_placement]).to(dtype)
+        y = ShardedBoraLinearFunction.apply(x_local, *local.values(), compute_scales, layout, options)
+    placement = Shard(x.ndim - 1) if by_rows else Partial()
+    return as_dtensor(y, weight.device_mesh, placement, (*x.shape[:-1], weight.shape[0]))
+
+
+def effective_weight_sharded(
+    weight: DTensor,
+    lora_A: DTensor,
+    lora_B: DTensor,
+    magnitude_row: DTensor | None,
+    magnitude_col: DTensor | None,
+    *,
+    scaling: float,
+    norm_order: str,
+    eps: float,
+) -> DTensor:
+    """W' [N, K] as a DTensor that is sharded as ``weight`` is; see ``adapted_weight.effective_weight``."""
+    parameters = {
+        "weight": weight, "lora_A": lora_A, "lora_B": lora_B,
+        "magnitude_row": magnitude_row, "magnitude_col": magnitude_col,
+    }  # fmt: skip
+    by_rows = check_placements(parameters)
+    layout = Layout(weight.device_mesh, by_rows, Replicate(), torch.Size())
+    local = map(to_local, parameters.values())
+    merged = adapted_weight.effective_weight(
+        *local, scaling=scaling, norm_order=norm_order, eps=eps,
+        complete=layout.completion(), offset=layout.offset(weight.shape),
+    )  # fmt: skip
+    return as_dtensor(merged, weight.device_mesh, weight.placements[0], weight.shape)

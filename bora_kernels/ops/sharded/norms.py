@@ -1,0 +1,125 @@
+"""Norms of a sharded weight, and the exact gradient's paths through them.
+
+Equations and their numbers are those of ``torch_backend``. On kernels V is never formed: every sum over it is one of
+``triton_backend.weighted_sums``, and for a shard a part of that over the whole weight where that axis is sharded.
+Vectors and thin matrices in between are PyTorch operations. The other backend makes V in blocks (``adapted_weight``).
+
+S and D appear as the magnitudes' gradients that are made of them. With dm = S / m and the scale m / norm the
+coefficients of (8) and (9) are −S / norm² = −dm·scale / norm, which is 0 for a zero magnitude, as it has to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...contract import Completion, Scales
+from .. import adapted_weight
+from ..adapted_weight import first_second
+from ..autograd import Call
+from ..torch_backend import live_magnitude
+
+
+def norms_and_scales(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude_row: Tensor,
+    magnitude_col: Tensor | None,
+    options: Call,
+    complete: Completion,
+) -> Scales:
+    """Norms and scales of the whole weight; from kernels with the products that ``add_norm_paths`` takes.
+
+    A product is a partial sum over the shards where the axis summed over is sharded.
+    """
+    scaling, norm_order, _, _, eps, backend, *_ = options
+    if backend != "triton":
+        return adapted_weight.norms_and_scales(
+            weight, lora_A, lora_B, magnitude_row, magnitude_col,
+            scaling=scaling, norm_order=norm_order, eps=eps, complete=complete,
+        )  # fmt: skip
+    from ..triton_backend import weighted_sums  # Triton is imported only when it is used
+
+    rows_first = norm_order == "row_col" or magnitude_col is None
+    W, P, Q = first_second(weight, lora_A, lora_B, rows_first)
+    m_first, m_second = (magnitude_row, magnitude_col) if rows_first else (magnitude_col, magnitude_row)
+    complete_first, complete_second = complete if rows_first else reversed(complete)
+    squares, first_product = weighted_sums(W, P, Q, None, scaling=scaling)
+    first = _norm_and_scale(squares, m_first, complete_first, eps)
+    if m_second is None:
+        return Scales(*first, row_product=first_product)
+    squares, second_product = weighted_sums(W.T, Q, P, first[1].square(), scaling=scaling)
+    second = _norm_and_scale(squares, m_second, complete_second, eps)
+    if rows_first:
+        return Scales(*first, *second, first_product, second_product)
+    return Scales(*second, *first, second_product, first_product)
+
+
+def _norm_and_scale(
+    squares: Tensor, magnitude: Tensor, complete: Callable[[Tensor], Tensor] | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    squares = squares if complete is None else complete(squares)
+    norm = squares.clamp_min_(0.0).sqrt_().clamp_min_(eps)  # negative by rounding, at most
+    return norm, magnitude / norm
+
+
+def add_norm_paths(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude_row: Tensor,
+    magnitude_col: Tensor | None,
+    scales: Scales,
+    dm_row: Tensor,
+    dm_col: Tensor | None,
+    dA: Tensor | None,
+    dB: Tensor | None,
+    options: Call,
+    stand_in: float,
+    complete_first: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Equations (8) to (11): dm_row, dm_col, dA and dB with what flows through the norms.
+
+    For a shard the magnitude's gradient of the second axis must be complete; that of the first is completed here.
+    """
+    scaling, norm_order, _, _, eps, backend, *_ = options
+    rows_first = norm_order == "row_col" or dm_col is None
+    if backend != "triton":
+        live_row = live_magnitude(magnitude_row, scales.row_norm, scales.row_scale, stand_in)
+        live_col = None
+        if dm_col is not None:
+            live_col = live_magnitude(magnitude_col, scales.col_norm, scales.col_scale, stand_in)
+        S, D, dA_norm, dB_norm = adapted_weight.norm_paths(
+            weight, lora_A, lora_B, scales, dm_row * live_row, None if dm_col is None else dm_col * live_col,
+            norm_order, scaling, eps, complete_first,
+        )  # fmt: skip
+        dm_row, dm_col = S / live_row, None if dm_col is None else D / live_col
+        return dm_row, dm_col, None if dA is None else dA + dA_norm, None if dB is None else dB + dB_norm
+    from ..triton_backend import weighted_sums
+
+    row = scales.row_norm, scales.row_scale, scales.row_product, dm_row
+    col = scales.col_norm, scales.col_scale, scales.col_product, dm_col
+    first, second = (row, col) if rows_first else (col, row)
+    first_norm, first_scale, first_product, dm_first = first
+    second_norm, second_scale, second_product, dm_second = second
+    W, P, Q = first_second(weight, lora_A, lora_B, rows_first)
+    first_ratio = first_scale / first_norm
+    if dm_second is not None:
+        kappa = torch.where(second_norm > eps, dm_second * (second_scale / second_norm), 0.0).neg_()
+        squares, products = weighted_sums(W, P, Q, kappa, scaling=scaling)
+        dm_first = torch.addcmul(dm_first, first_ratio, squares)  # (8)
+    if complete_first is not None:
+        dm_first = complete_first(dm_first)
+    lam = torch.where(first_norm > eps, dm_first * first_ratio, 0.0).neg_()  # (9)
+    dP = lam[:, None] * first_product  # (10)
+    _, dQ = weighted_sums(W.T, Q, P, lam, scaling=scaling)
+    if dm_second is not None:
+        dP.addcmul_(first_scale.square()[:, None], products)
+        dQ.addcmul_(kappa[:, None], second_product)  # (11)
+    dA_norm, dB_norm = (dQ.T, dP) if rows_first else (dP.T, dQ)
+    dA = None if dA is None else dA.add_(dA_norm, alpha=scaling)
+    dB = None if dB is None else dB.add_(dB_norm, alpha=scaling)
+    return (dm_first, dm_second, dA, dB) if rows_first else (dm_second, dm_first, dA, dB)

@@ -1,0 +1,228 @@
+"""The layer in closed form with PyTorch operations only: the "torch" backend.
+
+The forward never forms the dense weight W' and the backward never forms a dense gradient. With
+
+    V = W0 + s·B·A        a = m_r / ‖·‖_row        g = m_c / ‖·‖_col        (a row is an output, a column an input)
+
+    (1) u  = s·(drop(x)⊙g)·Aᵀ                 [M, R]
+    (2) y  = a⊙[ (x⊙g)·W0ᵀ + u·Bᵀ ] + bias    [M, N]
+    (3) v  = s·(dy⊙a)·B                       [M, R]
+    (4) dx = g⊙[ (dy⊙a)·W0 + drop'(v·A) ]     [M, K]
+    (5) S  = Σ_m dy⊙(y − bias)  [N]           D  = Σ_m dx⊙x  [K]
+    (6) dB = a⊙(dyᵀ·u)                        dA = g⊙(vᵀ·drop(x))
+    (7) dm_r = S / m_r                        dm_c = D / m_c
+
+The exact gradient adds the paths through the norms. "First" is the axis normalized first (rows for row_col, columns
+for col_row). V is then [first, second] with factors P [first, R] and Q [second, R], and both orders are one formula:
+
+    (8)  κ = −S_second / second_norm²         w = V²·κ           S'_first = S_first + first_scale²⊙w
+    (9)  λ = −S'_first / first_norm²          dm_first = S'_first / m_first
+    (10) dP += s·[ first_scale²⊙(V·(κ⊙Q)) + λ⊙(V·Q) ]
+    (11) dQ += s·[ κ⊙(Vᵀ·(first_scale²⊙P)) + Vᵀ·(λ⊙P) ]
+
+Source: BoRA, arXiv 2412.06441, section 3; the detached convention is DoRA, arXiv 2402.09353, section 4.3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..contract import (
+    CHUNK_ELEMENTS,
+    Needs,
+    accumulation_dtype,
+    join_scales,
+    separate_product,
+    split_scales,
+    zero_stand_in,
+)
+from ..rounding import HALF_PRECISION, fold
+from .adapted_weight import block_rows, norm_paths, norms_and_scales
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude_row: Tensor | None,
+    magnitude_col: Tensor | None,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    keep: Tensor | None,
+    *,
+    scaling: float,
+    norm_order: str,
+    dropout_p: float,
+    eps: float,
+    products: bool,
+    save_product: bool,
+    prepared: object = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Equations (1) and (2): the output [M, N], the product before the bias where it is kept apart, u [M, R], scales.
+
+    The scales are one flat tensor (``contract.split_scales``), made here unless they are given; then the returned ones
+    are None. This backend has no use for ``products`` and ``prepared``.
+    """
+    made = None
+    if scales is None:
+        computed = norms_and_scales(
+            weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling=scaling, norm_order=norm_order, eps=eps
+        )
+        if magnitude_row is not None:
+            scales = made = join_scales(computed, *weight.shape, lora_A.shape[0])
+    scales = split_scales(scales, *weight.shape, lora_A.shape[0], magnitude_col is not None)
+    u = _project(_dropped(x, keep, dropout_p), lora_A, scales.col_scale, scaling)  # (1)
+    product = _wide_matmul(fold(x, scales.col_scale), weight.T)
+    _add_split_matmul(product, u.to(x.dtype), lora_B.T)  # (2)
+    live = _live(scales.row_scale, zero_stand_in(x.dtype))
+    apart = separate_product(x.dtype, bias)
+    kept = _times(product, live).to(x.dtype, copy=True) if apart and save_product else None
+    y = _times_(product, scales.row_scale if apart else live)
+    if bias is not None:
+        y += bias
+    return y.to(x.dtype), kept, u, made
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude_row: Tensor | None,
+    magnitude_col: Tensor | None,
+    scales: Tensor | None,
+    product: Tensor | None,
+    u: Tensor | None,
+    keep: Tensor | None,
+    *,
+    scaling: float,
+    norm_order: str,
+    detach_norm: bool,
+    dropout_p: float,
+    eps: float,
+    needs: Needs,
+    prepared: object = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Equations (3) to (11): the gradients of x, lora_A, lora_B, magnitude_row and magnitude_col.
+
+    Those of the parameters are in the accumulation dtype.
+    """
+    members = magnitude_row is not None, magnitude_col is not None
+    needs_S, needs_D = needs.sums(*members, norm_order, detach_norm)
+    scales = split_scales(scales, *weight.shape, lora_A.shape[0], members[1])
+    acc = accumulation_dtype(dy.dtype)
+    stand_in = zero_stand_in(dy.dtype)
+    v = _project(dy, lora_B.T, scales.row_scale, scaling)  # (3)
+
+    dx = D = None
+    if needs.x or needs_D:
+        inner = _wide_matmul(fold(dy, scales.row_scale), weight)
+        if keep is None:
+            _add_split_matmul(inner, v.to(dy.dtype), lora_A)
+        else:
+            inner += _dropped(_split_matmul(v.to(dy.dtype), lora_A), keep, dropout_p)
+        live = _live(scales.col_scale, stand_in)
+        if needs_D:
+            D = _times(_token_sums(inner, x), live)  # (5)
+        dx = _times_(inner, scales.col_scale if separate_product(dy.dtype, None) else live).to(dy.dtype)  # (4)
+    S = _token_sums(dy, product) if needs_S else None  # (5)
+
+    dA = dB = None
+    if needs.lora_B:
+        dB = _times((u.to(dy.dtype).T @ dy).to(acc), scales.row_scale).T  # (6)
+    if needs.lora_A:
+        dA = _times((v.to(dy.dtype).T @ _dropped(x, keep, dropout_p)).to(acc), scales.col_scale)  # (6)
+
+    if needs.norm_paths(*members, norm_order, detach_norm):
+        S, D, dA_norm, dB_norm = norm_paths(weight, lora_A, lora_B, scales, S, D, norm_order, scaling, eps)
+        dA = dA + dA_norm if needs.lora_A else None
+        dB = dB_norm + dB if needs.lora_B else None
+    dm_row = S / live_magnitude(magnitude_row, scales.row_norm, scales.row_scale, stand_in) if needs_S else None  # (7)
+    dm_col = D / live_magnitude(magnitude_col, scales.col_norm, scales.col_scale, stand_in) if needs_D else None  # (7)
+
+    return (
+        dx if needs.x else None,
+        dA.contiguous() if needs.lora_A else None,
+        dB.contiguous() if needs.lora_B else None,
+        dm_row if needs.magnitude_row else None,
+        dm_col if needs.magnitude_col else None,
+    )
+
+
+def _token_sums(s: Tensor, t: Tensor) -> Tensor:
+    """Σ_m s⊙t [C] in the accumulation dtype."""
+    acc, step = accumulation_dtype(s.dtype), block_rows(s)
+    sums = s.new_zeros(s.shape[1], dtype=acc)
+    for start in range(0, s.shape[0], step):
+        sums += (s[start : start + step].to(acc) * t[start : start + step]).sum(0)
+    return sums
+
+
+def live_magnitude(magnitude: Tensor, norm: Tensor, scale: Tensor, stand_in: float) -> Tensor:
+    """The magnitude that S or D was made with: that of the stand-in where the scale is zero."""
+    return torch.where(scale == 0, stand_in * norm, magnitude.to(norm.dtype))
+
+
+def _live(scale: Tensor | None, stand_in: float) -> Tensor | None:
+    """The scale with ``stand_in`` where it is zero."""
+    return None if scale is None else torch.where(scale == 0, stand_in, scale)
+
+
+def _times(t: Tensor, scale: Tensor | None) -> Tensor:
+    """t⊙scale over the last dimension."""
+    return t if scale is None else t * scale
+
+
+def _times_(t: Tensor, scale: Tensor | None) -> Tensor:
+    """``_times`` in place."""
+    return t if scale is None else t.mul_(scale)
+
+
+def _dropped(t: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
+    return t if keep is None else torch.where(keep, t / (1.0 - dropout_p), 0.0)
+
+
+def _project(t: Tensor, factor: Tensor, scale: Tensor | None, scaling: float) -> Tensor:
+    """s·(t⊙scale)·factorᵀ for t [M, C] and factor [R, C], accumulated in float32."""
+    acc = accumulation_dtype(t.dtype)
+    factor = factor.to(acc)
+    return scaling * _split_matmul(t, (factor if scale is None else factor * scale).T)
+
+
+def _split_matmul(t: Tensor, f: Tensor) -> Tensor:
+    """t·f in the accumulation dtype, with f as two half-precision terms, so that no small update of f is lost."""
+    acc = accumulation_dtype(t.dtype)
+    if t.dtype not in HALF_PRECISION:
+        return t @ f.to(acc)
+    high = f.to(t.dtype)
+    low = (f.to(acc) - high.to(acc)).to(t.dtype)
+    return _wide_matmul(t, high) + _wide_matmul(t, low)
+
+
+def _add_split_matmul(out: Tensor, t: Tensor, f: Tensor) -> None:
+    """out += t·f, as ``_split_matmul`` makes it."""
+    if t.dtype in HALF_PRECISION:
+        out += _split_matmul(t, f)
+    else:
+        out.addmm_(t, f.to(t.dtype))
+
+
+def _wide_matmul(t: Tensor, matrix: Tensor) -> Tensor:
+    """t [M, C] · matrix [C, O] in the accumulation dtype: rounded to half precision it would lose small updates.
+
+    CUDA has half-precision products with a float32 result. Elsewhere the matrix is widened in blocks of rows.
+    """
+    acc = accumulation_dtype(t.dtype)
+    if t.dtype not in HALF_PRECISION:
+        return t @ matrix.to(acc)
+    if t.is_cuda and "dtype" in torch.ops.aten.mm.overloads():
+        return torch.mm(t, matrix.to(t.dtype), out_dtype=acc)
+    out = t.new_zeros(t.shape[0], matrix.shape[1], dtype=acc)
+    step = max(1, CHUNK_ELEMENTS // matrix.shape[1])
+    for start in range(0, matrix.shape[0], step):
+        rows = slice(start, start + step)
+        out.addmm_(t[:, rows].to(acc), matrix[rows].to(acc))
+    return out

@@ -1,0 +1,211 @@
+"""The layer on Triton kernels: the "triton" backend. Equations and their numbers are those of ``torch_backend``.
+
+Launches: ``forward`` 2, and 4 more where it computes scales (2 for DoRA, none for LoRA); ``backward`` 6 with detached
+norms and 10 with exact ones; each one more where the base product takes a tail (``kernels.gemm``). All sums are made in
+two stages in a fixed order, so results are the same bits from run to run.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..contract import Needs, Scales, projection_parts, scales_size, separate_product, split_scales, zero_stand_in
+from ..kernels import norms
+from ..kernels.gemm import scaled_gemm
+from ..kernels.low_rank import combine, project, reduce
+from ..replay.recording import beside_last_launch, empty
+from ..replay.stage import stage
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude_row: Tensor | None,
+    magnitude_col: Tensor | None,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    *,
+    scaling: float,
+    norm_order: str,
+    dropout_p: float,
+    eps: float,
+    products: bool,
+    save_product: bool,
+    prepared: object = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Equations (1) and (2): the output [M, N], the product before the bias where it is kept apart, u in parts, scales.
+
+    Norms and scales of the adapted weight are one flat float32 tensor (``contract.split_scales``), made here unless
+    they are given; then the returned ones are None. ``products`` keeps what a backward with exact gradients needs
+    again. For ``prepared`` see ``replay.stage``.
+    """
+    return _forward(
+        x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, bias, seed,
+        scaling=scaling, norm_order=norm_order, dropout_p=dropout_p, eps=eps, products=products,
+        **_kept_product(save_product, x.dtype, bias),
+        precision=_precision(x.dtype), weight_precision=_precision(weight.dtype), prepared=prepared,
+    )  # fmt: skip
+
+
+@stage
+def _forward(
+    x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, bias, seed, *,
+    scaling, norm_order, dropout_p, eps, products, save_product, stand_in, out_stand_in, precision, weight_precision,
+):  # fmt: skip
+    (M, K), N, R, has_col = x.shape, weight.shape[0], lora_A.shape[0], magnitude_col is not None
+    made = None
+    if scales is None and magnitude_row is not None:
+        scales = made = empty((scales_size(N, K, R, has_col, products),), torch.float32, x.device)
+        _compute_scales(
+            weight, lora_A, lora_B, magnitude_row, magnitude_col, split_scales(made, N, K, R, has_col),
+            norm_order=norm_order, scaling=scaling, eps=eps, precision=weight_precision,
+        )  # fmt: skip
+    if M == 0:
+        y, product = (empty((0, N), x.dtype, x.device) for _ in range(2))
+        u = empty((projection_parts(K, R), 0, R), torch.float32, x.device)
+        return y, product if save_product else None, u, made
+    scales = split_scales(scales, N, K, R, has_col)
+    x_scaled, u = project(
+        x, lora_A, scales.col_scale, seed, scaling=scaling, dropout_p=dropout_p, precision=precision
+    )  # (1)
+    y, product = scaled_gemm(
+        x_scaled, weight, u, lora_B.T, scales.row_scale, bias, None,
+        dropout_p=0.0, stand_in=stand_in, out_stand_in=out_stand_in, save_product=save_product, precision=precision,
+    )  # (2)  # fmt: skip
+    return y, product if save_product else None, u, made
+
+
+def _compute_scales(
+    weight, lora_A, lora_B, magnitude_row, magnitude_col, scales: Scales, *, norm_order, scaling, eps, precision
+) -> None:
+    row = (weight, lora_B, lora_A.T, magnitude_row), (scales.row_norm, scales.row_scale, scales.row_product)
+    col = (weight.T, lora_A.T, lora_B, magnitude_col), (scales.col_norm, scales.col_scale, scales.col_product)
+    first, second = (row, col) if norm_order == "row_col" or magnitude_col is None else (col, row)
+    options = {"scaling": scaling, "eps": eps, "precision": precision}
+    coefficient = norms.norm(*first[0], None, *first[1], **options)
+    if magnitude_col is not None:
+        norms.norm(*second[0], coefficient, *second[1], **options)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude_row: Tensor | None,
+    magnitude_col: Tensor | None,
+    scales: Tensor | None,
+    product: Tensor,
+    u: Tensor,
+    seed: Tensor | None,
+    *,
+    scaling: float,
+    norm_order: str,
+    detach_norm: bool,
+    dropout_p: float,
+    eps: float,
+    needs: Needs,
+    prepared: object = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Equations (3) to (11): the gradients of x, lora_A, lora_B, magnitude_row and magnitude_col.
+
+    Those of the parameters are in float32.
+    """
+    return _backward(
+        dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, seed,
+        scaling=scaling, norm_order=norm_order, detach_norm=detach_norm, dropout_p=dropout_p, eps=eps, needs=needs,
+        precision=_precision(dy.dtype), weight_precision=_precision(weight.dtype), prepared=prepared,
+    )  # fmt: skip
+
+
+@stage
+def _backward(
+    dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, seed, *,
+    scaling, norm_order, detach_norm, dropout_p, eps, needs, precision, weight_precision,
+):  # fmt: skip
+    members = magnitude_row is not None, magnitude_col is not None
+    needs_S, needs_D = needs.sums(*members, norm_order, detach_norm)
+    scales = split_scales(scales, *weight.shape, lora_A.shape[0], members[1])
+    dtype, device = dy.dtype, dy.device
+    stand_in = zero_stand_in(dtype)
+    dx = dA = dB = dm_row = dm_col = row_coefficient = col_coefficient = dx_product = v = None
+
+    if needs.x or needs.lora_A or needs_D:
+        dy_scaled, v = project(
+            dy, lora_B.T, scales.row_scale, None, scaling=scaling, dropout_p=0.0, precision=precision
+        )  # (3)
+    if needs.x or needs_D:
+        dx, dx_product = scaled_gemm(
+            dy_scaled, weight.T, v, lora_A, scales.col_scale, None, seed,
+            dropout_p=dropout_p, precision=precision, **_kept_product(needs_D, dtype, None),
+        )  # (4)  # fmt: skip
+    if needs.lora_B or needs_S:
+        with beside_last_launch():  # the product, which arithmetic bounds and not memory
+            dB_parts, S_parts = reduce(
+                dy, product if needs_S else None, u if needs.lora_B else None, None, dropout_p=0.0, precision=precision
+            )
+            dB = empty(lora_B.shape, torch.float32, device) if needs.lora_B else None
+            row_coefficient, dm_row = combine(
+                dB_parts, S_parts, scales.row_scale, scales.row_norm, magnitude_row, dB,
+                multiplier=1.0, eps=eps, stand_in=stand_in,
+            )  # (5), (6), (7)  # fmt: skip
+    if needs.lora_A or needs_D:
+        dA_parts, D_parts = reduce(
+            x, dx_product if needs_D else None, v if needs.lora_A else None, seed,
+            dropout_p=dropout_p, precision=precision,
+        )  # fmt: skip
+        dA = empty(lora_A.shape, torch.float32, device) if needs.lora_A else None
+        col_coefficient, dm_col = combine(
+            dA_parts, D_parts, scales.col_scale, scales.col_norm, magnitude_col, None if dA is None else dA.T,
+            multiplier=1.0 / (1.0 - dropout_p), eps=eps, stand_in=stand_in,
+        )  # (5), (6), (7)  # fmt: skip
+
+    if needs.norm_paths(*members, norm_order, detach_norm):
+        row = norms.Axis(
+            weight, lora_B, scales.row_norm, scales.row_scale, magnitude_row,
+            row_coefficient, scales.row_product, dm_row, dB,
+        )  # fmt: skip
+        col = norms.Axis(
+            weight.T, lora_A.T, scales.col_norm, scales.col_scale, magnitude_col,
+            col_coefficient, scales.col_product, dm_col, None if dA is None else dA.T,
+        )  # fmt: skip
+        first, second = (row, col) if norm_order == "row_col" or magnitude_col is None else (col, row)
+        options = {"scaling": scaling, "eps": eps, "stand_in": stand_in, "precision": weight_precision}
+        norms.add_norm_path(first, second, first=True, **options)  # (8), (9), (10)
+        if second.d_factor is not None:
+            norms.add_norm_path(second, first, first=False, **options)  # (11)
+
+    results = (dx, dA, dB, dm_row, dm_col)
+    return tuple(result if need else None for result, need in zip(results, needs, strict=True))
+
+
+def weighted_sums(
+    W: Tensor, P: Tensor, Z: Tensor, coefficient: Tensor | None, *, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Of V = W [I, J] + s·P [I, R]·Z [J, R]ᵀ: Σ_j c_j·V_ij² [I] and V·(c⊙Z) [I, R], in float32 (c = None: 1)."""
+    return _weighted_sums(W, P, Z, coefficient, scaling=scaling, precision=_precision(W.dtype))
+
+
+@stage
+def _weighted_sums(W, P, Z, coefficient, *, scaling, precision):
+    return norms.weighted_sums(W, P, Z, coefficient, scaling=scaling, precision=precision)
+
+
+def _kept_product(needed: bool, dtype: torch.dtype, bias: Tensor | None) -> dict:
+    """Where ``scaled_gemm`` leaves a product that a magnitude gradient needs, and what a zero scale counts as there."""
+    apart, stand_in = needed and separate_product(dtype, bias), zero_stand_in(dtype)
+    return {"save_product": apart, "stand_in": stand_in, "out_stand_in": stand_in if needed and not apart else 0.0}
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How float32 operands are multiplied: in IEEE float32, or as three TF32 products that come close to it.
+
+    Plain TF32 truncates its operands, which costs an accuracy that no half-precision result has to spare.
+    """
+    exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    return "ieee" if exact or torch.version.hip is not None else "tf32x3"

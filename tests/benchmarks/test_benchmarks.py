@@ -1,0 +1,294 @@
+"""The benchmark suite: right ratios in its report, a whole quick run, and no time for a wrong result."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import measure, report
+from benchmarks.cases import MODES, Case, layer_cases, model_cases
+from benchmarks.harness import Harness
+from benchmarks.models import Workload
+from benchmarks.providers import PROVIDERS, DenseLinear, Formula, Provider, dense, install
+from benchmarks.verify import References, WrongResult, make_step, named
+
+ROOT = Path(__file__).parents[2]
+BORA = Formula("bora")
+
+
+def _record(provider: str, tokens: int, ms: float | None, mib: int = 0, status: str = "measured") -> dict:
+    case = {"level": "layer", "mode": "step", "shape": "64x64", "batch": 1, "length": tokens, "rank": 8}
+    record = {**case, "dtype": "bf16", "checkpointing": False, "provider": provider, "title": provider}
+    record |= {"status": status, "reason": "off" if status == "failed" else "", "flop": 1e9}
+    return record | ({} if ms is None else {"median": ms / 1e3, "peak_bytes": mib * 2**20, "error_ratio": 1.0})
+
+
+@pytest.fixture
+def result(tmp_path: Path) -> Path:
+    records = []
+    for tokens in (128, 256):
+        records += [
+            _record("frozen", tokens, 1.0, 100),
+            _record("peft-lora", tokens, 2.0, 150),
+            _record("peft-lora-half", tokens, 1.6, 200),
+            _record("peft-dora", tokens, None, status="failed"),
+            _record("peft-dora-half", tokens, 3.0, 400),
+            _record("fused-bora", tokens, 1.2, 120),
+        ]
+    environment = {"date": "2000-01-01", "device": "a device", "cpu": "a CPU", "system": "an OS", "clock": "a clock"}
+    environment |= {"commit": "abc", "versions": {"torch": "1.2"}}
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps({"environment": environment, "gemm_tflops": {"bf16": 2.0}, "records": records}))
+    return path
+
+
+def _cells(text: str, provider: str) -> list[str]:
+    """The provider's row in the first table of "Every case"."""
+    lines = text.partition("## Every case")[2].splitlines()
+    return [
+        cell.strip() for cell in next(line for line in lines if line.startswith(f"| {provider} |")).split("|")[2:-1]
+    ]
+
+
+def test_report_ratios(result: Path) -> None:
+    text = report.markdown(report.load(result))
+    # ms, ktokens/s, TFLOP/s, of GEMM, MiB; time over frozen, the faster LoRA, the DoRA that ran; then memory
+    assert _cells(text, "fused-bora") == "1.200 107 0.833 42% 120 1.20 0.75 0.40 1.20 0.80 0.30 1.00".split()
+    assert _cells(text, "frozen")[5:8] == ["1.00", "0.62", "0.33"]
+    assert _cells(text, "peft-dora")[0] == "failed: off"
+    assert "1.200 · 120 (1.20×)" in text  # the summary
+    for fact in ("a device", "a CPU", "torch 1.2", "commit abc", "a clock", "bf16 2 TFLOP/s"):
+        assert fact in text, fact
+
+
+def test_report_command(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "report"
+    assert report.main([str(result), "--output", str(folder)]) == 0
+    assert (folder / "report.md").read_text(encoding="utf-8") == capsys.readouterr().out
+    if importlib.util.find_spec("matplotlib"):
+        assert (folder / "tokens.png").stat().st_size > 1000
+        assert not (folder / "rank.png").exists()  # one rank makes no chart
+
+
+def test_report_shows_the_graph_beside_the_frozen_layer(result: Path) -> None:
+    loaded = report.load(result)
+    for record in loaded["records"]:
+        if record["provider"] in ("frozen", "fused-bora") and record["length"] == 128:
+            record["graph_median"] = 9e-4
+    header, _, row, other = report.summary(report.by_case(loaded["records"]), "layer").splitlines()[2:]
+    assert header.endswith("FusedBoraLinear as a CUDA graph |")
+    assert row.endswith("| 0.900 (0.90×) |") and other.endswith("|  |")
+
+
+def test_report_shows_the_step_on_an_idle_device(result: Path) -> None:
+    loaded = report.load(result)
+    for record in loaded["records"]:
+        if record["provider"] == "fused-bora":
+            record["idle_median"] = 1.7e-3
+    text = report.markdown(loaded)
+    assert _cells(text, "fused-bora")[:3] == ["1.200", "1.700", "107"]
+    assert _cells(text, "frozen")[:3] == ["1.000", "", "128"]
+
+
+def test_setups_queue_or_wait(monkeypatch) -> None:
+    """A step is launched behind itself, or on a device that has been waited for; the L2 cache is emptied in between."""
+    calls, device = [], torch.device("cuda")
+    monkeypatch.setattr(measure, "_flush", lambda device: calls.append("flush"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("wait"))
+    measure.behind_another(lambda: calls.append("step"), device)()
+    measure.on_idle_device(device)()
+    assert calls == ["step", "flush", "flush", "wait"]
+    assert measure.behind_another(lambda: calls.append("step"), torch.device("cpu"))() is None and len(calls) == 4
+
+
+def test_report_merges_whole_cases(result: Path, tmp_path: Path) -> None:
+    """The second result's case replaces the first's; nothing is put together from two processes."""
+    second = report.load(result)
+    second["records"] = [_record("frozen", 256, 2.0), _record("fused-bora", 512, 3.0)]
+    second["environment"]["date"] = "2000-01-02"
+    second["gemm_tflops"] = {"bf16": 3.0, "fp32": 1.0}
+    other, merged = tmp_path / "other.json", tmp_path / "merged.json"
+    other.write_text(report.to_json(second), encoding="utf-8")
+    assert report.main([str(result), str(other), "--merged", str(merged)]) == 0
+    assert (tmp_path / "merged" / "report.md").exists()
+    cases = report.by_case(report.load(merged)["records"])
+    medians = {key[4]: {name: record.get("median") for name, record in case.items()} for key, case in cases.items()}
+    assert len(medians[128]) == 6 and medians[256] == {"frozen": 2e-3} and medians[512] == {"fused-bora": 3e-3}
+    assert report.load(merged)["environment"]["date"] == "2000-01-01; 2000-01-02"
+    assert report.load(merged)["gemm_tflops"] == {"bf16": 2.0, "fp32": 1.0}
+
+
+def test_report_refuses_results_of_two_commits(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    second = report.load(result)
+    second["environment"]["commit"] = "def"
+    other = tmp_path / "other.json"
+    other.write_text(report.to_json(second), encoding="utf-8")
+    assert report.main([str(result), str(other)]) == 1
+    assert "same commit, got abc and def" in capsys.readouterr().err
+
+
+def test_report_of_results_without_bases(result: Path) -> None:
+    """A recorded result says nothing of bases; a 4-bit case is named as one."""
+    loaded = report.load(result)
+    loaded["records"].append({**_record("frozen", 128, 1.0), "base": "nf4"})
+    text = report.markdown(loaded)
+    assert "step: 64×64, 128 tokens, r = 8, bf16\n" in text
+    assert "step: 64×64, 128 tokens, r = 8, bf16, nf4 base\n" in text
+
+
+def test_report_refuses_other_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "other.json"
+    path.write_text("{}")
+    assert report.main([str(path)]) == 1
+    assert "not a result" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_quick_run(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    providers = ["frozen", "fused-bora", "fused-bora-reused"]
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--quick", "--device", "cpu", "-p", "no:cacheprovider"]
+    command += ["--shapes", "48x64", "--tokens", "16", "--providers", ",".join(providers), "--results", str(tmp_path)]
+    command += ["--full", "--cases", "*-fp32"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON", "PYTEST"))}
+    environment["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    (path,) = tmp_path.glob("*.json")
+    result = report.load(path)
+    assert {record["status"] for record in result["records"]} == {"measured"}
+    cases = report.by_case(result["records"])
+    assert {key[:2] for key in cases} == {
+        ("layer", "step"),
+        ("layer", "forward"),
+        ("layer", "inference"),
+        ("model", "step"),
+        ("model", "inference"),
+    }
+    for (_, mode, *_), case in cases.items():
+        assert list(case) == [name for name in providers if mode != "forward" or name != "fused-bora-reused"]
+        assert all(record["median"] > 0 and record["error_ratio"] <= 3 for record in case.values())
+        assert report.ratio(case["fused-bora"], case, "frozen") == pytest.approx(
+            case["fused-bora"]["median"] / case["frozen"]["median"]
+        )
+    assert "FusedBoraLinear" in report.markdown(result)
+
+
+NF4 = Case("model", "step", "tiny", 1, 8, 4, "fp32", base="nf4")
+
+
+@pytest.mark.parametrize("provider", [p for p in PROVIDERS if p.runs(NF4)], ids=lambda p: p.name)
+def test_providers_over_4_bits(provider: Provider) -> None:
+    """Each adapts the 4-bit layers themselves, shares their memory, and is right about the weights they stand for."""
+    pytest.importorskip("bitsandbytes")
+    if provider.library is not None:
+        pytest.importorskip(provider.library)
+    workload = Workload(NF4, torch.device("cpu"))
+    memory = {workload.root.get_submodule(name).weight.data_ptr() for name in workload.targets}
+    root = workload.copy(workload.root, share=True)
+    adapters = install(provider.adapt, root, workload, NF4.rank, torch.float32)
+    assert memory <= {tensor.data_ptr() for tensor in (*root.parameters(), *root.buffers())}
+    assert not any(tensor.shape == workload.weights[0].shape for tensor in (*root.parameters(), *root.buffers()))
+    workload.set_mode(root, training=True, checkpointing=False)
+    step = make_step(root, workload.x.requires_grad_(), workload.dy, adapters, "step")
+    assert References(workload, NF4.rank).check(named(step(), adapters), provider, torch.float32) <= 8
+
+
+def test_bora_of_peft_has_its_own_layers() -> None:
+    pytest.importorskip("peft")
+    case = Case("model", "step", "tiny", 1, 8, 4, "fp32")
+    workload = Workload(case, torch.device("cpu"))
+    (provider,) = [p for p in PROVIDERS if p.name == "peft-bora"]
+    root = workload.copy(workload.root, share=True)
+    adapters = install(provider.adapt, root, workload, case.rank, torch.float32)
+    assert {type(root.get_submodule(name)).__name__ for name in workload.targets} == {"BoraLinear"}
+    assert all(list(adapter) == ["lora_A", "lora_B", "magnitude_row", "magnitude_col"] for adapter in adapters)
+
+
+class _NoBenchmark:
+    """Stands for the fixture where nothing may be timed."""
+
+    def pedantic(self, *args, **kwargs) -> None:
+        raise AssertionError("a wrong result was timed")
+
+
+def _off_by(factor: float):
+    class Off(DenseLinear):
+        def forward(self, x):
+            return super().forward(x) * factor
+
+    def adapt(root, targets, rank, adapter_dtype):
+        adapters = dense(BORA)(root, targets, rank, adapter_dtype)
+        for name in targets:
+            root.get_submodule(name).__class__ = Off
+        return adapters
+
+    return adapt
+
+
+@pytest.mark.parametrize(
+    "adapt, ours, wrong",
+    [
+        (_off_by(1.0001), True, "y is off"),
+        (_off_by(1.0001), False, "y is off"),
+        (_off_by(float("nan")), False, "y is off by nan"),
+        (dense(Formula("bora", detach_norm=True)), False, "d_lora_A is off"),
+    ],
+    ids=["output", "output-of-a-peer", "nan", "gradient"],
+)
+def test_wrong_result_is_refused(adapt, ours: bool, wrong: str) -> None:
+    harness = Harness(torch.device("cpu"), budget=0.01, least_rounds=1, commit="abc")
+    case = Case("layer", "step", "48x64", 1, 16, 8, "fp32")
+    with pytest.raises(WrongResult, match=wrong):
+        harness.measure(case, Provider("wrong", "wrong", BORA, adapt, ours=ours), _NoBenchmark())
+    (record,) = harness.records
+    assert record["status"] == "failed" and wrong in record["reason"] and "median" not in record
+
+
+def test_missing_library_is_skipped() -> None:
+    harness = Harness(torch.device("cpu"), budget=0.01, least_rounds=1, commit="abc")
+    case = Case("layer", "step", "48x64", 1, 16, 8, "fp32")
+    provider = Provider("absent", "absent", BORA, dense(BORA), library="no_such_library")
+    with pytest.raises(pytest.skip.Exception):
+        harness.measure(case, provider, _NoBenchmark())
+    assert [(r["status"], r["reason"]) for r in harness.records] == [("skipped", "no_such_library is not installed")]
+
+
+def test_what_is_measured_unless_asked_for_more() -> None:
+    """Without --full the cases of the goals; modes that are asked for are had at every layer and batch."""
+    layers = {(case.shape, case.length, case.rank, case.mode) for case in layer_cases("cuda") if not case.main_only}
+    assert {row[:3] for row in layers if row[3] == "step"} == {row[:3] for row in layers} and len(layers) == 7
+    points = [case for case in layer_cases("cuda") if case.main_only]
+    assert [case.rank for case in points if case.shape == "4096x4096" and case.length == 8192] == [8, 64, 256]
+    models = [str(case).removeprefix("step-llama3-8b-") for case in model_cases("cuda")]
+    assert models == ["4x2048-r16-bf16", "4x2048-r16-bf16-checkpointed", "1x1024-r16-bf16", "1x1024-r16-bf16-nf4"]
+    for cases in (layer_cases, model_cases):
+        by_mode = [case for mode in MODES for case in cases("cuda", modes=[mode])]
+        assert set(cases("cuda")) < set(cases("cuda", full=True)) == set(by_mode)
+
+
+def test_providers_that_take_long_are_measured_once_unless_asked_for_more() -> None:
+    lead, *others = layer_cases("cuda")
+    places = {
+        p.name: [p.runs(case) and p.by_default(case) for case in (lead, *others, *model_cases("cuda"))]
+        for p in PROVIDERS
+    }
+    assert sum(places["dense-bora-compiled"]) == 2 and places["dense-bora-compiled"][0]  # step and inference
+    for name in ("peft-dora", "dense-bora", "fused-bora-reused"):
+        assert places[name][:7] == 7 * [True] and not any(places[name][7:])
+    for name in ("frozen", "peft-lora", "peft-lora-half", "peft-dora-half", "fused-bora"):
+        assert all(places[name])
+
+
+def test_patterns_of_cases() -> None:
+    names = "step-llama3-8b-4x2048-r16-bf16-nf4-checkpointed", "inference-llama3-8b-1x1024-r16-bf16"
+    case = {str(case): case for case in model_cases("cuda", full=True)}
+    for patterns, expected in ((None, (True, True)), ("*-nf4*,x", (True, False)), ("*-bf16", (False, True))):
+        assert tuple(case[name].matches(patterns) for name in names) == expected

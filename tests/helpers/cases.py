@@ -1,0 +1,136 @@
+"""Inputs of the layer for tests, and how a backend is run on them and held to the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import HAS_TRITON, INTERPRETING
+from helpers import interpreter_bf16
+from helpers.accuracy import FLOOR, assert_accurate
+from torch import Tensor
+
+from bora_kernels import bora_linear
+from bora_kernels.reference import bora_linear_ref
+
+MEMBERS = {
+    "bora": (),
+    "dora": ("magnitude_col",),
+    "lora": ("magnitude_row", "magnitude_col"),
+}  # what is absent
+VARIANTS = [("bora", "row_col"), ("bora", "col_row"), ("dora", "row_col"), ("lora", "row_col")]
+TRAINED = ("x", "lora_A", "lora_B", "magnitude_row", "magnitude_col", "bias")
+SCALING = 0.5
+NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+HALVES = (torch.bfloat16, torch.float16)
+
+backends = pytest.mark.parametrize("backend", ["torch", "triton"])
+variants = pytest.mark.parametrize("member, order", VARIANTS, ids=map("-".join, VARIANTS))
+orders = pytest.mark.parametrize("order", ["row_col", "col_row"])
+conventions = pytest.mark.parametrize("detach_norm", [False, True], ids=["exact", "detached"])
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=NAMES.get)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes, dtypes, the member of the family and the order of its norms."""
+
+    M: int = 17
+    N: int = 123
+    K: int = 96
+    R: int = 8
+    dtype: torch.dtype = torch.float32
+    member: str = "bora"
+    order: str = "row_col"
+    adapter_dtype: torch.dtype = torch.float32
+    bias: bool = True
+    seed: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"M{self.M}-N{self.N}-K{self.K}-R{self.R}-{NAMES[self.dtype]}-{self.order}"]
+        parts += [self.member] if self.member != "bora" else []
+        parts += [f"{NAMES[self.adapter_dtype]}adapter"] if self.adapter_dtype != torch.float32 else []
+        parts += ["nobias"] if not self.bias else []
+        return "-".join(parts)
+
+    def inputs(self, device: str) -> dict[str, Tensor | None]:
+        """The tensors of a layer after some training; one magnitude of each kind is negative."""
+        generator = torch.Generator(device).manual_seed(self.seed)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        M, N, K, R = self.M, self.N, self.K, self.R
+        adapter_dtype = torch.float64 if self.dtype == torch.float64 else self.adapter_dtype
+        weight = (randn(N, K) / K**0.5).to(self.dtype)
+        norms = {"magnitude_row": weight.float().norm(dim=1), "magnitude_col": weight.float().norm(dim=0)}
+        tensors = {"x": randn(M, K).to(self.dtype), "weight": weight}
+        tensors |= {"lora_A": randn(R, K) / K**0.5, "lora_B": randn(N, R) / R**0.5}
+        for name, norm in norms.items():
+            tensors[name] = norm * (1 + 0.1 * randn(*norm.shape))
+            tensors[name][1:2] *= -1
+        for name in TRAINED[1:5]:
+            tensors[name] = tensors[name].to(adapter_dtype)
+        tensors["bias"] = randn(N).to(self.dtype) if self.bias else None
+        return tensors | dict.fromkeys(MEMBERS[self.member])
+
+    def upstream(self, device: str) -> Tensor:
+        """The gradient [M, N] that comes in from above."""
+        generator = torch.Generator(device).manual_seed(self.seed + 1)
+        return torch.randn((self.M, self.N), generator=generator, device=device).to(self.dtype)
+
+
+def require(backend: str, dtype: torch.dtype) -> None:
+    """Skip where the backend cannot run, or where the interpreter would get bfloat16 wrong."""
+    if backend == "triton" and not HAS_TRITON:
+        pytest.skip("triton is not installed")
+    if backend == "triton" and INTERPRETING and dtype == torch.bfloat16:
+        if reason := interpreter_bf16.unsupported_reason():
+            pytest.skip(reason)
+
+
+def run(
+    layer, inputs: dict[str, Tensor | None], dy: Tensor, *, trained=TRAINED, dtype=None, **options
+) -> dict[str, Tensor]:
+    """The output and the gradients of those in ``trained``; all are leaves that keep their strides."""
+    leaves = {
+        name: None if t is None else t.detach() if dtype is None else t.detach().to(dtype) for name, t in inputs.items()
+    }
+    asked = {f"d_{name}": leaves[name].requires_grad_() for name in trained if leaves[name] is not None}
+    y = layer(**leaves, **options)
+    gradients = torch.autograd.grad(y, list(asked.values()), dy.to(y.dtype)) if asked else ()
+    return {"y": y.detach(), **dict(zip(asked, gradients, strict=True))}
+
+
+def check_layer(
+    backend: str,
+    inputs: dict[str, Tensor | None],
+    dy: Tensor,
+    *,
+    layer=bora_linear,
+    mask: Tensor | None = None,
+    seed: int | None = None,
+    floor: float = FLOOR,
+    **options,
+) -> dict[str, Tensor]:
+    """Hold the output and all gradients of a backend to the accuracy rule; returns them.
+
+    ``layer`` may wrap ``bora_linear``, as in autocast. With dropout, ``seed`` is set before the backend runs and
+    ``mask`` says what it is known to keep then.
+    """
+    options = {"scaling": SCALING, **options}
+    trained = options.pop("trained", TRAINED)
+    require(backend, inputs["x"].dtype)
+    if seed is not None:
+        torch.manual_seed(seed)
+    actual = run(layer, inputs, dy, trained=trained, backend=backend, **options)
+
+    twin = {"trained": trained, "dropout_mask": mask, **options}
+    plain = run(bora_linear_ref, inputs, dy, **twin)
+    exact = run(bora_linear_ref, inputs, dy, dtype=torch.float64, **twin)
+    terms = run(bora_linear_ref, inputs, dy, dtype=torch.float64, **(twin | {"detach_norm": True}))
+    N, K, R = *inputs["weight"].shape, inputs["lora_A"].shape[0]
+    samples = min(N, K, inputs["x"].numel() // K * R)
+    assert_accurate(actual, plain, exact, samples=samples, terms=terms, floor=floor)
+    return actual

@@ -1,0 +1,275 @@
+"""What only a GPU shows: large sizes, compiled kernels and replayed stages, graphs, streams, sanitizers."""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from helpers.accuracy import assert_accurate
+from helpers.cases import HALVES, NAMES, SCALING, Case, check_layer, dtypes, orders, run
+from torch import nn
+
+from bora_kernels import FusedBoraLinear, bora_linear
+from bora_kernels.reference import bora_linear_ref
+
+pytestmark = pytest.mark.gpu
+
+BF16, FP16 = HALVES
+DEVICE = "cuda"
+
+
+def needs_memory(gib):
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < gib * 2**30:
+        pytest.skip(f"needs {gib} GiB of free device memory")
+
+
+def triton_run(inputs, dy, **options):
+    return run(bora_linear, inputs, dy, backend="triton", **{"scaling": SCALING, **options})
+
+
+def assert_same_bits(actual, expected):
+    for name, value in actual.items():
+        assert torch.equal(value, expected[name]), f"{name} differs"
+
+
+# ---- large sizes ----
+
+RANKS = [(8, "row_col", True), (16, "col_row", False), (64, "row_col", False), (256, "col_row", True)]
+LARGE = [
+    Case(2048, 4096, 4096, rank, dtype=dtype, order=order, bias=bias)
+    for dtype in (BF16, FP16, torch.float32)
+    for rank, order, bias in RANKS
+]
+LARGE += [
+    Case(2048, 4096, 4096, 16, dtype=BF16, member="dora"),
+    Case(2048, 4096, 4096, 16, dtype=BF16, member="lora"),
+    Case(8192, 1024, 4096, 16, dtype=BF16),
+    Case(1000, 4104, 1032, 12, dtype=BF16, order="col_row"),  # aligned for descriptors, ragged for tiles
+    Case(1000, 4099, 1031, 13, dtype=BF16),  # aligned for nothing
+    Case(1, 4096, 4096, 16, dtype=BF16),
+    Case(512, 1024, 1024, 512, dtype=BF16),
+    Case(512, 1024, 1024, 512, dtype=torch.float32, order="col_row"),
+]
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_large_layers(case):
+    """Right when recorded, and the same bits in replays by single launches and as a graph, at other addresses."""
+    inputs, dy = case.inputs(DEVICE), case.upstream(DEVICE)
+    first = check_layer("triton", inputs, dy, norm_order=case.order)
+    kept = []
+    for _ in range(5):
+        kept.append(triton_run(inputs, dy, norm_order=case.order))
+        assert_same_bits(kept[-1], first)
+
+
+@pytest.mark.parametrize("tf32", [False, True], ids=["ieee", "tf32"])
+def test_float32_products_follow_the_setting_of_pytorch(tf32, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+    case = Case(300, 512, 384, 16)
+    check_layer("triton", case.inputs(DEVICE), case.upstream(DEVICE))
+
+
+@orders
+def test_weight_of_more_than_2_31_elements(order):
+    """Against the same formulas in PyTorch operations: the dense reference would not fit."""
+    needs_memory(50)
+    case = Case(8, 131072 + 16, 16640, 16, dtype=BF16, order=order, bias=False)
+    inputs, dy = case.inputs(DEVICE), case.upstream(DEVICE)
+    assert inputs["weight"].numel() > 2**31
+    actual = triton_run(inputs, dy, norm_order=order)
+    options = {"scaling": SCALING, "backend": "torch", "norm_order": order}
+    plain = run(bora_linear, inputs, dy, **options)
+    exact = run(bora_linear, inputs, dy, dtype=torch.float64, **options)
+    assert_accurate(actual, plain, exact, samples=8 * 16)
+
+
+@pytest.mark.parametrize("N, K", [(131072, 64), (64, 131072)], ids=["output", "input"])
+@pytest.mark.parametrize("dtype", HALVES, ids=NAMES.get)
+def test_activations_of_more_than_2_31_elements(N, K, dtype):
+    """Only the last tokens have a gradient, so that everything is that of a layer on those tokens alone."""
+    needs_memory(60)
+    M, last = 2**31 // 131072 + 64, 17
+    case = Case(last, N, K, 8, dtype=dtype)
+    inputs, dy = case.inputs(DEVICE), case.upstream(DEVICE)
+    x = torch.randn(M, K, dtype=dtype, device=DEVICE)
+    x[-last:] = inputs["x"]
+    wide_dy = torch.zeros(M, N, dtype=dtype, device=DEVICE)
+    wide_dy[-last:] = dy
+    assert max(x.numel(), wide_dy.numel()) > 2**31
+    actual = triton_run(inputs | {"x": x}, wide_dy)
+    assert not actual["d_x"][:-last].any()
+    actual |= {name: actual[name][-last:] for name in ("y", "d_x")}
+    plain = run(bora_linear_ref, inputs, dy, scaling=SCALING)
+    exact = run(bora_linear_ref, inputs, dy, dtype=torch.float64, scaling=SCALING)
+    assert_accurate(actual, plain, exact, samples=min(64, last * 8))
+
+
+# ---- replayed stages, streams, graphs ----
+
+
+def shifted(tensor):
+    """The same values, one element further: no longer aligned to 16 bytes."""
+    memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+    return memory[1:].view_as(tensor).copy_(tensor)
+
+
+RELAUNCHES = {
+    "plain": ({}, {}),
+    "x-shifted": ({"x": shifted}, {}),
+    "weight-shifted": ({"weight": shifted}, {}),
+    "weight-transposed": ({"weight": lambda t: t.T.contiguous().T}, {}),
+    "lora_A-shifted": ({"lora_A": shifted}, {}),
+    "vectors-shifted": ({"magnitude_row": shifted, "magnitude_col": shifted, "bias": shifted}, {}),
+    "half-adapters": ({name: torch.Tensor.half for name in ("lora_A", "lora_B")}, {}),
+    "scaling": ({}, {"scaling": -1.0}),
+    "eps": ({}, {"eps": 1.0}),
+    "col_row": ({}, {"norm_order": "col_row"}),
+    "detached": ({}, {"detach_norm": True}),
+    "dora": ({"magnitude_col": lambda t: None}, {}),
+    "nobias": ({"bias": lambda t: None}, {}),
+    "frozen": ({}, {"trained": ("x", "lora_B")}),
+}
+
+
+@dtypes
+def test_relaunches_mind_what_changed(dtype):
+    """Layers of one size that differ in alignment or an option, each launched before and after the others."""
+    case = Case(64, 256, 192, 16, dtype=dtype)
+    for _ in range(2):
+        for changes, options in RELAUNCHES.values():
+            inputs = case.inputs(DEVICE)
+            inputs |= {name: change(inputs[name]) for name, change in changes.items()}
+            check_layer("triton", inputs, case.upstream(DEVICE), **options)
+
+
+def test_what_hooks_hand_back_may_lie_otherwise():
+    """save_on_cpu gives contiguous copies; a layer that met the same input without it must not take them for that."""
+    case = Case(64, 256, 192, 16, dtype=BF16)
+    inputs, dy = case.inputs(DEVICE), case.upstream(DEVICE)
+    inputs |= {name: inputs[name].T.contiguous().T for name in ("x", "weight", "lora_A", "lora_B")}
+    expected = triton_run(inputs, dy)
+    for hooks in (nullcontext(), torch.autograd.graph.save_on_cpu(), nullcontext(), torch.autograd.graph.save_on_cpu()):
+        with hooks:
+            results = triton_run(inputs, dy)
+        for name, value in results.items():
+            torch.testing.assert_close(value, expected[name], rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_no_synchronization_with_the_host(backend):
+    case = Case(256, 512, 384, 16, dtype=BF16)
+    inputs, dy = case.inputs(DEVICE), case.upstream(DEVICE)
+    options = {"scaling": SCALING, "backend": backend, "dropout_p": 0.1, "training": True}
+    run(bora_linear, inputs, dy, **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(bora_linear, inputs, dy, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_runs_on_the_current_stream():
+    case = Case(256, 512, 384, 16, dtype=BF16)
+    inputs, dy = case.inputs(DEVICE), case.upstream(DEVICE)
+    expected = triton_run(inputs, dy)
+    late = inputs | {"x": torch.zeros_like(inputs["x"])}
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # whoever does not wait for this stream reads zeros
+        late["x"].copy_(inputs["x"])
+        actual = triton_run(late, dy)
+    stream.synchronize()
+    assert_same_bits(actual, expected)
+
+
+@orders
+@dtypes
+def test_same_bits_over_five_runs(order, dtype):
+    case = Case(2048, 1024, 1536, 16, dtype=dtype)
+    inputs, dy = case.inputs(DEVICE), case.upstream(DEVICE)
+    first = triton_run(inputs, dy, norm_order=order)
+    for _ in range(4):
+        assert_same_bits(triton_run(inputs, dy, norm_order=order), first)
+
+
+def captured(inputs, dy, **options):
+    """A CUDA graph of forward and backward over these very tensors, and the results it writes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            triton_run(inputs, dy, **options)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = triton_run(inputs, dy, **options)
+    return graph, results
+
+
+@orders
+def test_graph_replay_with_other_values(order):
+    case, other = (Case(256, 512, 384, 16, dtype=BF16, order=order, seed=seed) for seed in (0, 1))
+    inputs, dy = case.inputs(DEVICE), case.upstream(DEVICE)
+    graph, results = captured(inputs, dy, norm_order=order)
+    new_inputs, new_dy = other.inputs(DEVICE), other.upstream(DEVICE)
+    for name, tensor in inputs.items():
+        tensor.copy_(new_inputs[name])
+    dy.copy_(new_dy)
+    graph.replay()
+    assert_same_bits(results, triton_run(new_inputs, new_dy, norm_order=order))
+
+
+def test_graph_replays_draw_new_dropout():
+    case = Case(256, 512, 384, 16, dtype=BF16)
+    inputs, dy = case.inputs(DEVICE), case.upstream(DEVICE)
+    graph, results = captured(inputs, dy, dropout_p=0.5, training=True)
+    graph.replay()
+    first = results["y"].clone()
+    graph.replay()
+    assert not torch.equal(results["y"], first)
+
+
+# ---- in models ----
+
+
+def test_compiled_by_inductor():
+    torch.compiler.reset()
+    module = FusedBoraLinear(384, 512, r=16, device=DEVICE, dtype=BF16)
+    nn.init.normal_(module.lora_B)
+    compiled = torch.compile(module, fullgraph=True)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for tokens in (64, 100, 256):
+        x = torch.randn(tokens, 384, device=DEVICE, dtype=BF16, requires_grad=True)
+        dy = torch.randn(tokens, 512, device=DEVICE, dtype=BF16)
+        results = []
+        for call in (module, compiled):
+            y = call(x)
+            results.append(dict(enumerate([y, *torch.autograd.grad(y, [x, *trained], dy)])))
+        assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=NAMES.get)
+@orders
+def test_200_training_steps_follow_the_reference(dtype, order):
+    x = torch.randn(512, 128, device=DEVICE).to(dtype)
+    target = torch.randn(512, 64, device=DEVICE)
+    options = {"r": 8, "norm_order": order, "device": DEVICE, "dtype": dtype}
+    start = nn.Sequential(FusedBoraLinear(128, 256, **options), nn.GELU(), FusedBoraLinear(256, 64, **options))
+    losses = {}
+    for backend in ("triton", "reference"):
+        model = copy.deepcopy(start)
+        model[0].backend = model[2].backend = backend
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+        values = []
+        for _ in range(200):
+            loss = (model(x).float() - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            values.append(loss.detach())
+        losses[backend] = torch.stack(values)
+    assert losses["reference"][-1] < 0.8 * losses["reference"][0]
+    torch.testing.assert_close(losses["triton"], losses["reference"], rtol=2e-2, atol=0)

@@ -1,0 +1,103 @@
+"""No kernel reads or writes outside its tensors: every one of them lies against a protected page."""
+
+import importlib
+import pkgutil
+import sys
+from contextlib import ExitStack
+from unittest import mock
+
+import pytest
+import torch
+from helpers.cases import Case, run
+from helpers.guard_pages import faulted, guarded, run_isolated
+
+pytest.importorskip("triton")
+
+BF16 = torch.bfloat16
+ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"))
+CASES = [
+    (Case(17, 37, 53, 3, dtype=BF16), {}),
+    (Case(17, 53, 37, 19, order="col_row"), {"dropout_p": 0.25, "training": True}),
+    (Case(33, 52, 36, 3, order="col_row", dtype=torch.float16), {}),  # rows of 8 bytes: too narrow for 16
+    (Case(70, 40, 88, 3), {"detach_norm": True}),  # rows of 16 bytes: tensor descriptors
+    (Case(1, 37, 53, 1, member="dora", bias=False), {}),
+    (Case(17, 140, 20, 3, member="lora", dtype=BF16), {"dropout_p": 0.25, "training": True}),
+]
+
+
+def kernels():
+    """Every kernel of the package, by name."""
+    import bora_kernels.kernels as package
+
+    found = {}
+    for info in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        module = importlib.import_module(info.name)
+        found |= {n: k for n, k in vars(module).items() if n.endswith("_kernel") and hasattr(k, "arg_names")}
+    return found
+
+
+def exercise(at):
+    """In a process of its own: all cases between guards, the memory that launchers allocate included."""
+    from bora_kernels import bora_linear
+
+    launched = set()
+    kernel_class = type(next(iter(kernels().values())))
+    plain_getitem = kernel_class.__getitem__
+
+    def noting_getitem(kernel, grid):
+        launched.add(kernel.fn.__name__)
+        return plain_getitem(kernel, grid)
+
+    kernel_class.__getitem__ = noting_getitem
+    results = {}
+    for guarding in (True, False):
+        with ExitStack() as patches:
+            for owner, name in ALLOCATORS if guarding else ():
+                allocate = guarding_allocator(getattr(owner, name), at)
+                patches.enter_context(mock.patch.object(owner, name, allocate))
+            results["nf4", guarding] = {"dense": dense_nf4(at if guarding else None)}
+            for case, options in CASES:
+                tensors = case.inputs("cpu") | {"dy": case.upstream("cpu")}
+                if guarding:
+                    tensors = {name: None if t is None else guarded(t, at) for name, t in tensors.items()}
+                torch.manual_seed(0)
+                options = {"scaling": 0.5, "norm_order": case.order, "backend": "triton", **options}
+                results[case, guarding] = run(bora_linear, tensors, tensors.pop("dy"), **options)
+    for case in ("nf4", *(case for case, _ in CASES)):
+        for name, value in results[case, True].items():
+            assert torch.equal(value, results[case, False][name]), f"{name} of {case} depends on its memory"
+    assert launched == kernels().keys(), f"never launched: {kernels().keys() - launched}"
+
+
+def dense_nf4(at):
+    """A 4-bit weight with an odd number of elements and a last block that is not whole."""
+    from bora_kernels.kernels.nf4 import dequantize_nf4
+
+    N, K, block, nested_block = 13, 37, 64, 4
+    generator = torch.Generator().manual_seed(0)
+    parts = (
+        torch.randint(256, ((N * K + 1) // 2, 1), dtype=torch.uint8, generator=generator),
+        torch.randn(16, generator=generator),
+        torch.randint(256, (-(-N * K // block),), dtype=torch.uint8, generator=generator),
+        torch.randn(2, generator=generator),
+        torch.randn(256, generator=generator),
+        torch.randn((), generator=generator),
+    )
+    if at is not None:
+        parts = tuple(guarded(part, at) for part in parts)
+    return dequantize_nf4(parts, (N, K), (block, nested_block), torch.float32)
+
+
+def guarding_allocator(allocate, at):
+    def allocate_guarded(*args, **kwargs):
+        return guarded(allocate(*args, **kwargs), at)
+
+    return allocate_guarded
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
+@pytest.mark.parametrize("at", ["start", "end"])
+def test_kernels_stay_within_their_tensors(at, interpreter_bf16):
+    result = run_isolated(exercise, at)
+    assert not faulted(result), result.stderr.decode()
+    assert result.returncode == 0, result.stderr.decode()

@@ -1,0 +1,98 @@
+"""A layer over a sharded weight merged, saved and misused."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.distributed import launch
+from helpers.sharded import STYLES, assert_same, styles, whole_and_sharded, x_and_dy
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor.parallel import parallelize_module
+
+from benchmarks.collectives import Collectives
+from bora_kernels import FusedBoraLinear, FusedDoraLinear, bora_linear
+from bora_kernels.distributed import BoraColwiseParallel, BoraRowwiseParallel
+
+# ---- merge, checkpoints ----
+
+
+def check_merge(style: str) -> None:
+    x, _ = x_and_dy()
+    for options in ({}, {"norm_order": "col_row"}, {"layer": FusedDoraLinear}):
+        whole_layer, sharded = whole_and_sharded(STYLES[style], **options)
+        weight = sharded.effective_weight()
+        assert weight.placements == sharded.weight.placements
+        sharded.merge()
+        with Collectives() as collectives:
+            y = sharded(x)
+        assert all(size <= 24 * 42 for _, size in collectives.seen)  # of y, padded, and not of the weight
+        whole_layer.backend = None
+        assert_same(
+            {"weight": weight.full_tensor(), "y": y}, {"weight": whole_layer.effective_weight(), "y": whole_layer(x)}
+        )
+
+
+@styles
+def test_merged_layer_runs_on_shards(style):
+    launch(check_merge, 2, style)
+
+
+def check_rounding(style: str) -> None:
+    layers = whole_layer, sharded = whole_and_sharded(STYLES[style])
+    for layer in layers:
+        layer.weight = torch.nn.Parameter(layer.weight.detach().bfloat16(), requires_grad=False)
+    different = sharded.effective_weight().full_tensor() != whole_layer.effective_weight()
+    assert different.float().mean() < 0.01  # norms that differ in float32's last places move a few
+    sharded.reset_parameters()
+    assert torch.equal(sharded.effective_weight().full_tensor(), whole_layer.weight)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@styles
+def test_merged_weight_is_rounded_on_shards_as_in_the_whole(style, ranks):
+    launch(check_rounding, ranks, style)
+
+
+# ---- errors ----
+
+
+def check_errors() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    layer = FusedBoraLinear(8, 6, 2)
+    for style in (BoraColwiseParallel(), BoraRowwiseParallel()):
+        with pytest.raises(TypeError, match="module must be a FusedBoraLinear, got Linear"):
+            parallelize_module(torch.nn.Linear(8, 6), mesh, style)
+    layer.merge()
+    with pytest.raises(ValueError, match="module must not be merged"):
+        parallelize_module(layer, mesh, BoraColwiseParallel())
+    layer.unmerge()
+    with pytest.raises(TypeError, match="input_layouts must be a Placement or None, got str"):
+        BoraColwiseParallel(input_layouts="replicate")
+    parallelize_module(layer, mesh, BoraRowwiseParallel())
+    local_width = layer.lora_A.to_local().shape[1]
+    for x, message in (
+        (torch.randn(3, 8), rf"x must be \[..., {local_width}\] for .* of 8 in_features, got \[3, 8\]"),
+        (torch.tensor(1.0), r"x must be .* got \[\]"),
+        (distribute_tensor(torch.randn(3, 5), mesh, [Replicate()]), r"x must be \[..., 8\] for weight \[6, 8\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer(x)
+    layer.backend = "reference"
+    with pytest.raises(ValueError, match='backend must be "triton", "torch" or None for a sharded weight'):
+        layer(torch.randn(3, local_width))
+    layer.backend = None
+    names = ("weight", "lora_A", "lora_B", "magnitude_row", "magnitude_col", "bias")
+    arguments = {name: getattr(layer, name) for name in names}
+    x = distribute_tensor(torch.randn(3, 8), mesh, [Replicate()])
+    for name, wrong, message in (
+        ("x", torch.randn(3, 8), "x must be a DTensor on the mesh of weight, got Tensor"),
+        ("lora_B", torch.randn(6, 2), "lora_B must be Replicate.* got a plain tensor"),
+        ("lora_A", distribute_tensor(torch.randn(2, 8), mesh, [Replicate()]), "lora_A must be .*Shard.*dim=1"),
+        ("weight", distribute_tensor(torch.randn(6, 8), mesh, [Replicate()]), "weight must be .* not once, by"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            bora_linear(**({"x": x} | arguments | {name: wrong}), scaling=1.0)
+
+
+def test_misuse_is_refused_by_name():
+    launch(check_errors, 2)
