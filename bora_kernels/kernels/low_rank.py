@@ -100,7 +100,8 @@ def _reduce_kernel(
             acc = tl.dot(tl.trans(t), projection, acc, input_precision=PRECISION)
     base = split.to(tl.int64) * C + offs_c
     if HAS_TOTAL:
-        tl.store(total_parts_ptr + base, tl.sum(total, axis=0), mask=mask_c & (pid_r == 0))
+        if pid_r == 0:  # a branch: Triton 3.9's interpreter takes no mask of a block and a scalar
+            tl.store(total_parts_ptr + base, tl.sum(total, axis=0), mask=mask_c)
     if HAS_FACTOR:
         ptrs = factor_parts_ptr + base[:, None] * R + offs_r[None, :]
         tl.store(ptrs, acc, mask=mask_c[:, None] & (offs_r < R)[None, :])
@@ -143,12 +144,12 @@ def _combine_kernel(
         tl.store(ptrs, acc, mask=mask)
     if HAS_TOTAL:
         live = live_magnitude(scale_ptr, norm_ptr, magnitude_ptr, offs_c, C, stand_in)
-        mask_total = mask_c & (tl.program_id(1) == 0)
         norm = load_vector(norm_ptr, offs_c, C)
         # a clamped norm passes no gradient, and the true sum of a zero magnitude is zero
         flows = (norm > eps) & (load_vector(scale_ptr, offs_c, C) != 0.0)
-        tl.store(coefficient_ptr + offs_c, tl.where(flows, -total / (norm * norm), 0.0), mask=mask_total)
-        tl.store(d_magnitude_ptr + offs_c, total / live, mask=mask_total)  # (7)
+        if tl.program_id(1) == 0:
+            tl.store(coefficient_ptr + offs_c, tl.where(flows, -total / (norm * norm), 0.0), mask=mask_c)
+            tl.store(d_magnitude_ptr + offs_c, total / live, mask=mask_c)  # (7)
 
 
 def project(

@@ -62,8 +62,9 @@ def _moments_kernel(
                 squares += wide * wide
             acc = dot_split(w.to(DTYPE), z, acc, PRECISION)
         if HAS_SQUARES:
-            base = split.to(tl.int64) * I
-            tl.store(squares_ptr + base + offs_i, tl.sum(squares, axis=1), mask=(offs_i < I) & (pid_r == 0))
+            if pid_r == 0:  # a branch: Triton 3.9's interpreter takes no mask of a block and a scalar
+                base = split.to(tl.int64) * I
+                tl.store(squares_ptr + base + offs_i, tl.sum(squares, axis=1), mask=offs_i < I)
     else:  # rows of Zᵀ below those of W0
         offs_g = (pid_i - num_blocks) * BLOCK_SIZE_I + tl.arange(0, BLOCK_SIZE_I)
         row, rows = I + offs_g, I + R
