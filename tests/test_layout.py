@@ -23,6 +23,7 @@ LEVELS = (
     ("adapters", "distributed"),
     ("bora_kernels",),
     ("integrations", "demo"),
+    ("analysis",),
 )
 
 
