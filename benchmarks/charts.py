@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from .report import by_case, title
+from .records import by_case, title
 
 _COLORS = {
     "frozen": "#7f7f7f",

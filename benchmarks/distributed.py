@@ -36,7 +36,8 @@ from .collectives import average_gradients, gathered, together
 from .harness import Harness
 from .models import STACKS, Workload
 from .providers import PROVIDERS, Provider, install
-from .report import by_case, load, number, ratio, table
+from .records import by_case, load, ratio
+from .report import number, table
 from .sharding import STRATEGIES, ShardedStep
 from .verify import References, Result, WrongResult, errors, make_step, named
 

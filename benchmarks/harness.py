@@ -18,7 +18,7 @@ from . import measure
 from .cases import DTYPES, Case
 from .models import Workload
 from .providers import Provider, install
-from .report import to_json
+from .records import to_json
 from .verify import References, make_step, named
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measure, report
+from benchmarks import measure, records, report
 from benchmarks.cases import MODES, Case, layer_cases, model_cases
 from benchmarks.harness import Harness
 from benchmarks.models import Workload
@@ -32,9 +32,9 @@ def _record(provider: str, tokens: int, ms: float | None, mib: int = 0, status: 
 
 @pytest.fixture
 def result(tmp_path: Path) -> Path:
-    records = []
+    rows = []
     for tokens in (128, 256):
-        records += [
+        rows += [
             _record("frozen", tokens, 1.0, 100),
             _record("peft-lora", tokens, 2.0, 150),
             _record("peft-lora-half", tokens, 1.6, 200),
@@ -45,7 +45,7 @@ def result(tmp_path: Path) -> Path:
     environment = {"date": "2000-01-01", "device": "a device", "cpu": "a CPU", "system": "an OS", "clock": "a clock"}
     environment |= {"commit": "abc", "versions": {"torch": "1.2"}}
     path = tmp_path / "result.json"
-    path.write_text(json.dumps({"environment": environment, "gemm_tflops": {"bf16": 2.0}, "records": records}))
+    path.write_text(json.dumps({"environment": environment, "gemm_tflops": {"bf16": 2.0}, "records": rows}))
     return path
 
 
@@ -58,7 +58,7 @@ def _cells(text: str, provider: str) -> list[str]:
 
 
 def test_report_ratios(result: Path) -> None:
-    text = report.markdown(report.load(result))
+    text = report.markdown(records.load(result))
     # ms, ktokens/s, TFLOP/s, of GEMM, MiB; time over frozen, the faster LoRA, the DoRA that ran; then memory
     assert _cells(text, "fused-bora") == "1.200 107 0.833 42% 120 1.20 0.75 0.40 1.20 0.80 0.30 1.00".split()
     assert _cells(text, "frozen")[5:8] == ["1.00", "0.62", "0.33"]
@@ -78,17 +78,17 @@ def test_report_command(result: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_report_shows_the_graph_beside_the_frozen_layer(result: Path) -> None:
-    loaded = report.load(result)
+    loaded = records.load(result)
     for record in loaded["records"]:
         if record["provider"] in ("frozen", "fused-bora") and record["length"] == 128:
             record["graph_median"] = 9e-4
-    header, _, row, other = report.summary(report.by_case(loaded["records"]), "layer").splitlines()[2:]
+    header, _, row, other = report.summary(records.by_case(loaded["records"]), "layer").splitlines()[2:]
     assert header.endswith("FusedBoraLinear as a CUDA graph |")
     assert row.endswith("| 0.900 (0.90×) |") and other.endswith("|  |")
 
 
 def test_report_shows_the_step_on_an_idle_device(result: Path) -> None:
-    loaded = report.load(result)
+    loaded = records.load(result)
     for record in loaded["records"]:
         if record["provider"] == "fused-bora":
             record["idle_median"] = 1.7e-3
@@ -110,33 +110,33 @@ def test_setups_queue_or_wait(monkeypatch) -> None:
 
 def test_report_merges_whole_cases(result: Path, tmp_path: Path) -> None:
     """The second result's case replaces the first's; nothing is put together from two processes."""
-    second = report.load(result)
+    second = records.load(result)
     second["records"] = [_record("frozen", 256, 2.0), _record("fused-bora", 512, 3.0)]
     second["environment"]["date"] = "2000-01-02"
     second["gemm_tflops"] = {"bf16": 3.0, "fp32": 1.0}
     other, merged = tmp_path / "other.json", tmp_path / "merged.json"
-    other.write_text(report.to_json(second), encoding="utf-8")
+    other.write_text(records.to_json(second), encoding="utf-8")
     assert report.main([str(result), str(other), "--merged", str(merged)]) == 0
     assert (tmp_path / "merged" / "report.md").exists()
-    cases = report.by_case(report.load(merged)["records"])
+    cases = records.by_case(records.load(merged)["records"])
     medians = {key[4]: {name: record.get("median") for name, record in case.items()} for key, case in cases.items()}
     assert len(medians[128]) == 6 and medians[256] == {"frozen": 2e-3} and medians[512] == {"fused-bora": 3e-3}
-    assert report.load(merged)["environment"]["date"] == "2000-01-01; 2000-01-02"
-    assert report.load(merged)["gemm_tflops"] == {"bf16": 2.0, "fp32": 1.0}
+    assert records.load(merged)["environment"]["date"] == "2000-01-01; 2000-01-02"
+    assert records.load(merged)["gemm_tflops"] == {"bf16": 2.0, "fp32": 1.0}
 
 
 def test_report_refuses_results_of_two_commits(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    second = report.load(result)
+    second = records.load(result)
     second["environment"]["commit"] = "def"
     other = tmp_path / "other.json"
-    other.write_text(report.to_json(second), encoding="utf-8")
+    other.write_text(records.to_json(second), encoding="utf-8")
     assert report.main([str(result), str(other)]) == 1
     assert "same commit, got abc and def" in capsys.readouterr().err
 
 
 def test_report_of_results_without_bases(result: Path) -> None:
     """A recorded result says nothing of bases; a 4-bit case is named as one."""
-    loaded = report.load(result)
+    loaded = records.load(result)
     loaded["records"].append({**_record("frozen", 128, 1.0), "base": "nf4"})
     text = report.markdown(loaded)
     assert "step: 64×64, 128 tokens, r = 8, bf16\n" in text
@@ -162,9 +162,9 @@ def test_quick_run(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     (path,) = tmp_path.glob("*.json")
-    result = report.load(path)
+    result = records.load(path)
     assert {record["status"] for record in result["records"]} == {"measured"}
-    cases = report.by_case(result["records"])
+    cases = records.by_case(result["records"])
     assert {key[:2] for key in cases} == {
         ("layer", "step"),
         ("layer", "forward"),
@@ -175,7 +175,7 @@ def test_quick_run(tmp_path: Path) -> None:
     for (_, mode, *_), case in cases.items():
         assert list(case) == [name for name in providers if mode != "forward" or name != "fused-bora-reused"]
         assert all(record["median"] > 0 and record["error_ratio"] <= 3 for record in case.values())
-        assert report.ratio(case["fused-bora"], case, "frozen") == pytest.approx(
+        assert records.ratio(case["fused-bora"], case, "frozen") == pytest.approx(
             case["fused-bora"]["median"] / case["frozen"]["median"]
         )
     assert "FusedBoraLinear" in report.markdown(result)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from helpers.distributed import launch
 
-from benchmarks import collectives, distributed, report, verify
+from benchmarks import collectives, distributed, records, report, verify
 from benchmarks.collectives import Kernel
 
 PROVIDERS = ["frozen", "peft-dora", "fused-bora"]
@@ -37,13 +37,13 @@ def result(tmp_path_factory) -> Path:
 
 
 def test_every_strategy_and_provider_is_recorded(result: Path) -> None:
-    loaded = report.load(result)
+    loaded = records.load(result)
     assert loaded["environment"]["device"].startswith("2 × ") and loaded["environment"]["layers"] == 1
-    records = {(record["mode"], record["provider"]): record for record in loaded["records"]}
-    assert list(records) == [(strategy, name) for strategy in distributed.STRATEGIES for name in PROVIDERS]
-    skipped = records.pop(("tp", "peft-dora"))
+    found = {(record["mode"], record["provider"]): record for record in loaded["records"]}
+    assert list(found) == [(strategy, name) for strategy in distributed.STRATEGIES for name in PROVIDERS]
+    skipped = found.pop(("tp", "peft-dora"))
     assert skipped["status"] == "skipped" and "DTensor" in skipped["reason"] and "median" not in skipped
-    for (strategy, name), record in records.items():
+    for (strategy, name), record in found.items():
         assert record["status"] == "measured" and record["rounds"] == 3
         assert record["median"] > 0 and record["gpus"] == (1 if strategy == "single" else 2)
         tokens = 2 * 16 / (2 if strategy == "tp" else 1)
@@ -53,7 +53,7 @@ def test_every_strategy_and_provider_is_recorded(result: Path) -> None:
 
 
 def test_messages_are_counted_by_kind(result: Path) -> None:
-    sent = {(r["mode"], r["provider"]): r.get("messages") for r in report.load(result)["records"]}
+    sent = {(r["mode"], r["provider"]): r.get("messages") for r in records.load(result)["records"]}
     assert sent["single", "frozen"] is None
     frozen, bora = sent["tp", "frozen"], sent["tp", "fused-bora"]
     assert bora["activations"] == frozen["activations"] == {"count": 7, "bytes": 7 * 2 * 16 * 256 * 4}
@@ -70,7 +70,7 @@ def test_table_has_a_row_for_each_record(result: Path, capsys: pytest.CaptureFix
     assert len(rows) == len(distributed.STRATEGIES) * len(PROVIDERS)
     assert sum("skipped: RuntimeError" in row for row in rows) == 1
     assert "FSDP2 step over frozen's" in text and "GiB" not in text  # nobody weighs on the CPU
-    assert "model, tp: tiny" in report.markdown(report.load(result))  # the other report takes it as well
+    assert "model, tp: tiny" in report.markdown(records.load(result))  # the other report takes it as well
 
 
 def test_table_says_what_became_of_the_goals(result: Path) -> None:
@@ -91,9 +91,9 @@ def test_table_says_what_became_of_the_goals(result: Path) -> None:
 
 def test_wrong_result_is_not_timed(tmp_path: Path) -> None:
     reasons = {"single": "computes a wrong result: y", "fsdp": "is off what it computes alone: y by"}
-    for records in launch(run_session, 2, str(tmp_path), ["frozen"], True):
-        assert [record["mode"] for record in records] == list(distributed.STRATEGIES)
-        for record in records:
+    for measured in launch(run_session, 2, str(tmp_path), ["frozen"], True):
+        assert [record["mode"] for record in measured] == list(distributed.STRATEGIES)
+        for record in measured:
             assert record["status"] == "failed" and "median" not in record
             assert f"WrongResult: frozen {reasons.get(record['mode'], reasons['single'])}" in record["reason"]
 
