@@ -206,8 +206,8 @@ def _peft(member: str) -> Callable:
             if member == "dora":
                 adapter["magnitude_row"] = layer.lora_magnitude_vector["default"].weight
             elif member == "bora":
-                adapter["magnitude_row"] = layer.lora_magnitude_row["default"].weight
-                adapter["magnitude_col"] = layer.lora_magnitude_col["default"].weight
+                adapter["magnitude_row"] = layer.lora_magnitude_vector_row["default"].weight
+                adapter["magnitude_col"] = layer.lora_magnitude_vector_col["default"].weight
             for parameter in adapter.values():  # over a quantized weight PEFT leaves them in float32
                 parameter.data = parameter.data.to(adapter_dtype)
             adapters.append(adapter)

@@ -1,8 +1,9 @@
 """The file format of adapters: ``adapter_model.safetensors`` and ``adapter_config.json`` in a folder, as PEFT has them.
 
-Tensors are called ``base_model.model.<layer>.lora_A.weight``, ``.lora_B.weight``, ``.lora_magnitude_row.weight`` and
-``.lora_magnitude_col.weight``; whatever else was trained is ``base_model.model.<its name>``. The safetensors header
-says all that is needed to use the tensors, so that the file is enough by itself; the configuration tells PEFT the same.
+Tensors are called ``base_model.model.<layer>.lora_A.weight``, ``.lora_B.weight``, ``.lora_magnitude_vector_row.weight``
+and ``.lora_magnitude_vector_col.weight``, because rules for DoRA that other libraries have look for
+``lora_magnitude_vector``; whatever else was trained is ``base_model.model.<its name>``. The safetensors header says all
+that is needed to use the tensors, so that the file is enough by itself; the configuration tells PEFT the same.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .._version import __version__
 from ..contract import EPS
 
-FORMAT_VERSION = "1.0"  # a reader refuses a newer major version; a newer minor one only adds what it may ignore
+FORMAT_VERSION = "2.0"  # a reader refuses a newer major version; a newer minor one only adds what it may ignore
 TENSOR_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 SUFFIXES = {
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
-    "magnitude_row": "lora_magnitude_row.weight",
-    "magnitude_col": "lora_magnitude_col.weight",
+    "magnitude_row": "lora_magnitude_vector_row.weight",
+    "magnitude_col": "lora_magnitude_vector_col.weight",
 }
 _CONFIG_KEYS = {
     "rank": "r",
@@ -40,6 +41,8 @@ _CONFIG_KEYS = {
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
 }
+PEFT_TYPE = "BORA_BIDIMENSIONAL"
+FORMER_PEFT_TYPE = "BORA"  # format 1.0, which called the magnitudes lora_magnitude_row and lora_magnitude_col
 # How PEFT may start lora_A and lora_B without changing the base weight, which its other ways do.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 
@@ -88,7 +91,7 @@ def write_adapter(
     header = {"format": "pt", "format_version": FORMAT_VERSION, "library_version": __version__, "eps": repr(EPS)}
     header |= {k: v if isinstance(v, str) else json.dumps(v) for k, v in asdict(description).items()}
     config = {
-        "peft_type": "BORA",
+        "peft_type": PEFT_TYPE,
         "use_dora": description.method == "dora",
         **{key: getattr(description, name) for name, key in _CONFIG_KEYS.items()},
         **config,
@@ -117,7 +120,7 @@ def read_adapter(path: Path) -> tuple[AdapterDescription, dict[str, Tensor]]:
         raise FileNotFoundError(f"path must be a folder with {TENSOR_FILE} or a safetensors file, got {path}")
     with safe_open(file_path, framework="pt") as file:
         header = file.metadata() or {}
-        tensors = {_plain_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {present_name(name.removeprefix(PREFIX)): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     known = []
     if "format_version" in header:
         known.append(_from_header(header, file_path))
@@ -130,9 +133,11 @@ def read_adapter(path: Path) -> tuple[AdapterDescription, dict[str, Tensor]]:
     return known[0], tensors
 
 
-def _plain_name(name: str) -> str:
-    """Without PEFT's prefix, and with one name for the magnitude of PEFT's DoRA and of this package's."""
-    return re.sub(r"\.lora_magnitude_vector(\.weight)?$", f".{SUFFIXES['magnitude_row']}", name.removeprefix(PREFIX))
+def present_name(name: str) -> str:
+    """A tensor's name with this version's name for a magnitude of format 1.0 or of PEFT's DoRA."""
+    if found := re.search(r"\.lora_magnitude_(vector|row|col)(\.weight)?$", name):
+        return f"{name[: found.start()]}.{SUFFIXES['magnitude_col' if found[1] == 'col' else 'magnitude_row']}"
+    return name
 
 
 def _from_header(header: Mapping[str, str], path: Path) -> AdapterDescription:
@@ -151,8 +156,8 @@ def _from_header(header: Mapping[str, str], path: Path) -> AdapterDescription:
 def _from_config(config: Mapping[str, Any], path: Path) -> AdapterDescription:
     kind = config.get("peft_type")
     peft_dora = {"norm_order": "row_col", "detach_norm": True} if kind == "LORA" and config.get("use_dora") else {}
-    if kind != "BORA" and not peft_dora:
-        raise ValueError(f"{path} must have the peft_type BORA, or LORA with use_dora, got {kind}")
+    if kind not in (PEFT_TYPE, FORMER_PEFT_TYPE) and not peft_dora:
+        raise ValueError(f"{path} must have the peft_type {PEFT_TYPE}, or LORA with use_dora, got {kind}")
     start = config.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
         raise ValueError(f"{path}: init_lora_weights={start!r} changes the base weight; load this adapter with PEFT")

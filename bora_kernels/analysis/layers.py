@@ -84,7 +84,7 @@ def _peft_view(layer: nn.Module, name: str) -> View:
     active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     if len(active) != 1:
         raise ValueError(f"{name} must have one active adapter, got {active}")
-    adapter, is_bora = active[0], hasattr(layer, "lora_magnitude_row")
+    adapter, is_bora = active[0], hasattr(layer, "lora_magnitude_vector_row")
     if not is_bora:
         variant = layer.lora_variant.get(adapter)
         if variant is not None and type(variant).__name__ != "DoraLinearVariant":
@@ -92,8 +92,8 @@ def _peft_view(layer: nn.Module, name: str) -> View:
         if layer.merged:
             raise ValueError(f"{name} must not be merged, because W0 is not kept: call unmerge_adapter() first")
     parameters = {"lora_A": layer.lora_A[adapter].weight, "lora_B": layer.lora_B[adapter].weight}
-    rows = "lora_magnitude_row" if is_bora else "lora_magnitude_vector"
-    for parameter, attribute in (("magnitude_row", rows), ("magnitude_col", "lora_magnitude_col")):
+    rows = "lora_magnitude_vector_row" if is_bora else "lora_magnitude_vector"
+    for parameter, attribute in (("magnitude_row", rows), ("magnitude_col", "lora_magnitude_vector_col")):
         if adapter in (magnitudes := getattr(layer, attribute, {})):
             parameters[parameter] = magnitudes[adapter].weight
     options = {"scaling": layer.scaling[adapter]} | ({"norm_order": layer.norm_order[adapter]} if is_bora else {})

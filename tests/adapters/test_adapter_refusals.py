@@ -25,14 +25,17 @@ def rewrite(folder, tensors=(), header=(), config=(), drop=()):
 
 UP = "base_model.model.block.up"
 REFUSED = {
-    "newer-format": ({"header": {"format_version": "2.0"}}, r"must have format 1.0 or older, got 2.0 of bora_kernels"),
-    "no-format": ({"header": {"format_version": "new"}}, r"must have format 1.0 or older, got new"),
+    "newer-format": ({"header": {"format_version": "3.0"}}, r"must have format 2.0 or older, got 3.0 of bora_kernels"),
+    "no-format": ({"header": {"format_version": "new"}}, r"must have format 2.0 or older, got new"),
     "eps": ({"header": {"eps": "1e-6"}}, "must have eps 1e-12, got 1e-6"),
     "disagreement": ({"config": {"lora_alpha": 7}}, "must say the same, got .*alpha=5.* and .*alpha=7"),
-    "peft-type": ({"config": {"peft_type": "LORA"}}, "must have the peft_type BORA, or LORA with use_dora, got LORA"),
+    "peft-type": (
+        {"config": {"peft_type": "LORA"}},
+        "must have the peft_type BORA_BIDIMENSIONAL, or LORA with use_dora, got LORA",
+    ),
     "pissa": ({"config": {"init_lora_weights": "pissa"}}, "init_lora_weights='pissa' changes the base weight"),
     "shape": (
-        {"tensors": {f"{UP}.lora_magnitude_row.weight": torch.ones(K)}},
+        {"tensors": {f"{UP}.lora_magnitude_vector_row.weight": torch.ones(K)}},
         r"block.up.magnitude_row must be \[12\], got \[8\]",
     ),
     "rank": ({"tensors": {f"{UP}.lora_A.weight": torch.ones(4, K)}}, r"block.up.lora_A must be \[3, 8\], got \[4, 8\]"),
@@ -119,7 +122,7 @@ def test_tensors_without_a_description_are_refused(tmp_path):
 
 def test_incomplete_configuration_is_refused(tmp_path):
     safetensors.save_file(adapter_state_dict(trained()), tmp_path / TENSORS)
-    (tmp_path / CONFIG).write_text('{"peft_type": "BORA", "r": 3}')
+    (tmp_path / CONFIG).write_text('{"peft_type": "BORA_BIDIMENSIONAL", "r": 3}')
     with pytest.raises(ValueError, match="must say alpha, norm_order, got method, rank"):
         load_adapter(base(), tmp_path)
 

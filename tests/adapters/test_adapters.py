@@ -26,16 +26,17 @@ def test_names_are_those_of_peft_and_the_header_says_the_rest(tmp_path):
     assert {path.name for path in folder.iterdir()} == {TENSORS, CONFIG}
     with safe_open(folder / TENSORS, "pt") as file:
         header, names = file.metadata(), set(file.keys())
-    kinds = ("lora_A", "lora_B", "lora_magnitude_row", "lora_magnitude_col")
+    kinds = ("lora_A", "lora_B", "lora_magnitude_vector_row", "lora_magnitude_vector_col")
     assert names == {f"base_model.model.block.{name}.{kind}.weight" for name in ("up", "down") for kind in kinds}
-    expected = {"format": "pt", "format_version": "1.0", "method": "bora", "rank": "3", "alpha": "5"}
+    expected = {"format": "pt", "format_version": "2.0", "method": "bora", "rank": "3", "alpha": "5"}
     expected |= {"norm_order": "col_row", "eps": "1e-12", "library_version": bora_kernels.__version__}
     assert expected.items() <= header.items()
     tensors, state = safetensors.load_file(folder / TENSORS), adapter_state_dict(model)
     assert tensors.keys() == state.keys() and all(torch.equal(tensors[name], state[name]) for name in state)
     config = json.loads((folder / CONFIG).read_text())
     assert config["target_modules"] == ["block.up", "block.down"] and config["modules_to_save"] is None
-    assert (config["peft_type"], config["r"], config["lora_alpha"], config["use_dora"]) == ("BORA", 3, 5, False)
+    assert (config["r"], config["lora_alpha"], config["use_dora"]) == (3, 5, False)
+    assert config["peft_type"] == "BORA_BIDIMENSIONAL"
 
 
 def test_targets_of_the_configuration_mean_no_other_layer(tmp_path):
@@ -128,7 +129,7 @@ def test_folder_without_a_header_is_described_by_its_configuration(tmp_path):
     convert(model, r=3, alpha=6, target_modules=["down"])
     tensors = {n: t.bfloat16() if "lora_A" in n or "lora_B" in n else t for n, t in adapter_state_dict(model).items()}
     safetensors.save_file(tensors, tmp_path / TENSORS, metadata={"format": "pt"})
-    config = {"peft_type": "BORA", "r": 2, "lora_alpha": 4, "norm_order": "row_col", "detach_norm": False}
+    config = {"peft_type": "BORA_BIDIMENSIONAL", "r": 2, "lora_alpha": 4, "norm_order": "row_col", "detach_norm": False}
     config |= {"rank_pattern": {"down": 3}, "alpha_pattern": {r"bl.*\.down": 6}, "target_modules": ["up", "down"]}
     (tmp_path / CONFIG).write_text(json.dumps(config | {"lora_dropout": 0.5, "use_rslora": False, "bias": "none"}))
     layers = adapted_layers(load_adapter(base(), tmp_path))

@@ -101,7 +101,8 @@ def test_demo_runs_end_to_end(model, reviews, device, tmp_path, capsys) -> None:
 
     saved = load_file(output / "bora_adapter" / "adapter_model.safetensors")
     kinds = {name.removesuffix(".weight").rpartition(".")[2] for name in saved}
-    assert kinds == {"lora_A", "lora_B", "lora_magnitude_row", "lora_magnitude_col", "head", "bias"}  # the head's two
+    magnitudes = {"lora_magnitude_vector_row", "lora_magnitude_vector_col"}
+    assert kinds == {"lora_A", "lora_B", *magnitudes, "head", "bias"}  # the head's two
     assert sum(tensor.numel() for tensor in saved.values()) == methods["bora"]["trained_parameters"]
 
 

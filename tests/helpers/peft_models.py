@@ -95,7 +95,7 @@ class DenseBora(nn.Module):
         weight = base.weight.T if isinstance(base, Conv1D) else base.weight
         self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
         self.bias = None if base.bias is None else nn.Parameter(base.bias.detach().clone(), requires_grad=False)
-        for name in ("lora_A", "lora_B", "lora_magnitude_row", "lora_magnitude_col"):
+        for name in ("lora_A", "lora_B", "lora_magnitude_vector_row", "lora_magnitude_vector_col"):
             modules = getattr(layer, name)
             value = modules["default"].weight.detach().clone() if "default" in modules else None
             self.register_parameter(name, None if value is None else nn.Parameter(value))
@@ -107,8 +107,8 @@ class DenseBora(nn.Module):
             self.weight,
             self.lora_A,
             self.lora_B,
-            self.lora_magnitude_row,
-            self.lora_magnitude_col,
+            self.lora_magnitude_vector_row,
+            self.lora_magnitude_vector_col,
             self.bias,
             scaling=self.scaling,
             norm_order=self.options[0],

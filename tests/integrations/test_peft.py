@@ -60,7 +60,7 @@ def test_a_new_adapter_changes_nothing_and_trains_its_parameters_alone(kind):
     expected = base(ids).logits
     model = make_peft(base, trained=False)
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
-    names = {"lora_A", "lora_B", "lora_magnitude_row", "lora_magnitude_col"}
+    names = {"lora_A", "lora_B", "lora_magnitude_vector_row", "lora_magnitude_vector_col"}
     trained = trained_parameters(model)
     assert {name.rpartition(".")[2] for name in trained} == names
     assert len(trained) == 4 * len(bora_layers(model)) and all("lora_" in name for name in trained)
@@ -149,7 +149,7 @@ def test_adapters_are_float32_over_a_half_precision_base(dtype):
     layer = bora_layers(model)["base_model.model.model.layers.0.mlp.up_proj"]
     exact = layer.base_layer.weight.double().norm(dim=1)
     torch.testing.assert_close(
-        layer.lora_magnitude_row["default"].weight.double(), exact, rtol=1e-6, atol=0
+        layer.lora_magnitude_vector_row["default"].weight.double(), exact, rtol=1e-6, atol=0
     )  # not of the half's precision
     logits = model(make_ids()).logits
     assert logits.dtype == dtype

@@ -72,7 +72,8 @@ def test_adapters_of_both_kinds_live_side_by_side():
     train_a_little(model, "dora", seed=7)
     model.set_adapter("dora")
     layer = next(iter(bora_layers(model).values()))
-    assert set(layer.lora_magnitude_row) == {"default", "dora"} and set(layer.lora_magnitude_col) == {"default"}
+    assert set(layer.lora_magnitude_vector_row) == {"default", "dora"}
+    assert set(layer.lora_magnitude_vector_col) == {"default"}
     second = logits(model)
     assert not torch.allclose(first, second, rtol=1e-2, atol=1e-2)
     model.set_adapter("default")
@@ -93,7 +94,7 @@ def test_merged_weights_are_those_of_the_reference(kind, order, safe_merge):
     model.merge_adapter(safe_merge=safe_merge)
     for name, layer in bora_layers(model).items():
         dense = twins.get_submodule(name.removeprefix("base_model.model."))
-        factors = (dense.lora_A, dense.lora_B, dense.lora_magnitude_row, dense.lora_magnitude_col)
+        factors = (dense.lora_A, dense.lora_B, dense.lora_magnitude_vector_row, dense.lora_magnitude_vector_col)
         exact = bora_weight_ref(dense.weight, *factors, scaling=dense.scaling, norm_order=order)
         merged = layer.get_base_layer().weight
         exact = exact.T if kind == "gpt2" else exact
@@ -168,7 +169,7 @@ def test_a_broken_adapter_is_not_merged_safely():
     model = make_peft(make_base())
     layer = bora_layers(model)["base_model.model.model.layers.0.self_attn.q_proj"]
     with torch.no_grad():
-        layer.lora_magnitude_row["default"].weight[0] = float("nan")
+        layer.lora_magnitude_vector_row["default"].weight[0] = float("nan")
     before = base_weights(model)
     with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
         model.merge_adapter(safe_merge=True)
@@ -242,12 +243,16 @@ def test_the_files_names_are_those_of_lora_and_two_magnitudes(tmp_path):
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     path = "base_model.model.model.layers.{}.self_attn.q_proj.{}.weight"
-    names = ("lora_A", "lora_B", "lora_magnitude_row", "lora_magnitude_col")
+    names = ("lora_A", "lora_B", "lora_magnitude_vector_row", "lora_magnitude_vector_col")
     assert set(tensors) == {path.format(i, name) for i in range(2) for name in names}
     shapes = [list(tensors[path.format(0, name)].shape) for name in names]
     assert shapes == [[4, 32], [32, 4], [32], [32]]
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["norm_order"], config["detach_norm"]) == ("BORA", "row_col", False)
+    assert (config["peft_type"], config["norm_order"], config["detach_norm"]) == (
+        "BORA_BIDIMENSIONAL",
+        "row_col",
+        False,
+    )
     assert type(PeftConfig.from_pretrained(tmp_path)) is BoraConfig
 
 

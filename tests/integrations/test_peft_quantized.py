@@ -76,7 +76,7 @@ def test_a_new_adapter_changes_nothing(kind):
     x = torch.randn(5, K)
     expected = nn.functional.linear(x, W0, layer.base_layer.bias.float())
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
-    row = layer.lora_magnitude_row["default"].weight
+    row = layer.lora_magnitude_vector_row["default"].weight
     assert row.dtype == torch.float32
     torch.testing.assert_close(row, W0.norm(dim=1), rtol=1e-5, atol=0)
 

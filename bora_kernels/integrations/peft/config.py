@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from peft import LoraConfig
 
+from ...adapters import files
 from ...contract import NORM_ORDERS
 
 
@@ -18,7 +20,7 @@ class _PeftType(str):
         return str(self)
 
 
-PEFT_TYPE = _PeftType("BORA")
+PEFT_TYPE = _PeftType(files.PEFT_TYPE)
 
 _INITS = "True, False, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_[number of iterations]' or 'olora'"
 
@@ -70,3 +72,22 @@ class BoraConfig(LoraConfig):
         for name in (*variants, "use_qalora", "lora_bias", "target_parameters", "megatron_config"):
             if getattr(self, name, None):
                 raise ValueError(f"{name} is not supported with BoRA, got {getattr(self, name)!r}")
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """The options of an ``adapter_config.json``, also of one that earlier versions wrote, of type "BORA".
+
+        PEFT does not find this class by that type, so hand it the configuration:
+        ``PeftModel.from_pretrained(model, folder, config=BoraConfig.from_pretrained(folder))``.
+
+        Raises ValueError for another method of that name.
+        """
+        options = super().from_json_file(path_json_file, **kwargs)
+        if options.get("peft_type") == files.FORMER_PEFT_TYPE:
+            if "norm_order" not in options:
+                raise ValueError(
+                    f"{path_json_file} must have norm_order beside peft_type={files.FORMER_PEFT_TYPE!r}: "
+                    "another method of that name wrote it"
+                )
+            options["peft_type"] = PEFT_TYPE
+        return options

@@ -31,8 +31,8 @@ class BoraLayer:
 
     adapter_layer_names = (
         *lora.LoraLayer.adapter_layer_names,
-        "lora_magnitude_row",
-        "lora_magnitude_col",
+        "lora_magnitude_vector_row",
+        "lora_magnitude_vector_col",
     )
     other_param_names = (*lora.LoraLayer.other_param_names, "norm_order", "detach_norm")
 
@@ -40,8 +40,8 @@ class BoraLayer:
         """Add an adapter, or replace the one of that name."""
         if not isinstance(config, BoraConfig):
             raise TypeError(f"config must be a BoraConfig for a layer with BoRA adapters, got {type(config).__name__}")
-        if not hasattr(self, "lora_magnitude_row"):  # first called from the constructor of PEFT's layer
-            self.lora_magnitude_row, self.lora_magnitude_col = nn.ModuleDict(), nn.ModuleDict()
+        if not hasattr(self, "lora_magnitude_vector_row"):  # first called from the constructor of PEFT's layer
+            self.lora_magnitude_vector_row, self.lora_magnitude_vector_col = nn.ModuleDict(), nn.ModuleDict()
             self.norm_order: dict[str, str] = {}
             self.detach_norm: dict[str, bool] = {}
             self.register_buffer("unmerged_weight", None, persistent=False)  # W0 while the base layer holds W'
@@ -63,7 +63,7 @@ class BoraLayer:
         weight, A, B = self._matrices(adapter_name)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         sizes = (weight.shape[0], weight.shape[1]) if with_col else (weight.shape[0],)
-        dicts = (self.lora_magnitude_row, self.lora_magnitude_col)
+        dicts = (self.lora_magnitude_vector_row, self.lora_magnitude_vector_col)
         new = [Magnitude(size, A.device, dtype) for size in sizes]
         for magnitudes in dicts:
             if adapter_name in magnitudes:
@@ -77,13 +77,13 @@ class BoraLayer:
 
     def narrow_magnitudes(self, adapter_name: str) -> None:
         """Cast an adapter's magnitudes to the base weight's dtype."""
-        for magnitudes in (self.lora_magnitude_row, self.lora_magnitude_col):
+        for magnitudes in (self.lora_magnitude_vector_row, self.lora_magnitude_vector_col):
             if adapter_name in magnitudes:
                 magnitudes[adapter_name].to(self.base_layer.weight.dtype)
 
     def _magnitudes(self, adapter_name: str) -> tuple[Tensor, Tensor | None]:
         modules = self._modules  # a module's attributes are slow to look up
-        row, col = modules["lora_magnitude_row"][adapter_name], modules["lora_magnitude_col"]
+        row, col = modules["lora_magnitude_vector_row"][adapter_name], modules["lora_magnitude_vector_col"]
         return row.weight, col[adapter_name].weight if adapter_name in col else None
 
     def _options(self, adapter_name: str) -> dict:
@@ -123,7 +123,7 @@ class BoraLayer:
                 self.unmerge()
         elif not self.merged:
             for name in self.active_adapters:  # at most one, see ``set_adapter``
-                if name in self._modules["lora_magnitude_row"]:
+                if name in self._modules["lora_magnitude_vector_row"]:
                     return self._adapted(x, name)
         return self.base_layer(x, *args, **kwargs)
 
@@ -153,7 +153,7 @@ class BoraLayer:
 
         Raises ValueError for more than one adapter, and with ``safe_merge`` for a W' that is not finite.
         """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_magnitude_row]
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_magnitude_vector_row]
         if not names:
             return
         check_single("adapter_names", [*self.merged_adapters, *names])

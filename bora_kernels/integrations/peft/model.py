@@ -9,6 +9,7 @@ from peft import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
+from ...adapters.files import present_name
 from .config import BoraConfig
 from .layers import BoraLayer, check_single
 from .targets import changes_base, layer_class
@@ -93,11 +94,11 @@ class BoraModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: BoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Reads adapters of PEFT's DoRA, too: its magnitude is the row magnitude under another name."""
+        """Reads magnitudes by the names of earlier versions and of PEFT's DoRA, whose is the row magnitude."""
         renamed = {}
         for name, tensor in state_dict.items():
-            path, found, _ = name.partition(".lora_magnitude_vector")
-            renamed[f"{path}.lora_magnitude_row.weight" if found else name] = tensor.flatten() if found else tensor
+            present = present_name(name)
+            renamed[present] = tensor if present == name else tensor.flatten()
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
 
     @classmethod
