@@ -3,19 +3,20 @@
 
 PYTHON ?= python3
 VENV := .venv
+EXTRAS := dev,demo,examples,quantized
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-gpu lint benchmark clean
+.PHONY: help venv demo test test-newest test-oldest test-gpu lint benchmark clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.installed ## build .venv with the tested versions (PYTHON=python3.12 picks the interpreter)
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -e ".[dev,demo,examples,quantized]" -c constraints.txt
+	$(VENV)/bin/python -m pip install -e ".[$(EXTRAS)]" -c constraints.txt
 	@touch $@
 
 demo: venv ## run the demo
@@ -23,6 +24,22 @@ demo: venv ## run the demo
 
 test: venv ## run the tests on all cores; without a CUDA device the kernels run in Triton's interpreter
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
+
+test-newest: $(VENV)-newest/.installed ## run the tests with the newest versions of everything, in .venv-newest
+	$(VENV)-newest/bin/python -m pytest -n auto --dist loadfile $(ARGS)
+
+$(VENV)-newest/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --upgrade --upgrade-strategy eager -e ".[$(EXTRAS)]"
+	@touch $@
+
+test-oldest: $(VENV)-oldest/.installed ## run the tests with the oldest versions that pyproject.toml admits, in .venv-oldest
+	$(VENV)-oldest/bin/python -m pytest -n auto --dist loadfile $(ARGS)
+
+$(VENV)-oldest/.installed: pyproject.toml setup.py constraints-oldest.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install -e ".[$(EXTRAS)]" -c constraints-oldest.txt
+	@touch $@
 
 test-gpu: ## run the tests marked gpu with the current python (PYTHON=...), on a CUDA machine
 	$(PYTHON) -m pytest -m gpu $(ARGS)
@@ -34,6 +51,6 @@ lint: venv ## check style and formatting
 benchmark: ## run the benchmarks with the current python (PYTHON=...), on a CUDA machine
 	$(PYTHON) -m pytest benchmarks $(ARGS)
 
-clean: ## remove .venv, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+clean: ## remove the environments, builds and caches
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

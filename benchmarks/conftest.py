@@ -73,7 +73,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("benchmark"):
-        raise pytest.UsageError("benchmarks need pytest-benchmark: pip install 'bora-kernels[benchmark]'")
+        raise pytest.UsageError("benchmarks need pytest-benchmark: pip install '.[benchmark]'")
     option = config.option
     if hasattr(config, "workerinput") or getattr(option, "numprocesses", None):
         raise pytest.UsageError("benchmarks run one after another: leave out -n")

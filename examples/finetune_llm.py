@@ -1,6 +1,6 @@
 """Fine-tune any causal language model of transformers with LoRA, DoRA, BoRA or BoRA over a 4-bit base.
 
-    pip install "bora-kernels[examples]"
+    pip install ".[examples]"   # in a checkout
     python examples/finetune_llm.py --model HuggingFaceTB/SmolLM2-135M --data my_texts.jsonl --method bora
 
 Data is a data set of the hub, a folder that ``datasets`` reads, or a .jsonl, .csv, .parquet or .txt file. A row has

@@ -48,7 +48,7 @@ def test_use_in_your_model(method, capsys):
 @pytest.fixture(scope="module")
 def finetune():
     for library in ("peft", "transformers", "accelerate", "datasets", "bora_kernels.integrations.peft"):
-        pytest.importorskip(library, reason=f"the example needs {library}: pip install bora-kernels[examples]")
+        pytest.importorskip(library, reason=f"the example needs {library}: pip install '.[examples]'")
     return load("finetune_llm")
 
 
