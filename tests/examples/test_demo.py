@@ -5,32 +5,26 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import importlib.util
-import io
 import json
 import re
-import tarfile
-import zipfile
 from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 for _library in ("transformers", "peft", "safetensors", "matplotlib", "tqdm"):
-    pytest.importorskip(_library, reason=f"the demo needs {_library}: pip install bora-kernels[demo]")
+    pytest.importorskip(_library, reason=f"the demo needs {_library}: pip install -e '.[demo]'")
 
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from bora_kernels.demo import METHODS, data, packages, report
-from bora_kernels.demo.__main__ import main
-from bora_kernels.demo.models import AdapterOptions, build_classifier, model_source
-from bora_kernels.demo.packages import DemoError, Package
-from bora_kernels.demo.training import step_memory
+from examples.demo import METHODS, data, report
+from examples.demo.__main__ import main
+from examples.demo.models import build_classifier, model_source
+from examples.demo.packages import InputError
+from examples.demo.training import step_memory
 
 _WORDS = ("[PAD]", "[UNK]", "a", "the", "film", "is", "was", "good", "great", "bad", "awful", "very")
 
@@ -107,8 +101,7 @@ def test_demo_runs_end_to_end(model, reviews, device, tmp_path, capsys) -> None:
 
 
 def test_methods_start_alike(model) -> None:
-    options = AdapterOptions(rank=4, alpha=8.0)
-    classifiers = {name: build_classifier(model, name, 2, options, seed=3) for name in METHODS}
+    classifiers = {name: build_classifier(model, name, 2, rank=4, alpha=8.0, seed=3) for name in METHODS}
     ids = torch.randint(2, len(_WORDS), (5, 7))
     with torch.no_grad():
         logits = {name: c.eval()(ids, torch.ones_like(ids)) for name, c in classifiers.items()}
@@ -142,7 +135,7 @@ def test_missing_library_is_named(monkeypatch, capsys) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find_spec(name))
     assert main(["--methods", "dora"]) == 1
-    assert capsys.readouterr().err == "the demo needs peft: pip install bora-kernels[demo]\n"
+    assert capsys.readouterr().err == "the demo needs peft: pip install -e '.[demo]'\n"
 
 
 @pytest.mark.parametrize("arguments", [["--methods", "bora,vera"], ["--rank", "0"], ["--norm-order", "col"]])
@@ -150,65 +143,6 @@ def test_bad_arguments_are_refused(arguments, capsys) -> None:
     with pytest.raises(SystemExit):
         main(arguments)
     assert arguments[0] in capsys.readouterr().err
-
-
-# --- packages -----------------------------------------------------------------------------------------------
-
-
-def _package(archive: Path, folder: str, files: tuple[str, ...]) -> Package:
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    return Package("some-package==1.0", archive.name, digest, archive.stat().st_size, folder, files, "some files")
-
-
-@pytest.fixture
-def wheel(tmp_path) -> Package:
-    path = tmp_path / "some_package-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        for name in ("__init__.py", "model/config.json", "model/weights.bin", "../outside.txt"):
-            archive.writestr(f"some_package/{name}", name)
-    return _package(path, "some_package/model", ("config.json", "weights.bin"))
-
-
-def test_fetch_takes_only_the_named_files_and_only_once(wheel, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(packages, "_download", lambda package, staging: tmp_path / package.filename)
-    cache = tmp_path / "cache"
-    folder = packages.fetch(wheel, cache)
-    assert {path.name: path.read_text() for path in folder.iterdir()} == {
-        "config.json": "model/config.json",
-        "weights.bin": "model/weights.bin",
-    }
-    assert list(cache.iterdir()) == [folder]
-    monkeypatch.delattr(packages, "_download")
-    assert packages.fetch(wheel, cache) == folder
-
-
-def test_fetch_reads_a_nested_archive(tmp_path, monkeypatch) -> None:
-    def tar_of(name: str, content: bytes) -> bytes:
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-        return buffer.getvalue()
-
-    path = tmp_path / "some_package-1.0.tar.gz"
-    path.write_bytes(tar_of("some_package-1.0/data.tar.gz", tar_of("data/reviews.txt", b"fine")))
-    package = _package(path, "some_package-1.0/data.tar.gz!data", ("reviews.txt",))
-    monkeypatch.setattr(packages, "_download", lambda package, staging: path)
-    assert (packages.fetch(package, tmp_path / "cache") / "reviews.txt").read_bytes() == b"fine"
-
-
-def test_fetch_refuses_another_hash_and_leaves_nothing(wheel, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(packages, "_download", lambda package, staging: tmp_path / package.filename)
-    with pytest.raises(DemoError, match=f"must have the SHA-256 {'0' * 64}, got {wheel.sha256}"):
-        packages.fetch(replace(wheel, sha256="0" * 64), tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_fetch_says_what_pip_could_not_download(wheel, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(DemoError, match=r"could not download some-package==1\.0 \(is a package index reachable"):
-        packages.fetch(wheel, tmp_path / "cache")
 
 
 # --- data ---------------------------------------------------------------------------------------------------
@@ -237,7 +171,7 @@ def test_model_is_a_folder_or_a_hub_id(tmp_path) -> None:
     for name in (str(tmp_path), "bert-base-uncased", "sentence-transformers/all-MiniLM-L6-v2"):
         assert model_source(name) == name
     for name in ("/no/such/folder", "./no-such-folder", "~/model", "models/no/such"):
-        with pytest.raises(DemoError, match=f"--model must be a folder or a hub id, got {name}, which is no folder"):
+        with pytest.raises(InputError, match=f"--model must be a folder or a hub id, got {name}, which is no folder"):
             model_source(name)
 
 
@@ -253,8 +187,14 @@ def test_model_is_a_folder_or_a_hub_id(tmp_path) -> None:
 )
 def test_unusable_files_are_refused(tmp_path, name, content, message) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(DemoError, match=message):
+    with pytest.raises(InputError, match=message):
         data.load_dataset(str(tmp_path / name))
+
+
+def test_data_that_is_not_there_is_named(tmp_path) -> None:
+    for source in (str(tmp_path / "nope.csv"), "nope.jsonl", "stanfordnlp/imdb"):
+        with pytest.raises(InputError, match=f"--data must be a file or a folder, got {source}, which is neither"):
+            data.load_dataset(source)
 
 
 def test_folder_with_a_test_file(tmp_path) -> None:

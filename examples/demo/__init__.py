@@ -1,6 +1,6 @@
 """A demonstration that runs anywhere: a small encoder is fine-tuned with BoRA beside its peers.
 
-``python -m bora_kernels.demo`` reads in this order: ``__main__`` (command line) → ``experiment`` (the run
+``python -m examples.demo`` reads in this order: ``__main__`` (command line) → ``experiment`` (the run
 from start to end) → ``packages`` and ``data`` (what is trained on) → ``models`` (the methods) → ``training``
 → ``report`` (table, figure, JSON).
 """

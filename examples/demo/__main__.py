@@ -1,4 +1,4 @@
-"""Command line of the demo: ``python -m bora_kernels.demo``."""
+"""Command line of the demo: ``python -m examples.demo``."""
 
 from __future__ import annotations
 
@@ -20,24 +20,22 @@ _CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
-    options = vars(_parser().parse_args(arguments))
-    needed = [*_LIBRARIES, "peft"] if {"lora", "dora"} & set(options["methods"]) else list(_LIBRARIES)
+    options = _parser().parse_args(arguments)
+    needed = [*_LIBRARIES, "peft"] if {"lora", "dora"} & set(options.methods) else list(_LIBRARIES)
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"the demo needs {', '.join(missing)}: pip install bora-kernels[demo]", file=sys.stderr)
+        print(f"the demo needs {', '.join(missing)}: pip install -e '.[demo]'", file=sys.stderr)
         return 1
 
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     # Imported only now, so that --help works and a missing library is named above.
-    from .experiment import Settings, run
-    from .models import AdapterOptions
-    from .packages import DemoError
+    from .experiment import run
+    from .packages import InputError
 
-    adapter = AdapterOptions(*(options.pop(name) for name in ("rank", "alpha", "norm_order")))
     try:
-        run(Settings(adapter=adapter, **options))
-    except (DemoError, OSError) as error:
+        run(options)
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -45,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bora_kernels.demo",
+        prog="python -m examples.demo",
         description="Fine-tune a sentence encoder as a text classifier with BoRA and with its peers on the "
         "same data; save, reload and merge the BoRA adapter. Without options: MiniLM on movie sentiment.",
     )
@@ -54,8 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", help="encoder: a folder or a hub id (default: MiniLM, 84 MB from the Python package index)")
     add(
         "--data",
-        help="a csv, tsv or jsonl file with text and label, a folder with train.* and perhaps test.*, or a "
-        "hub id (default: movie sentiment, 2 MB from the Python package index)",
+        help="a csv, tsv or jsonl file with text and label, or a folder with train.* and perhaps test.* "
+        "(default: movie sentiment, 2 MB from the Python package index)",
     )
     add(
         "--methods",
