@@ -6,11 +6,12 @@ from .adapters.conversion import convert
 from .adapters.diagnostics import explain
 from .adapters.storage import adapter_state_dict, load_adapter, merge_adapter, save_adapter
 from .functional import bora_linear
-from .modules import FusedBoraLinear, FusedDoraLinear
+from .modules import FusedBoraLinear, FusedColumnLinear, FusedDoraLinear
 from .ops.reuse import reuse_scales
 
 __all__ = [
     "FusedBoraLinear",
+    "FusedColumnLinear",
     "FusedDoraLinear",
     "__version__",
     "adapter_state_dict",

@@ -1,23 +1,61 @@
-"""What the two fused backends agree on: scales, which gradients are asked for, the stand-in for zero magnitudes."""
+"""What all parts of a layer agree on: its tensors and options, scales, needed gradients, the zero magnitude."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-NORM_ORDERS = ("row_col", "col_row")
+NormOrder = Literal["row_col", "col_row"]
+Backend = Literal["triton", "torch", "reference"]
+NORM_ORDERS: tuple[NormOrder, ...] = get_args(NormOrder)
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 EPS = 1e-12  # norms are clamped here, as in torch.nn.functional.normalize
 CHUNK_ELEMENTS = 1 << 22  # dense weights are made in blocks of at most this many elements: 16 MiB in float32
+
+
+class Members(NamedTuple):
+    """Which magnitudes a layer has: both (BoRA), that of the rows (DoRA), that of the columns, or none (LoRA)."""
+
+    row: bool
+    col: bool
+
+    def rows_first(self, norm_order: str) -> bool:
+        """Whether the norms of rows are taken first. An axis without a magnitude is not normalized at all."""
+        return self.row and (norm_order == "row_col" or not self.col)
+
+
+class Adapter(NamedTuple):
+    """The trained tensors of a layer; None for a magnitude that it does not have."""
+
+    lora_A: Tensor  # [R, K]
+    lora_B: Tensor  # [N, R]
+    magnitude_row: Tensor | None = None  # [N]
+    magnitude_col: Tensor | None = None  # [K]
+
+    @property
+    def members(self) -> Members:
+        return Members(self.magnitude_row is not None, self.magnitude_col is not None)
+
+
+class Options(NamedTuple):
+    """What a layer computes with besides tensors; see ``bora_linear``."""
+
+    scaling: float
+    norm_order: str = "row_col"
+    detach_norm: bool = False
+    dropout_p: float = 0.0  # 0 outside of training
+    eps: float = EPS
+    backend: str | None = None  # None until it is chosen
 
 
 class Scales(NamedTuple):
     """Norms of the adapted weight, clamped at eps, and the magnitudes divided by them (None for an absent axis).
 
-    Between operators they travel as one flat tensor: see ``join_scales`` and ``split_scales``.
+    Between operators they travel as one flat tensor: see ``flatten_scales`` and ``split_scales``.
 
     The products are what the Triton backend has left over from the norms and needs again for an exact gradient: V times
     the other axis's factor, which for the axis normalized second carries the square of the first scale.
@@ -30,11 +68,16 @@ class Scales(NamedTuple):
     row_product: Tensor | None = None  # [N, R]
     col_product: Tensor | None = None  # [K, R]
 
+    @property
+    def members(self) -> Members:
+        return Members(self.row_norm is not None, self.col_norm is not None)
 
-def _sections(N: int, K: int, R: int, has_col: bool, products: bool) -> list[tuple[int, tuple[int, ...] | None]]:
+
+def _sections(N: int, K: int, R: int, members: Members, products: bool) -> list[tuple[int, tuple[int, ...] | None]]:
     """Start and shape of each field of ``Scales`` in the flat tensor (None for an absent one), and the end."""
-    shapes = [(N,), (N,), (K,) if has_col else None, (K,) if has_col else None]
-    shapes += [(N, R) if products else None, (K, R) if products and has_col else None, None]
+    row, col = members
+    shapes = [(N,) if row else None, (N,) if row else None, (K,) if col else None, (K,) if col else None]
+    shapes += [(N, R) if products and row else None, (K, R) if products and col else None, None]
     starts, start = [], 0
     for shape in shapes:
         starts.append(start)
@@ -42,35 +85,34 @@ def _sections(N: int, K: int, R: int, has_col: bool, products: bool) -> list[tup
     return list(zip(starts, shapes, strict=True))
 
 
-def scales_size(N: int, K: int, R: int, has_col: bool, products: bool) -> int:
+def scales_size(N: int, K: int, R: int, members: Members, products: bool) -> int:
     """Elements of the flat tensor."""
-    return _sections(N, K, R, has_col, products)[-1][0]
+    return _sections(N, K, R, members, products)[-1][0]
 
 
-def split_scales(flat: Tensor | None, N: int, K: int, R: int, has_col: bool) -> Scales:
+def split_scales(flat: Tensor | None, N: int, K: int, R: int, members: Members) -> Scales:
     """The fields of a flat tensor, as views; products where it holds them."""
     if flat is None:
         return Scales()
-    products = flat.numel() > scales_size(N, K, R, has_col, False)
+    products = flat.numel() > scales_size(N, K, R, members, False)
     return Scales(
         *(
             None if shape is None else flat[start : start + math.prod(shape)].view(shape)
-            for start, shape in _sections(N, K, R, has_col, products)[:-1]
+            for start, shape in _sections(N, K, R, members, products)[:-1]
         )
     )
 
 
-def join_scales(scales: Scales, N: int, K: int, R: int) -> Tensor:
-    """One flat tensor that holds these scales."""
-    sections = _sections(N, K, R, scales.col_norm is not None, scales.row_product is not None)
-    pieces, end = [], 0
+def flatten_scales(scales: Scales, N: int, K: int, R: int) -> Tensor:
+    """One flat tensor that holds these scales, of which there is one at least."""
+    products = scales.row_product is not None or scales.col_product is not None
+    sections = _sections(N, K, R, scales.members, products)
+    present = next(value for value in scales if value is not None)
+    flat = present.new_zeros(sections[-1][0])
     for (start, shape), value in zip(sections, scales, strict=False):
         if value is not None:
-            pieces += [scales.row_norm.new_zeros(start - end)] if start > end else []
-            pieces.append(value.flatten())
-            end = start + math.prod(shape)
-    pieces += [scales.row_norm.new_zeros(sections[-1][0] - end)] if sections[-1][0] > end else []
-    return torch.cat(pieces)
+            flat[start : start + math.prod(shape)] = value.flatten()
+    return flat
 
 
 class Completion(NamedTuple):
@@ -95,20 +137,17 @@ class Needs(NamedTuple):
     magnitude_row: bool
     magnitude_col: bool
 
-    def norm_paths(self, has_row: bool, has_col: bool, norm_order: str, detach_norm: bool) -> bool:
-        """Whether gradients flow through the norms: to the factors, and to the first-normalized axis's magnitude.
-
-        ``has_row`` and ``has_col`` say which magnitudes the layer has.
-        """
-        if detach_norm or not has_row:
+    def norm_paths(self, members: Members, options: Options) -> bool:
+        """Whether gradients flow through the norms: to the factors, and to the first-normalized axis's magnitude."""
+        if options.detach_norm or not any(members):
             return False
-        first = self.magnitude_row if norm_order == "row_col" else self.magnitude_col
-        return self.lora_A or self.lora_B or (first and has_col)
+        first = self.magnitude_row if members.rows_first(options.norm_order) else self.magnitude_col
+        return self.lora_A or self.lora_B or (first and all(members))
 
-    def sums(self, has_row: bool, has_col: bool, norm_order: str, detach_norm: bool) -> tuple[bool, bool]:
+    def sums(self, members: Members, options: Options) -> tuple[bool, bool]:
         """Whether S (rows) and D (columns), the sums behind the magnitude gradients, are needed."""
-        paths = self.norm_paths(has_row, has_col, norm_order, detach_norm)
-        return has_row and (self.magnitude_row or paths), has_col and (self.magnitude_col or paths)
+        paths = self.norm_paths(members, options)
+        return members.row and (self.magnitude_row or paths), members.col and (self.magnitude_col or paths)
 
 
 def zero_stand_in(dtype: torch.dtype) -> float:

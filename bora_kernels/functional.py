@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import quantized
-from .contract import accumulation_dtype
+from .contract import Adapter, Options, accumulation_dtype
 from .ops import autograd, validation
 from .ops.axis_scales import axis_scales
 
@@ -38,7 +38,7 @@ def bora_linear(
 
     A row of the weight is an output feature, a column an input feature. ``norm_order="row_col"`` takes the row norms
     of V and then the column norms of the rows so scaled; ``"col_row"`` the other way around. ``magnitude_col=None``
-    is DoRA as PEFT computes it, both magnitudes None is LoRA.
+    is DoRA as PEFT computes it, ``magnitude_row=None`` the same for columns, both None is LoRA.
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64. Over a sharded weight (``distributed.sharded``) a DTensor,
@@ -67,21 +67,16 @@ def bora_linear(
 
     Source: BoRA, arXiv 2412.06441, section 3.
     """
-    validation.check_options(scaling=scaling, norm_order=norm_order, dropout_p=dropout_p, eps=eps)
-    parameters = (weight, lora_A, lora_B, magnitude_row, magnitude_col, bias)
-    options = {
-        "scaling": scaling,
-        "norm_order": norm_order,
-        "detach_norm": detach_norm,
-        "dropout_p": dropout_p if training else 0.0,
-        "eps": eps,
-        "backend": backend,
-    }
+    options = Options(float(scaling), norm_order, detach_norm, dropout_p, eps, backend)
+    validation.check_options(options)
+    if not training:
+        options = options._replace(dropout_p=0.0)
+    adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
     if type(weight) not in (Tensor, torch.nn.Parameter) and hasattr(weight, "device_mesh"):
         from .ops.sharded.linear import bora_linear_sharded  # torch.distributed is imported only when it is used
 
-        return bora_linear_sharded(x, *parameters, **options)
-    return autograd.adapted_linear(x, parameters, **options)
+        return bora_linear_sharded(x, weight, adapter, bias, options)
+    return autograd.adapted_linear(x, weight, adapter, bias, options)
 
 
 def bora_embedding(
@@ -89,7 +84,7 @@ def bora_embedding(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    magnitude_row: Tensor,
+    magnitude_row: Tensor | None,
     magnitude_col: Tensor | None,
     *,
     scaling: float,
@@ -101,17 +96,17 @@ def bora_embedding(
     """Rows of an adapted embedding: y = W'[:, ids]ᵀ = a⊙(weight[ids] + s·lora_A[:, ids]ᵀ·lora_Bᵀ)⊙g[ids].
 
     Shapes: ids [...] of integers, weight [K, N] as ``torch.nn.Embedding`` keeps it (K tokens, N dimensions),
-    lora_A [R, K], lora_B [N, R], magnitude_row [N], magnitude_col [K] or None (DoRA) -> y [..., N] in weight's dtype.
+    lora_A [R, K], lora_B [N, R], magnitude_row [N] or None, magnitude_col [K] or None -> y [..., N] in weight's dtype.
     lora_A gets no gradient at padding_idx.
     """
     with torch.autocast(ids.device.type, enabled=False):
-        row_scale, col_scale = axis_scales(
-            weight.T[..., None], lora_A[..., None], lora_B, magnitude_row, magnitude_col,
-            scaling=scaling, norm_order=norm_order, detach_norm=detach_norm, eps=eps,
-        )  # fmt: skip
+        adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
+        row_scale, col_scale = axis_scales(weight.T, adapter, Options(scaling, norm_order, detach_norm, eps=eps))
         acc = accumulation_dtype(weight.dtype)
         low_rank = F.embedding(ids, lora_A.T, padding_idx=padding_idx).to(acc) @ lora_B.T.to(acc)
-        y = (F.embedding(ids, weight).to(acc) + scaling * low_rank) * row_scale
+        y = F.embedding(ids, weight).to(acc) + scaling * low_rank
+        if row_scale is not None:
+            y = y * row_scale
         if col_scale is not None:
             y = y * F.embedding(ids, col_scale[:, None])
         return y.to(weight.dtype)
@@ -122,7 +117,7 @@ def bora_conv(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    magnitude_row: Tensor,
+    magnitude_row: Tensor | None,
     magnitude_col: Tensor | None,
     bias: Tensor | None,
     convolve: Callable[[Tensor, Tensor], Tensor],
@@ -138,17 +133,16 @@ def bora_conv(
 
     A column is an input channel with all the taps of its kernel, so that g scales x.
 
-    Shapes: x [M, K, *space], weight [N, K, *kernel], lora_A [R, K, *kernel], lora_B [N, R], magnitude_row [N],
-    magnitude_col [K] or None (DoRA), bias [N] or None -> y [M, N, *space] in x's dtype.
+    Shapes: x [M, K, *space], weight [N, K, *kernel], lora_A [R, K, *kernel], lora_B [N, R], magnitude_row [N] or
+    None, magnitude_col [K] or None, bias [N] or None -> y [M, N, *space] in x's dtype.
     convolve(x, weight) is the layer's convolution without its bias; it has one group.
     In half precision x⊙(g − 1) is convolved beside x, because rounding x⊙g would lose every g within half an ulp of 1.
     """
     x = x.to(validation.autocast_dtype(x) or x.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        row_scale, col_scale = axis_scales(
-            weight.flatten(2), lora_A.flatten(2), lora_B, magnitude_row, magnitude_col,
-            scaling=scaling, norm_order=norm_order, detach_norm=detach_norm, eps=eps,
-        )  # fmt: skip
+        adapter, taps = Adapter(lora_A.flatten(1), lora_B, magnitude_row, magnitude_col), weight.shape[2:].numel()
+        options = Options(scaling, norm_order, detach_norm, dropout_p, eps)
+        row_scale, col_scale = axis_scales(weight.flatten(1), adapter, options, taps=taps)
         acc = accumulation_dtype(x.dtype)
         per_channel = (-1, *(1,) * (weight.ndim - 2))
         g = None if col_scale is None else col_scale.to(acc).view(per_channel)
@@ -162,7 +156,9 @@ def bora_conv(
         dropped = F.dropout(x.to(acc), dropout_p, training)
         u = convolve(dropped if g is None else dropped * g, lora_A.to(acc))
         low_rank = torch.movedim(torch.movedim(u, 1, -1) @ lora_B.T.to(acc), -1, 1)
-        y = (product + scaling * low_rank) * row_scale.to(acc).view(per_channel)
+        y = product + scaling * low_rank
+        if row_scale is not None:
+            y = y * row_scale.to(acc).view(per_channel)
         if bias is not None:
             y = y + bias.to(acc).view(per_channel)
         return y.to(x.dtype)

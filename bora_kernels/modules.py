@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import quantized
-from .contract import EPS
+from .contract import EPS, Adapter, Members, Options
 from .functional import bora_linear
 from .ops import adapted_weight, reuse, validation
 from .quantized.module import QuantizedWeight, StoredWeight
@@ -44,7 +44,7 @@ class FusedBoraLinear(nn.Module):
 
     backend: str | None = None  # as in ``bora_linear``; None picks by device
     compute_dtype: torch.dtype | None = None  # over a quantized weight: what inputs are cast to; None leaves them
-    _has_col = True
+    members = Members(row=True, col=True)
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class FusedBoraLinear(nn.Module):
         if not (isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point):
             raise TypeError(f"adapter_dtype must be a floating-point dtype, got {adapter_dtype!r}")
         scaling = alpha / (math.sqrt(r) if rslora else r)
-        validation.check_options(scaling=scaling, norm_order=norm_order, dropout_p=dropout, eps=EPS)
+        validation.check_options(Options(scaling, norm_order, detach_norm, dropout))
         stored = quantized.read(linear)
         if stored is None:
             validation.check_weight(linear.weight, "linear.weight")
@@ -135,8 +135,9 @@ class FusedBoraLinear(nn.Module):
         adapter = {"device": linear.weight.device, "dtype": adapter_dtype}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **adapter))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **adapter))
-        self.magnitude_row = nn.Parameter(torch.empty(self.out_features, **adapter))
-        self.magnitude_col = nn.Parameter(torch.empty(self.in_features, **adapter)) if self._has_col else None
+        row, col = self.members
+        self.magnitude_row = nn.Parameter(torch.empty(self.out_features, **adapter)) if row else None
+        self.magnitude_col = nn.Parameter(torch.empty(self.in_features, **adapter)) if col else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -148,10 +149,10 @@ class FusedBoraLinear(nn.Module):
         """
         _draw_factor(self.lora_A)
         nn.init.zeros_(self.lora_B)
-        row_norm, col_norm = adapted_weight.norms(self._dense_weight())
-        self.magnitude_row.copy_(row_norm)
-        if self.magnitude_col is not None:
-            self.magnitude_col.copy_(col_norm)
+        norms = adapted_weight.norms(self._dense_weight())
+        for magnitude, norm in zip((self.magnitude_row, self.magnitude_col), norms, strict=True):
+            if magnitude is not None:
+                magnitude.copy_(norm)
 
     def _dense_weight(self) -> Tensor:
         """W0: the weight itself, or a quantized one made dense for the caller, not rounded further than in forward."""
@@ -206,16 +207,8 @@ class FusedBoraLinear(nn.Module):
         compute = adapted_weight.effective_weight
         if hasattr(self.weight, "device_mesh"):
             from .ops.sharded.linear import effective_weight_sharded as compute
-        merged = compute(
-            self._dense_weight(),
-            self.lora_A,
-            self.lora_B,
-            self.magnitude_row,
-            self.magnitude_col,
-            scaling=self.scaling,
-            norm_order=self.norm_order,
-            eps=EPS,
-        )
+        adapter = Adapter(self.lora_A, self.lora_B, self.magnitude_row, self.magnitude_col)
+        merged = compute(self._dense_weight(), adapter, Options(self.scaling, self.norm_order))
         return merged.to(self.compute_dtype or self.weight.dtype)
 
     @property
@@ -296,4 +289,18 @@ class FusedDoraLinear(FusedBoraLinear):
     Source: DoRA, arXiv 2402.09353, sections 4.1 and 4.3.
     """
 
-    _has_col = False
+    members = Members(row=True, col=False)
+
+
+class FusedColumnLinear(FusedBoraLinear):
+    """A frozen linear layer fine-tuned with a magnitude for each input feature: ``FusedBoraLinear`` without the row's.
+
+        W' = V·diag(magnitude_col / ‖V‖_col)        V = weight + scaling·lora_B·lora_A
+
+    What DoRA is for the rows of the weight, for its columns: the member of the family that tells in an ablation what
+    the column magnitude brings alone. Arguments are those of ``FusedBoraLinear``; ``norm_order`` has no effect.
+
+    Source: BoRA, arXiv 2412.06441, section 3.
+    """
+
+    members = Members(row=False, col=True)

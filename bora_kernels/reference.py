@@ -9,7 +9,8 @@ A *row* of the weight is an output feature, a *column* an input feature.
     row_scale = magnitude_row / row_norm             col_scale = magnitude_col / col_norm
     W' = diag(row_scale) · V · diag(col_scale)       y = x · W'ᵀ + bias
 
-Without magnitude_col it is DoRA (col_scale = 1), without both magnitudes LoRA (row_scale = 1 as well).
+Without magnitude_col it is DoRA (col_scale = 1), without magnitude_row the same for columns (row_scale = 1), without
+both LoRA.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def bora_weight_ref(
     or column stays zero, with gradients of the size of magnitude / eps, finite where the dtype holds that.
     `detach_norm=True` treats both norms as constants in backward.
 
-    Raises ValueError for an unknown norm_order, an unfit shape, or magnitude_col without magnitude_row.
+    Raises ValueError for an unknown norm_order or an unfit shape.
 
     Source: BoRA, arXiv 2412.06441, section 3; detached norms: DoRA, arXiv 2402.09353, section 4.3.
     """
@@ -126,8 +127,6 @@ def _effective_weight(
     """W' [N, K], scaling·B·A [N, K], row_scale [N, 1], col_scale [1, K]; an absent scale is 1."""
     if norm_order not in NORM_ORDERS:
         raise ValueError(f"norm_order must be one of {NORM_ORDERS}, got {norm_order!r}")
-    if magnitude_row is None and magnitude_col is not None:
-        raise ValueError("magnitude_row must be a tensor when magnitude_col is given, got None")
     for name, matrix in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
         if matrix.dim() != 2:
             raise ValueError(f"{name} must have 2 dimensions, got shape {list(matrix.shape)}")

@@ -4,16 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.accuracy import assert_accurate
-from helpers.cases import HALVES, NAMES, conventions, orders
+from helpers.cases import HALVES, MEMBERS, NAMES, conventions, orders
 from torch import nn
 
+from bora_kernels.contract import Adapter, Options
 from bora_kernels.functional import bora_conv, bora_embedding
-from bora_kernels.ops.axis_scales import axis_norms, merged_weight
+from bora_kernels.ops import adapted_weight
 from bora_kernels.reference import bora_weight_ref
 
 SCALING = 0.5
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=NAMES.get)
-members = pytest.mark.parametrize("with_col", [True, False], ids=["bora", "dora"])
+members = pytest.mark.parametrize("member", ["bora", "dora", "columns"])
 convs = pytest.mark.parametrize(
     "conv",
     [
@@ -38,14 +39,27 @@ def dense_conv_weight(weight, A, B, row, col, *, norm_order="row_col", detach_no
     return W
 
 
-def trained_factors(weight, rank=3, with_col=True):
+def norms(weight, A, B):
+    """What magnitudes start as, for a weight [N, K, ...]."""
+    taps = weight.shape[2:].numel()
+    return adapted_weight.norms(weight.flatten(1), Adapter(A.flatten(1), B), scaling=SCALING, taps=taps)
+
+
+def merged_weight(weight, A, B, row, col, order):
+    """W' in the layout of the weight [N, K, ...]."""
+    adapter, taps = Adapter(A.flatten(1), B, row, col), weight.shape[2:].numel()
+    options = Options(SCALING, order)
+    return adapted_weight.effective_weight(weight.flatten(1), adapter, options, taps=taps).view(weight.shape)
+
+
+def trained_factors(weight, rank=3, member="bora"):
     """Factors and magnitudes after some training, float32 over half precision."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     N, K, *kernel = weight.shape
     A, B = torch.randn(rank, K, *kernel, dtype=dtype) / K**0.5, torch.randn(N, rank, dtype=dtype) / rank**0.5
-    norms = axis_norms(weight.reshape(N, K, -1), A.reshape(rank, K, -1), B, scaling=SCALING)
-    row, col = (norm * (1 + 0.1 * torch.randn_like(norm)) for norm in norms)
-    return A, B, row, col if with_col else None
+    row, col = (norm * (1 + 0.1 * torch.randn_like(norm)) for norm in norms(weight, A, B))
+    absent = MEMBERS[member]
+    return A, B, None if "magnitude_row" in absent else row, None if "magnitude_col" in absent else col
 
 
 def run(layer, *leaves, dy=None):
@@ -68,10 +82,10 @@ def double(*tensors):
 @members
 @orders
 @conventions
-def test_embedding(dtype, with_col, order, detach_norm):
+def test_embedding(dtype, member, order, detach_norm):
     K, N = 23, 40
     weight = torch.randn(K, N).to(dtype)
-    factors = trained_factors(weight.T, with_col=with_col)
+    factors = trained_factors(weight.T, member=member)
     ids = torch.randint(0, K, (4, 9))
     dy = torch.randn(4, 9, N).to(dtype)
     options = {"norm_order": order, "detach_norm": detach_norm, "scaling": SCALING}
@@ -106,9 +120,9 @@ def test_embedding_keeps_a_zero_padding_row_and_no_gradient_for_it():
 @orders
 @conventions
 @members
-def test_convolution(conv, dtype, order, detach_norm, with_col):
+def test_convolution(conv, dtype, order, detach_norm, member):
     base = conv().to(dtype).requires_grad_(False)
-    factors = trained_factors(base.weight, with_col=with_col)
+    factors = trained_factors(base.weight, member=member)
     x = torch.randn(3, 6, *([7] * (base.weight.ndim - 2))).to(dtype)
     dy = torch.randn_like(base(x))
     options = {"norm_order": order, "detach_norm": detach_norm}
@@ -161,7 +175,7 @@ def test_small_changes_of_a_column_magnitude_reach_a_half_precision_convolution(
     """A change of 1e-3, which x⊙g rounded to half precision would lose, arrives within a tenth of its size."""
     base = nn.Conv1d(64, 32, 3).to(dtype).requires_grad_(False)
     A, B = torch.zeros(2, 64, 3), torch.zeros(32, 2)
-    row, col = axis_norms(base.weight, A, B, scaling=SCALING)
+    row, col = norms(base.weight, A, B)
     x = torch.randn(8, 64, 50).to(dtype)
     change = 1e-3 * torch.randn(64)
 
@@ -201,7 +215,7 @@ def test_merged_weight_is_rounded_once(dtype, order):
     """An ulp at most, and the little that sums in float32 add before."""
     weight = torch.randn(10, 6, 3).to(dtype)
     factors = trained_factors(weight)
-    merged = merged_weight(weight, *factors, scaling=SCALING, norm_order=order)
+    merged = merged_weight(weight, *factors, order)
     exact = dense_conv_weight(weight.double(), *double(*factors), norm_order=order)
     assert merged.dtype == dtype
     error = (merged.double() - exact).abs() / exact.abs()
@@ -215,8 +229,7 @@ def test_merged_weight_of_an_untrained_layer_is_the_weight(shape, dtype, order):
     """To the bit, also of a view with strides like an embedding's."""
     weight = torch.randn(shape).to(dtype).transpose(0, 1).contiguous().transpose(0, 1)
     A, B = torch.randn(2, *shape[1:]), torch.zeros(shape[0], 2)
-    norms = axis_norms(weight, A, B, scaling=SCALING)
-    assert torch.equal(merged_weight(weight, A, B, *norms, scaling=SCALING, norm_order=order), weight)
+    assert torch.equal(merged_weight(weight, A, B, *norms(weight, A, B), order), weight)
 
 
 def test_zero_rows_and_columns_give_zeros_and_finite_gradients():
@@ -224,7 +237,7 @@ def test_zero_rows_and_columns_give_zeros_and_finite_gradients():
     weight[3], weight[:, 1] = 0.0, 0.0
     A, B = torch.randn(2, 5, 2), torch.randn(6, 2)
     A[:, 1], B[3] = 0.0, 0.0
-    row, col = axis_norms(weight, A, B, scaling=SCALING)
+    row, col = norms(weight, A, B)
     assert row[3] == 0 and col[1] == 0
     leaves = [t.requires_grad_() for t in (A, B, row, col)]
     y = bora_conv(torch.randn(2, 5, 4), weight, *leaves, None, F.conv1d, scaling=SCALING)

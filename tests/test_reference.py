@@ -274,7 +274,6 @@ def test_leading_dimensions(shape, has_mask):
 
 ERRORS = {
     "norm_order": ({"norm_order": "rows"}, r"norm_order must be one of \('row_col', 'col_row'\), got 'rows'"),
-    "columns-only": ({"magnitude_row": None}, "magnitude_row must be a tensor when .* given, got None"),
     "weight": ({"weight": torch.ones(N)}, r"weight must have 2 dimensions, got shape \[4\]"),
     "lora_A": ({"lora_A": torch.ones(K, R)}, r"lora_A must be \[5, 5\], got \[5, 2\]"),
     "lora_B": ({"lora_B": torch.ones(R, N)}, r"lora_B must be \[4, 2\], got \[2, 4\]"),

@@ -8,9 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from ..modules import FusedBoraLinear, FusedDoraLinear
+from ..modules import FusedBoraLinear, FusedColumnLinear, FusedDoraLinear
 
-METHODS: dict[str, type[FusedBoraLinear]] = {"bora": FusedBoraLinear, "dora": FusedDoraLinear}
+METHODS: dict[str, type[FusedBoraLinear]] = {
+    "bora": FusedBoraLinear,
+    "dora": FusedDoraLinear,
+    "columns": FusedColumnLinear,
+}
 _ALL_LINEAR = "all-linear"
 _HEADS = ("lm_head", "embed_out", "score", "classifier", "head")  # children of a model that are its output head
 _ADAPTER = ("lora_A", "lora_B", "magnitude_row", "magnitude_col")
@@ -28,7 +32,7 @@ def convert(
     method: str = "bora",
     **options: Any,
 ) -> nn.Module:
-    """Replace linear layers of a model in place by ``FusedBoraLinear`` or ``FusedDoraLinear`` and freeze the rest.
+    """Replace linear layers of a model in place by ``FusedBoraLinear`` or its kin and freeze the rest.
 
         V = W0 + (alpha / r)·B·A        W' = diag(m_r / ‖·‖_row)·V·diag(m_c / ‖·‖_col)        W' = W0 at the start
 
@@ -43,7 +47,7 @@ def convert(
             in PEFT, or "all-linear": all but the output head (``get_output_embeddings()``, else a child of the model
             called lm_head, embed_out, score, classifier or head) and ``MultiheadAttention.out_proj``.
         exclude: layers to leave out, named in the same two ways.
-        method: "bora" or "dora".
+        method: "bora", "dora", or "columns" (``FusedColumnLinear``).
         options: the other keyword arguments of ``FusedBoraLinear.from_linear``.
 
     Returns:

@@ -93,6 +93,7 @@ def write_adapter(
     config = {
         "peft_type": PEFT_TYPE,
         "use_dora": description.method == "dora",
+        "columns_only": description.method == "columns",
         **{key: getattr(description, name) for name, key in _CONFIG_KEYS.items()},
         **config,
     }
@@ -162,7 +163,8 @@ def _from_config(config: Mapping[str, Any], path: Path) -> AdapterDescription:
     if start not in _PLAIN_STARTS:
         raise ValueError(f"{path}: init_lora_weights={start!r} changes the base weight; load this adapter with PEFT")
     values = {name: config[key] for name, key in _CONFIG_KEYS.items() if config.get(key) is not None}
-    return _description({"method": "dora" if config.get("use_dora") else "bora", **peft_dora, **values}, path)
+    method = "dora" if config.get("use_dora") else "columns" if config.get("columns_only") else "bora"
+    return _description({"method": method, **peft_dora, **values}, path)
 
 
 def _description(values: dict[str, Any], path: Path) -> AdapterDescription:

@@ -234,9 +234,9 @@ def _layer_problems(
     if not isinstance(module, (nn.Linear, FusedBoraLinear)):
         return [f"{name} must be a torch.nn.Linear, got {type(module).__name__}"]
     rank, N, K = description.rank_of(name), module.out_features, module.in_features
-    shapes = {"lora_A": (rank, K), "lora_B": (N, rank), "magnitude_row": (N,), "magnitude_col": (K,)}
-    if description.method == "dora":
-        del shapes["magnitude_col"]
+    shapes: dict[str, tuple[int, ...]] = {"lora_A": (rank, K), "lora_B": (N, rank)}
+    members = METHODS[description.method].members
+    shapes |= ({"magnitude_row": (N,)} if members.row else {}) | ({"magnitude_col": (K,)} if members.col else {})
     targets = dict.fromkeys(shapes)
     problems = []
     if isinstance(module, FusedBoraLinear):

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import quantized, reference
-from ..contract import Needs, separate_product
+from ..contract import Adapter, Needs, Options, separate_product
 from . import operators, reuse, validation
-
-
-class Call(NamedTuple):
-    """What a call computes with besides tensors."""
-
-    scaling: float
-    norm_order: str
-    detach_norm: bool
-    dropout_p: float
-    eps: float
-    backend: str
-    prepared: validation.Prepared | None = None
-    layout: quantized.Layout | None = None  # of a quantized weight
 
 
 class BoraLinearFunction(torch.autograd.Function):
@@ -44,30 +29,30 @@ class BoraLinearFunction(torch.autograd.Function):
         magnitude_col: Tensor | None,  # [K]
         bias: Tensor | None,  # [N]
         dropout: Tensor | None,  # what the backend draws its mask from
-        call: Call,
+        options: Options,
+        prepared: validation.Prepared | None,
+        layout: quantized.Layout | None,  # of a quantized weight
         *parts: Tensor,  # what a quantized weight is stored as
     ) -> Tensor:
         requested = ctx.needs_input_grad
         needs = Needs(requested[0], *requested[2:6])
-        y, product, u, scales, needs_S, needs_D = _forward(
-            needs, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, bias, dropout, call, parts
+        adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
+        y, product, u, flat_scales, needs_S, needs_D = _forward(
+            needs, x, weight, adapter, bias, dropout, options, prepared, layout, parts
         )
         ctx.save_for_backward(
             x if needs.lora_A or needs_D else None,
-            lora_A,
-            lora_B,
-            magnitude_row,
-            magnitude_col,
-            scales,
+            *adapter,
+            flat_scales,
             (product if separate_product(x.dtype, bias) else y) if needs_S else None,
             u if needs.lora_B else None,
             dropout,
-            *((weight,) if call.layout is None else parts),
+            *((weight,) if layout is None else parts),
         )
-        ctx.needs, ctx.call = needs, call
+        ctx.needs, ctx.options, ctx.layout = needs, options, layout
         # what hooks hand back for a saved tensor may lie in memory otherwise
-        hooked = call.prepared is not None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        ctx.prepared = None if hooked else call.prepared
+        hooked = prepared is not None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        ctx.prepared = None if hooked else prepared
         return y
 
     @staticmethod
@@ -78,17 +63,17 @@ class BoraLinearFunction(torch.autograd.Function):
 
 def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dA = dB = dm_row = dm_col = d_bias = None
-    call, needs = ctx.call, ctx.needs
+    needs, layout = ctx.needs, ctx.layout
     if any(needs):
-        x, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, dropout, *stored = ctx.saved_tensors
+        x, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, product, u, dropout, *stored = ctx.saved_tensors
         flat_dy, weight = _flat(dy), stored[0]
-        adapter = (lora_A, lora_B, magnitude_row, magnitude_col)
+        adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
         prepared = validation.prepare_backward(ctx.prepared, flat_dy, (*adapter, *stored))
-        if call.layout is not None:
-            weight = quantized.dense(call.layout, tuple(stored), dy.dtype, call.backend, "backward")
+        if layout is not None:
+            weight = quantized.dense(layout, tuple(stored), dy.dtype, ctx.options.backend, "backward")
         gradients = operators.backward(
-            flat_dy, _flat(x), weight, *adapter,
-            scales, _flat(product), u, dropout, *call[:5], list(needs), call.backend, prepared=prepared,
+            flat_dy, _flat(x), weight, adapter, flat_scales, _flat(product), u, dropout, ctx.options, needs,
+            prepared=prepared,
         )  # fmt: skip
         # an operator's absent gradient is an empty tensor
         dx, dA, dB, dm_row, dm_col = (
@@ -106,46 +91,39 @@ def _forward(
     needs: Needs,
     x: Tensor,
     weight: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude_row: Tensor | None,
-    magnitude_col: Tensor | None,
+    adapter: Adapter,
     bias: Tensor | None,
     dropout: Tensor | None,
-    call: Call,
+    options: Options,
+    prepared: validation.Prepared | None,
+    layout: quantized.Layout | None,
     parts: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, bool, bool]:
     """The output, and what a backward with these needs uses again: the product before the bias, u, the scales.
 
     And whether it needs S and D. A quantized weight (its layout and parts) is dense as long as this call runs.
     """
-    scaling, norm_order, detach_norm, dropout_p, eps, backend, prepared, layout = call
-    stored = (weight,)
+    backend, stored = options.backend, (weight,)
     if layout is not None:
         stored, weight = parts, quantized.dense(layout, parts, x.dtype, backend, "forward")
-    has_row, has_col = magnitude_row is not None, magnitude_col is not None
-    paths = needs.norm_paths(has_row, has_col, norm_order, detach_norm)
-    needs_S, needs_D = needs.sums(has_row, has_col, norm_order, detach_norm)
-    adapter = (lora_A, lora_B, magnitude_row, magnitude_col)
-    scales = keep = None
-    if has_row:
-        scales, keep = reuse.find(
-            lora_B,
-            lambda: reuse.state_of((*stored, *adapter), (scaling, norm_order, eps, backend, weight.dtype)),
-            paths,
-        )
+    members = adapter.members
+    paths = needs.norm_paths(members, options)
+    needs_S, needs_D = needs.sums(members, options)
+    flat_scales = remember = None
+    if any(members):
+        basis = (options.scaling, options.norm_order, options.eps, backend, weight.dtype)
+        flat_scales, remember = reuse.find(adapter.lora_B, lambda: reuse.state_of((*stored, *adapter), basis), paths)
     y, product, u, made = operators.forward(
-        _flat(x), weight, *adapter, scales, bias, dropout,
-        scaling, norm_order, dropout_p, eps, paths, needs_S, backend,
-        prepared=prepared,
+        _flat(x), weight, adapter, flat_scales, bias, dropout, options,
+        products=paths, save_product=needs_S, prepared=prepared,
     )  # fmt: skip
-    if scales is None and has_row:
-        scales = made
-        if keep is not None:
-            keep(made)
+    if flat_scales is None and any(members):
+        flat_scales = made
+        if remember is not None:
+            remember(made)
     if x.ndim != 2:  # not as a view, so that the output may be changed in place
         y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
-    return y, product, u, scales, needs_S, needs_D
+    return y, product, u, flat_scales, needs_S, needs_D
 
 
 def _flat(t: Tensor | None) -> Tensor | None:
@@ -157,24 +135,19 @@ _NO_NEEDS = Needs(False, False, False, False, False)
 
 
 def adapted_linear(
-    x: Tensor, parameters: tuple, *, scaling: float, norm_order: str, detach_norm: bool, dropout_p: float, eps: float,
-    backend: str | None,
-) -> Tensor:  # fmt: skip
-    """``bora_linear`` on one device: checks the tensors, chooses the backend and runs it.
-
-    ``parameters``: weight, lora_A, lora_B, magnitude_row, magnitude_col, bias. ``dropout_p`` is 0 outside of training.
-    """
-    x, backend, prepared = validation.prepare(x, parameters, backend)
-    weight, layout, parts = parameters[0], None, ()
+    x: Tensor, weight: Tensor | quantized.Quantized, adapter: Adapter, bias: Tensor | None, options: Options
+) -> Tensor:
+    """``bora_linear`` on one device: checks the tensors, chooses the backend and runs it."""
+    x, backend, prepared = validation.prepare(x, (weight, *adapter, bias), options.backend)
+    layout, parts = None, ()
     if isinstance(weight, quantized.Quantized):
         (layout, parts), weight = weight, weight.dense(x.dtype) if backend == "reference" else None
     if backend == "reference":
-        return reference.bora_linear_ref(
-            x, weight, *parameters[1:], scaling=scaling, norm_order=norm_order, detach_norm=detach_norm,
-            dropout_p=dropout_p, training=True, eps=eps,
-        )  # fmt: skip
-    dropout = operators.draw_dropout(x, dropout_p, backend) if dropout_p > 0.0 else None
-    call = Call(float(scaling), norm_order, detach_norm, dropout_p, eps, backend, prepared, layout)
+        keywords = options._asdict()
+        del keywords["backend"]
+        return reference.bora_linear_ref(x, weight, *adapter, bias, training=True, **keywords)
+    options = options._replace(backend=backend)
+    dropout = operators.draw_dropout(x, options) if options.dropout_p > 0.0 else None
     if not torch.is_grad_enabled():
-        return _forward(_NO_NEEDS, x, weight, *parameters[1:], dropout, call, parts)[0]
-    return BoraLinearFunction.apply(x, weight, *parameters[1:], dropout, call, *parts)
+        return _forward(_NO_NEEDS, x, weight, adapter, bias, dropout, options, prepared, layout, parts)[0]
+    return BoraLinearFunction.apply(x, weight, *adapter, bias, dropout, options, prepared, layout, *parts)

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from ..contract import Needs, accumulation_dtype, projection_parts, scales_size, separate_product
+from ..contract import (
+    Adapter,
+    Needs,
+    Options,
+    accumulation_dtype,
+    projection_parts,
+    scales_size,
+    separate_product,
+)
 from . import torch_backend
 
 _NOTHING = nullcontext()
@@ -41,25 +49,28 @@ def _context(backend: str, tensor: Tensor) -> AbstractContextManager:
     return _NOTHING
 
 
-def draw_dropout(x: Tensor, dropout_p: float, backend: str) -> Tensor:
-    """What the backend's dropout is a function of: a seed [1] for "triton", the keep mask [M, K] for "torch"."""
-    if backend == "triton":
+def draw_dropout(x: Tensor, options: Options) -> Tensor:
+    """What the backend's dropout is a function of: a seed [1] for "triton", a mask [M, K] of what stays for "torch"."""
+    if options.backend == "triton":
         return torch.randint(0, 2**31 - 1, (1,), device=x.device)
-    return torch.rand((x.numel() // x.shape[-1], x.shape[-1]), device=x.device) >= dropout_p
+    return torch.rand((x.numel() // x.shape[-1], x.shape[-1]), device=x.device) >= options.dropout_p
 
 
 _library = torch.library.Library("bora_kernels", "DEF")
 _library.define(
     "forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? magnitude_row, Tensor? magnitude_col,"
-    " Tensor? scales, Tensor? bias, Tensor? dropout, float scaling, str norm_order, float dropout_p, float eps,"
-    " bool products, bool save_product, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+    " Tensor? flat_scales, Tensor? bias, Tensor? dropout, float scaling, str norm_order, bool detach_norm,"
+    " float dropout_p, float eps, str backend, bool products, bool save_product) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? magnitude_row,"
-    " Tensor? magnitude_col, Tensor? scales, Tensor? product, Tensor? u, Tensor? dropout, float scaling,"
-    " str norm_order, bool detach_norm, float dropout_p, float eps, bool[] needs, str backend)"
+    " Tensor? magnitude_col, Tensor? flat_scales, Tensor? product, Tensor? u, Tensor? dropout, float scaling,"
+    " str norm_order, bool detach_norm, float dropout_p, float eps, str backend, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+
+
+# --- what runs --------------------------------------------------------------------------------------------------------
 
 
 def _contiguous(vector: Tensor | None) -> Tensor | None:
@@ -67,63 +78,81 @@ def _contiguous(vector: Tensor | None) -> Tensor | None:
     return vector if vector is None or vector.is_contiguous() else vector.contiguous()
 
 
-def _forward(
-    x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, bias, dropout,
-    scaling, norm_order, dropout_p, eps, products, save_product, backend, prepared=None,
-):  # fmt: skip
-    with _context(backend, x):
-        return _implementation(backend).forward(
-            x, weight, lora_A, lora_B, _contiguous(magnitude_row), _contiguous(magnitude_col), scales,
-            _contiguous(bias), dropout, scaling=scaling, norm_order=norm_order, dropout_p=dropout_p, eps=eps,
+def _readable(adapter: Adapter) -> Adapter:
+    lora_A, lora_B, magnitude_row, magnitude_col = adapter
+    return Adapter(lora_A, lora_B, _contiguous(magnitude_row), _contiguous(magnitude_col))
+
+
+def _forward(x, weight, adapter, flat_scales, bias, dropout, options, products, save_product, prepared=None):
+    with _context(options.backend, x):
+        return _implementation(options.backend).forward(
+            x, weight, _readable(adapter), flat_scales, _contiguous(bias), dropout, options,
             products=products, save_product=save_product, prepared=prepared,
         )  # fmt: skip
 
 
-def _forward_fake(
-    x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, bias, dropout,
-    scaling, norm_order, dropout_p, eps, products, save_product, backend,
-):  # fmt: skip
+def _forward_fake(x, weight, adapter, flat_scales, bias, dropout, options, products, save_product):
     y = x.new_empty(x.shape[0], weight.shape[0])
     product = torch.empty_like(y) if save_product and separate_product(x.dtype, bias) else None
-    rank, columns = lora_A.shape
-    parts = [projection_parts(columns, rank)] if backend == "triton" else []
-    u = x.new_empty(*parts, x.shape[0], rank, dtype=accumulation_dtype(x.dtype))
+    rank, columns = adapter.lora_A.shape
+    triton = options.backend == "triton"
+    u = x.new_empty(*[projection_parts(columns, rank)] * triton, x.shape[0], rank, dtype=accumulation_dtype(x.dtype))
     made = None
-    if scales is None and magnitude_row is not None:
-        size = scales_size(*weight.shape, rank, magnitude_col is not None, products and backend == "triton")
+    if flat_scales is None and any(adapter.members):
+        size = scales_size(*weight.shape, rank, adapter.members, products and triton)
         made = weight.new_empty(size, dtype=accumulation_dtype(weight.dtype))
     return y, product, u, made
 
 
-def _backward(
-    dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, dropout,
-    scaling, norm_order, detach_norm, dropout_p, eps, needs, backend, prepared=None,
-):  # fmt: skip
-    arguments = (dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, dropout)
+def _backward(dy, x, weight, adapter, flat_scales, product, u, dropout, options, needs, prepared=None):
     if dy.shape[0] == 0:  # no token, no gradient, and nothing that a kernel could be launched on
-        options = (scaling, norm_order, detach_norm, dropout_p, eps, needs, backend)
-        return tuple(None if g is None else g.zero_() for g in _backward_fake(*arguments, *options))
-    with _context(backend, dy):
-        gradients = _implementation(backend).backward(
-            *arguments[:5], _contiguous(magnitude_row), _contiguous(magnitude_col), *arguments[7:],
-            scaling=scaling, norm_order=norm_order, detach_norm=detach_norm, dropout_p=dropout_p, eps=eps,
-            needs=Needs(*needs), prepared=prepared,
-        )  # fmt: skip
-    wanted = zip(gradients, (dy, lora_A, lora_B, magnitude_row, magnitude_col), strict=True)
+        gradients = _backward_fake(dy, x, weight, adapter, flat_scales, product, u, dropout, options, needs)
+        return tuple(None if g is None else g.zero_() for g in gradients)
+    with _context(options.backend, dy):
+        gradients = _implementation(options.backend).backward(
+            dy, x, weight, _readable(adapter), flat_scales, product, u, dropout, options, needs, prepared=prepared
+        )
+    wanted = zip(gradients, (dy, *adapter), strict=True)
     return tuple(g if g is None or g.dtype == t.dtype else g.to(t.dtype) for g, t in wanted)
 
 
-def _backward_fake(
-    dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, dropout,
-    scaling, norm_order, detach_norm, dropout_p, eps, needs, backend,
-):  # fmt: skip
-    dx = dy.new_empty(dy.shape[0], weight.shape[1]) if needs[0] else None  # x itself may be absent
-    wanted = zip((lora_A, lora_B, magnitude_row, magnitude_col), needs[1:], strict=True)
+def _backward_fake(dy, x, weight, adapter, flat_scales, product, u, dropout, options, needs):
+    dx = dy.new_empty(dy.shape[0], weight.shape[1]) if needs.x else None  # x itself may be absent
+    wanted = zip(adapter, needs[1:], strict=True)
     rest = (torch.empty(t.shape, dtype=t.dtype, device=t.device) if need else None for t, need in wanted)
     return dx, *rest
 
 
-def _without_autocast(operator, device_type: str):
+# --- as operators -----------------------------------------------------------------------------------------------------
+
+
+def _of_forward(function: Callable) -> Callable:
+    """An operator's body, whose arguments are flat and whose absent results are empty tensors."""
+
+    def call(x, weight, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, bias, dropout, *rest):
+        adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
+        results = function(x, weight, adapter, flat_scales, bias, dropout, Options(*rest[:6]), *rest[6:])
+        return _with_empty(results, x)
+
+    return call
+
+
+def _of_backward(function: Callable) -> Callable:
+    """The same for ``backward``."""
+
+    def call(dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, product, u, dropout, *rest):
+        adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
+        options, needs = Options(*rest[:6]), Needs(*rest[6])
+        return _with_empty(function(dy, x, weight, adapter, flat_scales, product, u, dropout, options, needs), dy)
+
+    return call
+
+
+def _with_empty(results: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if result is None else result for result in results)
+
+
+def _without_autocast(operator: Callable, device_type: str) -> Callable:
     """The autocast rule: x (or dy) arrives in the autocast dtype from ``bora_linear``; nothing else is cast."""
 
     def call(*arguments):
@@ -133,37 +162,67 @@ def _without_autocast(operator, device_type: str):
     return call
 
 
-def _define(name: str, body: Callable, fake: Callable) -> Callable:
-    """Register an operator, and return what calls it: in plain eager mode the body itself, which costs less time.
-
-    An operator returns tensors only, so an absent result is an empty tensor there and None where the body is called.
-    ``prepared`` stands for plain tensors that were looked at before, and is for the body only.
-    """
-
-    def with_empty(function):
-        def call(*arguments):
-            like = next(argument for argument in arguments if isinstance(argument, Tensor))
-            return tuple(like.new_empty(0) if result is None else result for result in function(*arguments))
-
-        return call
-
-    _library.impl(name, with_empty(body), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"bora_kernels::{name}", with_empty(fake), lib=_library)
+def _register(name: str, body: Callable, fake: Callable) -> Callable:
+    _library.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"bora_kernels::{name}", fake, lib=_library)
     operator = getattr(torch.ops.bora_kernels, name).default
     for device_type in ("cuda", "cpu"):
         _library.impl(name, _without_autocast(operator, device_type), f"Autocast{device_type.upper()}")
-
-    def call(*arguments, prepared: object = None):
-        if prepared is None and (torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, arguments))):
-            return operator(*arguments)  # tensor subclasses have rules of their own
-        if is_in_torch_dispatch_mode():
-            return operator(*arguments)
-        return body(*arguments, prepared=prepared)
-
-    return call
+    return operator
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), float, int, bool, str, list))
+_forward_operator = _register("forward", _of_forward(_forward), _of_forward(_forward_fake))
+_backward_operator = _register("backward", _of_backward(_backward), _of_backward(_backward_fake))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
-forward = _define("forward", _forward, _forward_fake)
-backward = _define("backward", _backward, _backward_fake)
+
+def _plain(prepared: object, *tensors: Tensor | None) -> bool:
+    """Whether the body may be called without the dispatcher, which costs less time: plain eager mode.
+
+    Tensor subclasses have rules of their own; ``prepared`` stands for plain tensors that were looked at before.
+    """
+    if prepared is None and (torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors))):
+        return False
+    return not is_in_torch_dispatch_mode()
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    adapter: Adapter,
+    flat_scales: Tensor | None,
+    bias: Tensor | None,
+    dropout: Tensor | None,
+    options: Options,
+    *,
+    products: bool,
+    save_product: bool,
+    prepared: object = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """The output [M, N], the product before the bias where it is kept apart, u, and the scales if they were made here.
+
+    In the dispatcher an absent result is an empty tensor, without it None.
+    """
+    if _plain(prepared, x, weight, *adapter, flat_scales, bias, dropout):
+        return _forward(x, weight, adapter, flat_scales, bias, dropout, options, products, save_product, prepared)
+    return _forward_operator(x, weight, *adapter, flat_scales, bias, dropout, *options, products, save_product)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    adapter: Adapter,
+    flat_scales: Tensor | None,
+    product: Tensor | None,
+    u: Tensor | None,
+    dropout: Tensor | None,
+    options: Options,
+    needs: Needs,
+    *,
+    prepared: object = None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, lora_A, lora_B, magnitude_row and magnitude_col; None or an empty tensor where not needed."""
+    if _plain(prepared, dy, x, weight, *adapter, flat_scales, product, u, dropout):
+        return _backward(dy, x, weight, adapter, flat_scales, product, u, dropout, options, needs, prepared)
+    return _backward_operator(dy, x, weight, *adapter, flat_scales, product, u, dropout, *options, list(needs))

@@ -66,21 +66,21 @@ def find(
         return None, None
     in_backward = torch._C._current_graph_task_id() != -1
     if _scopes:
-        entries, look, keep = _scopes[-1], True, True
+        entries, look, remembers = _scopes[-1], True, True
     elif in_backward or _in_checkpoint():
-        entries, look, keep = _checkpointed, in_backward, not in_backward
+        entries, look, remembers = _checkpointed, in_backward, not in_backward
     else:
         return None, None
     fingerprint = state()
     if fingerprint is None:
         return None, None
     entry: _Entry | None = entries.get(lora_B) if look else None
-    if not keep:
+    if not remembers:
         entries.pop(lora_B, None)
     if entry is not None and entry[0] == fingerprint and (entry[1] or not products):
         if not entry[2].is_inference() or torch.is_inference_mode_enabled():  # autograd saves no inference tensor
             return entry[2], None
-    return None, (lambda flat: entries.update({lora_B: (fingerprint, products, flat)})) if keep else None
+    return None, (lambda flat: entries.update({lora_B: (fingerprint, products, flat)})) if remembers else None
 
 
 def state_of(tensors: tuple[Tensor | None, ...], options: tuple) -> tuple | None:

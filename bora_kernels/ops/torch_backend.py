@@ -30,9 +30,11 @@ from torch import Tensor
 
 from ..contract import (
     CHUNK_ELEMENTS,
+    Adapter,
     Needs,
+    Options,
     accumulation_dtype,
-    join_scales,
+    flatten_scales,
     separate_product,
     split_scales,
     zero_stand_in,
@@ -44,18 +46,12 @@ from .adapted_weight import block_rows, norm_paths, norms_and_scales
 def forward(
     x: Tensor,
     weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude_row: Tensor | None,
-    magnitude_col: Tensor | None,
-    scales: Tensor | None,
+    adapter: Adapter,
+    flat_scales: Tensor | None,
     bias: Tensor | None,
-    keep: Tensor | None,
+    mask: Tensor | None,
+    options: Options,
     *,
-    scaling: float,
-    norm_order: str,
-    dropout_p: float,
-    eps: float,
     products: bool,
     save_product: bool,
     prepared: object = None,
@@ -63,19 +59,15 @@ def forward(
     """Equations (1) and (2): the output [M, N], the product before the bias where it is kept apart, u [M, R], scales.
 
     The scales are one flat tensor (``contract.split_scales``), made here unless they are given; then the returned ones
-    are None. This backend has no use for ``products`` and ``prepared``.
+    are None. ``mask`` [M, K] says what dropout keeps. This backend has no use for ``products`` and ``prepared``.
     """
-    made = None
-    if scales is None:
-        computed = norms_and_scales(
-            weight, lora_A, lora_B, magnitude_row, magnitude_col, scaling=scaling, norm_order=norm_order, eps=eps
-        )
-        if magnitude_row is not None:
-            scales = made = join_scales(computed, *weight.shape, lora_A.shape[0])
-    scales = split_scales(scales, *weight.shape, lora_A.shape[0], magnitude_col is not None)
-    u = _project(_dropped(x, keep, dropout_p), lora_A, scales.col_scale, scaling)  # (1)
+    made, sizes = None, (*weight.shape, adapter.lora_A.shape[0])
+    if flat_scales is None and any(adapter.members):
+        flat_scales = made = flatten_scales(norms_and_scales(weight, adapter, options), *sizes)
+    scales, dropout_p = split_scales(flat_scales, *sizes, adapter.members), options.dropout_p
+    u = _project(_dropped(x, mask, dropout_p), adapter.lora_A, scales.col_scale, options.scaling)  # (1)
     product = _wide_matmul(fold(x, scales.col_scale), weight.T)
-    _add_split_matmul(product, u.to(x.dtype), lora_B.T)  # (2)
+    _add_split_matmul(product, u.to(x.dtype), adapter.lora_B.T)  # (2)
     live = _live(scales.row_scale, zero_stand_in(x.dtype))
     apart = separate_product(x.dtype, bias)
     kept = _times(product, live).to(x.dtype, copy=True) if apart and save_product else None
@@ -89,41 +81,34 @@ def backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude_row: Tensor | None,
-    magnitude_col: Tensor | None,
-    scales: Tensor | None,
+    adapter: Adapter,
+    flat_scales: Tensor | None,
     product: Tensor | None,
     u: Tensor | None,
-    keep: Tensor | None,
-    *,
-    scaling: float,
-    norm_order: str,
-    detach_norm: bool,
-    dropout_p: float,
-    eps: float,
+    mask: Tensor | None,
+    options: Options,
     needs: Needs,
+    *,
     prepared: object = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Equations (3) to (11): the gradients of x, lora_A, lora_B, magnitude_row and magnitude_col.
 
     Those of the parameters are in the accumulation dtype.
     """
-    members = magnitude_row is not None, magnitude_col is not None
-    needs_S, needs_D = needs.sums(*members, norm_order, detach_norm)
-    scales = split_scales(scales, *weight.shape, lora_A.shape[0], members[1])
+    lora_A, lora_B, magnitude_row, magnitude_col = adapter
+    needs_S, needs_D = needs.sums(adapter.members, options)
+    scales, dropout_p = split_scales(flat_scales, *weight.shape, lora_A.shape[0], adapter.members), options.dropout_p
     acc = accumulation_dtype(dy.dtype)
     stand_in = zero_stand_in(dy.dtype)
-    v = _project(dy, lora_B.T, scales.row_scale, scaling)  # (3)
+    v = _project(dy, lora_B.T, scales.row_scale, options.scaling)  # (3)
 
     dx = D = None
     if needs.x or needs_D:
         inner = _wide_matmul(fold(dy, scales.row_scale), weight)
-        if keep is None:
+        if mask is None:
             _add_split_matmul(inner, v.to(dy.dtype), lora_A)
         else:
-            inner += _dropped(_split_matmul(v.to(dy.dtype), lora_A), keep, dropout_p)
+            inner += _dropped(_split_matmul(v.to(dy.dtype), lora_A), mask, dropout_p)
         live = _live(scales.col_scale, stand_in)
         if needs_D:
             D = _times(_token_sums(inner, x), live)  # (5)
@@ -134,14 +119,14 @@ def backward(
     if needs.lora_B:
         dB = _times((u.to(dy.dtype).T @ dy).to(acc), scales.row_scale).T  # (6)
     if needs.lora_A:
-        dA = _times((v.to(dy.dtype).T @ _dropped(x, keep, dropout_p)).to(acc), scales.col_scale)  # (6)
+        dA = _times((v.to(dy.dtype).T @ _dropped(x, mask, dropout_p)).to(acc), scales.col_scale)  # (6)
 
-    if needs.norm_paths(*members, norm_order, detach_norm):
-        S, D, dA_norm, dB_norm = norm_paths(weight, lora_A, lora_B, scales, S, D, norm_order, scaling, eps)
-        dA = dA + dA_norm if needs.lora_A else None
-        dB = dB_norm + dB if needs.lora_B else None
     dm_row = S / live_magnitude(magnitude_row, scales.row_norm, scales.row_scale, stand_in) if needs_S else None  # (7)
     dm_col = D / live_magnitude(magnitude_col, scales.col_norm, scales.col_scale, stand_in) if needs_D else None  # (7)
+    if needs.norm_paths(adapter.members, options):
+        dm_row, dm_col, dA_norm, dB_norm = norm_paths(weight, adapter, scales, dm_row, dm_col, options)
+        dA = dA + dA_norm if needs.lora_A else None
+        dB = dB_norm + dB if needs.lora_B else None
 
     return (
         dx if needs.x else None,
@@ -181,8 +166,8 @@ def _times_(t: Tensor, scale: Tensor | None) -> Tensor:
     return t if scale is None else t.mul_(scale)
 
 
-def _dropped(t: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
-    return t if keep is None else torch.where(keep, t / (1.0 - dropout_p), 0.0)
+def _dropped(t: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
+    return t if mask is None else torch.where(mask, t / (1.0 - dropout_p), 0.0)
 
 
 def _project(t: Tensor, factor: Tensor, scale: Tensor | None, scaling: float) -> Tensor:

@@ -10,7 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..contract import Needs, Scales, projection_parts, scales_size, separate_product, split_scales, zero_stand_in
+from ..contract import (
+    Adapter,
+    Needs,
+    Options,
+    Scales,
+    projection_parts,
+    scales_size,
+    separate_product,
+    split_scales,
+    zero_stand_in,
+)
 from ..kernels import norms
 from ..kernels.gemm import scaled_gemm
 from ..kernels.low_rank import combine, project, reduce
@@ -21,18 +31,12 @@ from ..replay.stage import stage
 def forward(
     x: Tensor,
     weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude_row: Tensor | None,
-    magnitude_col: Tensor | None,
-    scales: Tensor | None,
+    adapter: Adapter,
+    flat_scales: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
+    options: Options,
     *,
-    scaling: float,
-    norm_order: str,
-    dropout_p: float,
-    eps: float,
     products: bool,
     save_product: bool,
     prepared: object = None,
@@ -44,31 +48,32 @@ def forward(
     again. For ``prepared`` see ``replay.stage``.
     """
     return _forward(
-        x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, bias, seed,
-        scaling=scaling, norm_order=norm_order, dropout_p=dropout_p, eps=eps, products=products,
-        **_kept_product(save_product, x.dtype, bias),
+        x, weight, *adapter, flat_scales, bias, seed,
+        scaling=options.scaling, norm_order=options.norm_order, dropout_p=options.dropout_p, eps=options.eps,
+        products=products, **_kept_product(save_product, x.dtype, bias),
         precision=_precision(x.dtype), weight_precision=_precision(weight.dtype), prepared=prepared,
     )  # fmt: skip
 
 
 @stage
 def _forward(
-    x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, bias, seed, *,
+    x, weight, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, bias, seed, *,
     scaling, norm_order, dropout_p, eps, products, save_product, stand_in, out_stand_in, precision, weight_precision,
 ):  # fmt: skip
-    (M, K), N, R, has_col = x.shape, weight.shape[0], lora_A.shape[0], magnitude_col is not None
-    made = None
-    if scales is None and magnitude_row is not None:
-        scales = made = empty((scales_size(N, K, R, has_col, products),), torch.float32, x.device)
+    (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[0]
+    adapter, made = Adapter(lora_A, lora_B, magnitude_row, magnitude_col), None
+    members = adapter.members
+    if flat_scales is None and any(members):
+        flat_scales = made = empty((scales_size(N, K, R, members, products),), torch.float32, x.device)
         _compute_scales(
-            weight, lora_A, lora_B, magnitude_row, magnitude_col, split_scales(made, N, K, R, has_col),
+            weight, adapter, split_scales(made, N, K, R, members),
             norm_order=norm_order, scaling=scaling, eps=eps, precision=weight_precision,
         )  # fmt: skip
     if M == 0:
         y, product = (empty((0, N), x.dtype, x.device) for _ in range(2))
         u = empty((projection_parts(K, R), 0, R), torch.float32, x.device)
         return y, product if save_product else None, u, made
-    scales = split_scales(scales, N, K, R, has_col)
+    scales = split_scales(flat_scales, N, K, R, members)
     x_scaled, u = project(
         x, lora_A, scales.col_scale, seed, scaling=scaling, dropout_p=dropout_p, precision=precision
     )  # (1)
@@ -79,15 +84,14 @@ def _forward(
     return y, product if save_product else None, u, made
 
 
-def _compute_scales(
-    weight, lora_A, lora_B, magnitude_row, magnitude_col, scales: Scales, *, norm_order, scaling, eps, precision
-) -> None:
+def _compute_scales(weight, adapter: Adapter, scales: Scales, *, norm_order, scaling, eps, precision) -> None:
+    lora_A, lora_B, magnitude_row, magnitude_col = adapter
     row = (weight, lora_B, lora_A.T, magnitude_row), (scales.row_norm, scales.row_scale, scales.row_product)
     col = (weight.T, lora_A.T, lora_B, magnitude_col), (scales.col_norm, scales.col_scale, scales.col_product)
-    first, second = (row, col) if norm_order == "row_col" or magnitude_col is None else (col, row)
+    first, second = (row, col) if adapter.members.rows_first(norm_order) else (col, row)
     options = {"scaling": scaling, "eps": eps, "precision": precision}
     coefficient = norms.norm(*first[0], None, *first[1], **options)
-    if magnitude_col is not None:
+    if all(adapter.members):
         norms.norm(*second[0], coefficient, *second[1], **options)
 
 
@@ -95,21 +99,14 @@ def backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude_row: Tensor | None,
-    magnitude_col: Tensor | None,
-    scales: Tensor | None,
+    adapter: Adapter,
+    flat_scales: Tensor | None,
     product: Tensor,
     u: Tensor,
     seed: Tensor | None,
-    *,
-    scaling: float,
-    norm_order: str,
-    detach_norm: bool,
-    dropout_p: float,
-    eps: float,
+    options: Options,
     needs: Needs,
+    *,
     prepared: object = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Equations (3) to (11): the gradients of x, lora_A, lora_B, magnitude_row and magnitude_col.
@@ -117,20 +114,22 @@ def backward(
     Those of the parameters are in float32.
     """
     return _backward(
-        dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, seed,
-        scaling=scaling, norm_order=norm_order, detach_norm=detach_norm, dropout_p=dropout_p, eps=eps, needs=needs,
+        dy, x, weight, *adapter, flat_scales, product, u, seed,
+        scaling=options.scaling, norm_order=options.norm_order, detach_norm=options.detach_norm,
+        dropout_p=options.dropout_p, eps=options.eps, needs=needs,
         precision=_precision(dy.dtype), weight_precision=_precision(weight.dtype), prepared=prepared,
     )  # fmt: skip
 
 
 @stage
 def _backward(
-    dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, seed, *,
+    dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, product, u, seed, *,
     scaling, norm_order, detach_norm, dropout_p, eps, needs, precision, weight_precision,
 ):  # fmt: skip
-    members = magnitude_row is not None, magnitude_col is not None
-    needs_S, needs_D = needs.sums(*members, norm_order, detach_norm)
-    scales = split_scales(scales, *weight.shape, lora_A.shape[0], members[1])
+    members = Adapter(lora_A, lora_B, magnitude_row, magnitude_col).members
+    options = Options(scaling, norm_order, detach_norm, dropout_p, eps)
+    needs_S, needs_D = needs.sums(members, options)
+    scales = split_scales(flat_scales, *weight.shape, lora_A.shape[0], members)
     dtype, device = dy.dtype, dy.device
     stand_in = zero_stand_in(dtype)
     dx = dA = dB = dm_row = dm_col = row_coefficient = col_coefficient = dx_product = v = None
@@ -165,7 +164,7 @@ def _backward(
             multiplier=1.0 / (1.0 - dropout_p), eps=eps, stand_in=stand_in,
         )  # (5), (6), (7)  # fmt: skip
 
-    if needs.norm_paths(*members, norm_order, detach_norm):
+    if needs.norm_paths(members, options):
         row = norms.Axis(
             weight, lora_B, scales.row_norm, scales.row_scale, magnitude_row,
             row_coefficient, scales.row_product, dm_row, dB,
@@ -174,11 +173,11 @@ def _backward(
             weight.T, lora_A.T, scales.col_norm, scales.col_scale, magnitude_col,
             col_coefficient, scales.col_product, dm_col, None if dA is None else dA.T,
         )  # fmt: skip
-        first, second = (row, col) if norm_order == "row_col" or magnitude_col is None else (col, row)
-        options = {"scaling": scaling, "eps": eps, "stand_in": stand_in, "precision": weight_precision}
-        norms.add_norm_path(first, second, first=True, **options)  # (8), (9), (10)
+        first, second = (row, col) if members.rows_first(norm_order) else (col, row)
+        common = {"scaling": scaling, "eps": eps, "stand_in": stand_in, "precision": weight_precision}
+        norms.add_norm_path(first, second, first=True, **common)  # (8), (9), (10)
         if second.d_factor is not None:
-            norms.add_norm_path(second, first, first=False, **options)  # (11)
+            norms.add_norm_path(second, first, first=False, **common)  # (11)
 
     results = (dx, dA, dB, dm_row, dm_col)
     return tuple(result if need else None for result, need in zip(results, needs, strict=True))

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..contract import NORM_ORDERS
+from ..contract import BACKENDS, NORM_ORDERS, Options
 from ..quantized import Quantized
 
-BACKENDS = ("triton", "torch", "reference")
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT_DTYPES = (*_TRITON_DTYPES, torch.float64)
 _MAX_RANK = 512
@@ -83,8 +82,9 @@ def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def check_options(*, scaling: float, norm_order: str, dropout_p: float, eps: float) -> None:
+def check_options(options: Options) -> None:
     """Raise ValueError for an option outside its range."""
+    scaling, norm_order, _, dropout_p, eps, _ = options
     if not -math.inf < scaling < math.inf:  # comparisons, which the compiler traces for a scaling that varies
         raise ValueError(f"scaling must be finite, got {scaling}")
     if norm_order not in NORM_ORDERS:
@@ -146,8 +146,6 @@ def check_tensors(
     if not isinstance(lora_A, Tensor) or lora_A.ndim != 2 or lora_A.shape[0] < 1:
         raise ValueError(f"lora_A must be [rank, {K}] with rank >= 1, got {_describe(lora_A)}")
     R = lora_A.shape[0]
-    if magnitude_row is None and magnitude_col is not None:
-        raise ValueError("magnitude_row must be given with magnitude_col (both None is LoRA), got None")
     expected = {
         "lora_A": (lora_A, (R, K)),
         "lora_B": (lora_B, (N, R)),

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from bora_kernels import FusedBoraLinear, FusedDoraLinear, convert
-from bora_kernels.adapters.conversion import adapted_layers
+from bora_kernels import FusedBoraLinear, convert
+from bora_kernels.adapters.conversion import METHODS, adapted_layers
 
 WIDTH = 8
 
@@ -61,7 +61,7 @@ def test_layers_that_are_converted(arguments, expected):
     assert adapted_layers(model).keys() == expected
 
 
-@pytest.mark.parametrize("method, cls", [("bora", FusedBoraLinear), ("dora", FusedDoraLinear)], ids=["bora", "dora"])
+@pytest.mark.parametrize("method, cls", METHODS.items(), ids=METHODS)
 def test_converted_model_starts_as_the_frozen_one_and_trains_adapters_only(method, cls):
     model = Model()
     expected, weights = model(IDS), {id(parameter) for parameter in model.parameters()}
@@ -72,7 +72,8 @@ def test_converted_model_starts_as_the_frozen_one_and_trains_adapters_only(metho
         assert type(layer) is cls and layer.lora_A.dtype == torch.float64
         assert (layer.r, layer.alpha, layer.rslora, layer.dropout, layer.norm_order) == (3, 6, True, 0.25, "col_row")
     trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {"lora_A", "lora_B", "magnitude_row"} | ({"magnitude_col"} if method == "bora" else set())
+    magnitudes = {"bora": {"magnitude_row", "magnitude_col"}, "dora": {"magnitude_row"}, "columns": {"magnitude_col"}}
+    assert trained == {"lora_A", "lora_B"} | magnitudes[method]
     assert weights == {id(p) for p in model.parameters() if not p.requires_grad}, "weights were copied"
 
 
@@ -203,7 +204,7 @@ ERRORS = {
         ValueError,
         r"target_modules must name torch.nn.Linear layers \(it has none\), got 'q'",
     ),
-    "method": (Model, {"method": "vera"}, ValueError, "method must be one of bora, dora, got 'vera'"),
+    "method": (Model, {"method": "vera"}, ValueError, "method must be one of bora, dora, columns, got 'vera'"),
     "unknown-name": (
         Model,
         {"target_modules": ["q_proj", "v_proj"]},

@@ -11,7 +11,7 @@ from bora_kernels import convert, save_adapter
 K, N = 8, 12
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 X = torch.linspace(-1, 1, 3 * K).view(3, K)
-methods = pytest.mark.parametrize("method", ["bora", "dora"])
+methods = pytest.mark.parametrize("method", ["bora", "dora", "columns"])
 
 
 class Model(nn.Module):

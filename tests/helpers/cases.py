@@ -17,9 +17,10 @@ from bora_kernels.reference import bora_linear_ref
 MEMBERS = {
     "bora": (),
     "dora": ("magnitude_col",),
+    "columns": ("magnitude_row",),
     "lora": ("magnitude_row", "magnitude_col"),
 }  # what is absent
-VARIANTS = [("bora", "row_col"), ("bora", "col_row"), ("dora", "row_col"), ("lora", "row_col")]
+VARIANTS = [("bora", "row_col"), ("bora", "col_row"), ("dora", "row_col"), ("columns", "row_col"), ("lora", "row_col")]
 TRAINED = ("x", "lora_A", "lora_B", "magnitude_row", "magnitude_col", "bias")
 SCALING = 0.5
 NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -179,7 +179,7 @@ def test_the_callback_computes_norms_once_a_step(tmp_path, monkeypatch):
     computed, forward = [], operators.forward
 
     def noting(*arguments, **options):
-        computed.append(arguments[6] is None)  # scales
+        computed.append(arguments[3] is None)  # scales
         return forward(*arguments, **options)
 
     monkeypatch.setattr(operators, "forward", noting)

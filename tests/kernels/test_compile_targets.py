@@ -19,7 +19,7 @@ import triton.language as tl
 from helpers.cross_compile import SHARED_MEMORY_LIMIT, CompileError, CompileRequest, cross_compile_all
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bora_kernels.contract import Needs, separate_product
+from bora_kernels.contract import Adapter, Needs, Options, separate_product
 from bora_kernels.kernels import config, gemm, low_rank, moments, nf4, norms
 from bora_kernels.ops import triton_backend
 
@@ -92,16 +92,14 @@ def run_layer(case: Case) -> None:
     bias = torch.empty(case.N, dtype=case.dtype) if case.bias else None
     seed = torch.zeros(1, dtype=torch.int64) if case.dropout else None
     dropout_p = 0.1 if case.dropout else 0.0
-    norm = {"scaling": 2.0, "norm_order": case.order, "eps": 1e-12}
+    adapter, options = Adapter(lora_A, lora_B, *magnitudes), Options(2.0, case.order, dropout_p=dropout_p)
     y, product, u, scales = triton_backend.forward(
-        x, weight, lora_A, lora_B, *magnitudes, None, bias, seed,
-        dropout_p=dropout_p, products=True, save_product=True, **norm,
-    )  # fmt: skip
+        x, weight, adapter, None, bias, seed, options, products=True, save_product=True
+    )
     product = product if separate_product(case.dtype, bias) else y
     triton_backend.backward(
-        torch.empty_like(y), x, weight, lora_A, lora_B, *magnitudes, scales, product, u, seed,
-        detach_norm=False, dropout_p=dropout_p, needs=Needs(True, True, True, True, True), **norm,
-    )  # fmt: skip
+        torch.empty_like(y), x, weight, adapter, scales, product, u, seed, options, Needs(True, True, True, True, True)
+    )
     triton_backend.weighted_sums(weight, lora_B, lora_A.T, None, scaling=2.0)  # of a shard
     triton_backend.weighted_sums(weight.T, lora_A.T, lora_B, magnitudes[0], scaling=2.0)
 

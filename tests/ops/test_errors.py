@@ -66,7 +66,6 @@ FUNCTION_ERRORS = {
     "row-shape": ({"magnitude_row": ONES(K)}, ValueError, r"magnitude_row must be \[6\], got \[5\]"),
     "row-2d": ({"magnitude_row": ONES(1, N)}, ValueError, r"magnitude_row must be \[6\], got \[1, 6\]"),
     "col-shape": ({"magnitude_col": ONES(N)}, ValueError, r"magnitude_col must be \[5\], got \[6\]"),
-    "col-alone": ({"magnitude_row": None}, ValueError, "magnitude_row must be given with magnitude_col"),
     "bias-shape": ({"bias": ONES(K)}, ValueError, r"bias must be \[6\], got \[5\]"),
     "bias-dtype": (
         {"bias": ONES(N).bool()},

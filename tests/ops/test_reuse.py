@@ -18,8 +18,8 @@ def computed(monkeypatch) -> list[bool]:
     forward = operators.forward
 
     def noting(*arguments, **options):
-        if arguments[6] is None:  # scales
-            calls.append(arguments[13])  # products
+        if arguments[3] is None:  # scales
+            calls.append(options["products"])
         return forward(*arguments, **options)
 
     monkeypatch.setattr(operators, "forward", noting)

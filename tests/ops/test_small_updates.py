@@ -17,6 +17,7 @@ from conftest import INTERPRETING
 from helpers.cases import require
 
 from bora_kernels import bora_linear
+from bora_kernels.contract import Adapter, Options
 from bora_kernels.ops.adapted_weight import effective_weight
 from bora_kernels.reference import bora_linear_ref, bora_weight_ref
 
@@ -125,7 +126,7 @@ def test_small_updates_reach_the_merged_weight(name, order, device):
     del moved["x"]
     start = moved["weight"].double()
     exact = bora_weight_ref(**{key: t.double() for key, t in moved.items()}, scaling=SCALING, norm_order=order)
-    merged = effective_weight(**moved, scaling=SCALING, norm_order=order, eps=1e-12)
+    merged = effective_weight(moved.pop("weight"), Adapter(**moved), Options(SCALING, order))
 
     def slope(weight):
         return ((weight.double() - start) * (exact - start)).sum() / (exact - start).square().sum()

@@ -72,13 +72,13 @@ def test_zero_magnitudes_that_are_not_trained(backend, order, dtype, device):
 
 @backends
 @orders
-@pytest.mark.parametrize("member", ["bora", "dora"])
+@pytest.mark.parametrize("member", ["bora", "dora", "columns"])
 @pytest.mark.parametrize("rows, size", [(slice(3, 5), 1e-38), (slice(None), 1e-30)], ids=["some", "all"])
 def test_tiny_magnitudes(backend, member, order, rows, size, device):
     """What a magnitude's gradient is of the magnitude itself, float32 cannot hold here."""
     case = Case(**SMALL, member=member)
     inputs = case.inputs(device)
-    inputs["magnitude_row"][rows] = size
+    inputs["magnitude_col" if member == "columns" else "magnitude_row"][rows] = size
     check_layer(backend, inputs, case.upstream(device), norm_order=order)
 
 

@@ -83,7 +83,7 @@ def test_wide_intermediates_are_made_in_blocks(kind, device, monkeypatch):
         row_norm, col_norm = adapted_weight.norms(expected)
         if kind not in FOUR_BIT:
             layout = stored.layout
-            dense = quantized._dequantize(*(stored.parts, *layout[:2], layout.block_size, layout.dtype, BF16, "", ""))
+            dense = weights._dequantize(*(stored.parts, *layout[:2], layout.block_size, layout.dtype, BF16, "", ""))
             assert torch.equal(dense, expected)
     assert sizes.largest <= 3 * 128
     for norm, dim in ((row_norm, 1), (col_norm, 0)):

@@ -9,7 +9,7 @@ from typing import Any
 from peft import LoraConfig
 
 from ...adapters import files
-from ...contract import NORM_ORDERS
+from ...contract import NORM_ORDERS, Members
 
 
 class _PeftType(str):
@@ -37,6 +37,7 @@ class BoraConfig(LoraConfig):
         detach_norm: constants for norms in backward instead of exact gradients. None, the default, is False for BoRA
             and True with ``use_dora``, as DoRA (section 4.3) and PEFT have it.
         use_dora: leave out the column magnitude. That is DoRA on the same kernels, with PEFT's results.
+        columns_only: leave out the row magnitude: what DoRA is for rows, for the columns of the weight.
 
     Raises:
         ValueError: for an option that BoRA gives no meaning to (other variants of LoRA, ``lora_bias``,
@@ -53,6 +54,15 @@ class BoraConfig(LoraConfig):
         metadata={"help": "Treat norms as constants in backward. None: False for BoRA, True with use_dora."},
     )
 
+    columns_only: bool = field(
+        default=False, metadata={"help": "Leave out the row magnitude: DoRA over input features."}
+    )
+
+    @property
+    def members(self) -> Members:
+        """Which magnitudes the layers have."""
+        return Members(row=not self.columns_only, col=not self.use_dora)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
@@ -62,6 +72,12 @@ class BoraConfig(LoraConfig):
             raise ValueError(f"norm_order must be one of {', '.join(NORM_ORDERS)}, got {self.norm_order!r}")
         if not isinstance(self.detach_norm, bool):
             raise ValueError(f"detach_norm must be True, False or None, got {self.detach_norm!r}")
+        if not isinstance(self.columns_only, bool):
+            raise ValueError(f"columns_only must be True or False, got {self.columns_only!r}")
+        if self.columns_only and self.use_dora:
+            raise ValueError(
+                "columns_only must be False with use_dora, which leaves out the column magnitude, got True"
+            )
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
         init = self.init_lora_weights

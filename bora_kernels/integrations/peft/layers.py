@@ -10,8 +10,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ...contract import Adapter, Members, Options
 from ...functional import bora_conv, bora_embedding, bora_linear
-from ...ops.axis_scales import axis_norms, merged_weight
+from ...ops import adapted_weight
 from .config import BoraConfig
 
 
@@ -47,33 +48,36 @@ class BoraLayer:
             self.register_buffer("unmerged_weight", None, persistent=False)  # W0 while the base layer holds W'
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         self.norm_order[adapter_name], self.detach_norm[adapter_name] = config.norm_order, config.detach_norm
-        self._reset_magnitudes(adapter_name, with_col=not config.use_dora)
+        self._reset_magnitudes(adapter_name, config.members)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def resolve_lora_variant(self, *, config: BoraConfig, **kwargs) -> None:
         """None: what PEFT calls variants are hooks of its own forward."""
 
     @torch.no_grad()
-    def _reset_magnitudes(self, adapter_name: str, with_col: bool) -> None:
+    def _reset_magnitudes(self, adapter_name: str, members: Members) -> None:
         """Start as the norms of W0 + s·B·A, so that the layer starts as that weight.
 
         They are float32 over a half-precision base from the start: norms rounded to the base's dtype, as PEFT makes
         new parameters before it widens them, would not cancel those that the forward computes.
         """
         weight, A, B = self._matrices(adapter_name)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        sizes = (weight.shape[0], weight.shape[1]) if with_col else (weight.shape[0],)
-        dicts = (self.lora_magnitude_vector_row, self.lora_magnitude_vector_col)
-        new = [Magnitude(size, A.device, dtype) for size in sizes]
-        for magnitudes in dicts:
+        taps, dtype = self._taps(), torch.promote_types(weight.dtype, torch.float32)
+        loaded_later = A.device.type == "meta" or weight.device.type == "meta"
+        norms = None, None
+        if not loaded_later:
+            norms = adapted_weight.norms(weight, Adapter(A, B), scaling=self.scaling[adapter_name], taps=taps)
+        dicts, sizes = (
+            (self.lora_magnitude_vector_row, self.lora_magnitude_vector_col),
+            (weight.shape[0], weight.shape[1] // taps),
+        )
+        for magnitudes, size, norm, wanted in zip(dicts, sizes, norms, members, strict=True):
             if adapter_name in magnitudes:
                 del magnitudes[adapter_name]
-        for magnitudes, magnitude in zip(dicts, new, strict=False):
-            magnitudes[adapter_name] = magnitude
-        if A.device.type == "meta" or weight.device.type == "meta":
-            return  # to be loaded
-        for magnitude, norm in zip(new, axis_norms(weight, A, B, scaling=self.scaling[adapter_name]), strict=False):
-            magnitude.weight.copy_(norm)
+            if wanted:
+                magnitudes[adapter_name] = magnitude = Magnitude(size, A.device, dtype)
+                if norm is not None:
+                    magnitude.weight.copy_(norm)
 
     def narrow_magnitudes(self, adapter_name: str) -> None:
         """Cast an adapter's magnitudes to the base weight's dtype."""
@@ -81,10 +85,13 @@ class BoraLayer:
             if adapter_name in magnitudes:
                 magnitudes[adapter_name].to(self.base_layer.weight.dtype)
 
-    def _magnitudes(self, adapter_name: str) -> tuple[Tensor, Tensor | None]:
+    def _magnitudes(self, adapter_name: str) -> tuple[Tensor | None, Tensor | None]:
         modules = self._modules  # a module's attributes are slow to look up
-        row, col = modules["lora_magnitude_vector_row"][adapter_name], modules["lora_magnitude_vector_col"]
-        return row.weight, col[adapter_name].weight if adapter_name in col else None
+        row, col = modules["lora_magnitude_vector_row"]._modules, modules["lora_magnitude_vector_col"]._modules
+        return (
+            row[adapter_name].weight if adapter_name in row else None,
+            col[adapter_name].weight if adapter_name in col else None,
+        )
 
     def _options(self, adapter_name: str) -> dict:
         return {
@@ -102,11 +109,15 @@ class BoraLayer:
         return self.base_layer.weight if self.unmerged_weight is None else self.unmerged_weight
 
     def _matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """W0 as [N, K, P], lora_A as [R, K, P] and lora_B as [N, R]: views."""
+        """W0 as [N, K·taps], lora_A as [R, K·taps] and lora_B as [N, R]: views."""
         raise NotImplementedError
 
+    def _taps(self) -> int:
+        """Of each column: 1 but for convolutions."""
+        return 1
+
     def _like_base(self, matrix: Tensor) -> Tensor:
-        """A [N, K, P] in the layout of the base layer's weight."""
+        """A [N, K·taps] in the layout of the base layer's weight."""
         raise NotImplementedError
 
     def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
@@ -123,7 +134,7 @@ class BoraLayer:
                 self.unmerge()
         elif not self.merged:
             for name in self.active_adapters:  # at most one, see ``set_adapter``
-                if name in self._modules["lora_magnitude_vector_row"]:
+                if name in self.norm_order:
                     return self._adapted(x, name)
         return self.base_layer(x, *args, **kwargs)
 
@@ -138,9 +149,9 @@ class BoraLayer:
         return self._effective_weight(*self._matrices(adapter_name), adapter_name)
 
     def _effective_weight(self, weight: Tensor, A: Tensor, B: Tensor, adapter_name: str) -> Tensor:
-        options = self._options(adapter_name)
-        del options["detach_norm"]
-        return self._like_base(merged_weight(weight, A, B, *self._magnitudes(adapter_name), **options))
+        adapter = Adapter(A, B, *self._magnitudes(adapter_name))
+        options = Options(**self._options(adapter_name))
+        return self._like_base(adapted_weight.effective_weight(weight, adapter, options, taps=self._taps()))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """W' − W0 in float32 (float64 for a float64 weight), in the base weight's layout."""
@@ -153,7 +164,7 @@ class BoraLayer:
 
         Raises ValueError for more than one adapter, and with ``safe_merge`` for a W' that is not finite.
         """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_magnitude_vector_row]
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.norm_order]
         if not names:
             return
         check_single("adapter_names", [*self.merged_adapters, *names])
@@ -205,10 +216,10 @@ class BoraLinear(BoraLayer, lora.Linear):
 
     def _matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        return self._weight()[..., None], A[..., None], B
+        return self._weight(), A, B
 
     def _like_base(self, matrix: Tensor) -> Tensor:
-        return matrix[..., 0].T.contiguous() if self.fan_in_fan_out else matrix[..., 0].contiguous()
+        return matrix.T.contiguous() if self.fan_in_fan_out else matrix.contiguous()
 
     def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
         modules = self._modules
@@ -232,10 +243,10 @@ class BoraEmbedding(BoraLayer, lora.Embedding):
 
     def _matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         A, B = self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
-        return self._base_weight().T[..., None], A[..., None], B
+        return self._base_weight().T, A, B
 
     def _like_base(self, matrix: Tensor) -> Tensor:
-        return matrix[..., 0].T.contiguous()
+        return matrix.T.contiguous()
 
     def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
         base = self.base_layer
@@ -257,7 +268,10 @@ class _BoraConvNd(BoraLayer):
 
     def _matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        return self._base_weight().flatten(2), A.flatten(2), B.flatten(1)
+        return self._base_weight().flatten(1), A.flatten(1), B.flatten(1)
+
+    def _taps(self) -> int:
+        return self._base_weight().shape[2:].numel()
 
     def _like_base(self, matrix: Tensor) -> Tensor:
         return matrix.reshape(self._base_weight().shape)

@@ -28,33 +28,41 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from ...contract import Needs, accumulation_dtype, join_scales, separate_product, split_scales, zero_stand_in
+from ...contract import (
+    Adapter,
+    Needs,
+    Options,
+    accumulation_dtype,
+    flatten_scales,
+    separate_product,
+    split_scales,
+)
 from .. import adapted_weight, autograd, operators, reuse, validation
 from .layout import Layout, as_dtensor, check_placements, finish, to_local
 from .norms import add_norm_paths, norms_and_scales
 
 
-def _compute_scales(parameters: tuple[DTensor | None, ...], layout: Layout, options: autograd.Call) -> Tensor | None:
+def _compute_scales(weight: DTensor, adapter: Adapter, layout: Layout, options: Options) -> Tensor | None:
     """The flat scales of this rank's shard; the norms are those of the whole weight."""
-    local = [to_local(t) for t in parameters]
-    if local[3] is None:
+    if not any(adapter.members):
         return None
+    local, local_adapter = to_local(weight), Adapter(*map(to_local, adapter))
 
     def state() -> tuple:  # the same on every rank: addresses are not, and a rank alone must not leave out a message
-        versions = (None if t is None else (id(t), t._version) for t in parameters)
+        versions = (None if t is None else (id(t), t._version) for t in (weight, *adapter))
         return options.scaling, options.norm_order, options.eps, *versions
 
-    trained = any(t is not None and t.requires_grad for t in parameters)
+    trained = any(t is not None and t.requires_grad for t in adapter)
     products = trained and not options.detach_norm and options.backend == "triton"
-    flat, keep = reuse.find(parameters[2], state, products)
+    flat, remember = reuse.find(adapter.lora_B, state, products)
     if flat is None:
-        with torch.autocast(local[0].device.type, enabled=False):
-            scales = norms_and_scales(*local, options, layout.completion())
+        with torch.autocast(local.device.type, enabled=False):
+            scales = norms_and_scales(local, local_adapter, options, layout.completion())
         if not products:
             scales = scales._replace(row_product=None, col_product=None)
-        flat = join_scales(scales, *local[0].shape, local[1].shape[0])
-        if keep is not None:
-            keep(flat)
+        flat = flatten_scales(scales, *local.shape, local_adapter.lora_A.shape[0])
+        if remember is not None:
+            remember(flat)
     return flat
 
 
@@ -76,7 +84,7 @@ class ShardedBoraLinearFunction(torch.autograd.Function):
         bias: Tensor | None,
         compute_scales: Callable[[], Tensor | None],
         layout: Layout,
-        options: autograd.Call,
+        options: Options,
     ) -> Tensor:
         x = layout.gather(x)
         scales = compute_scales()  # while x is under way
@@ -86,21 +94,17 @@ class ShardedBoraLinearFunction(torch.autograd.Function):
         if not layout.by_rows and layout.mesh.get_local_rank() != 0:
             bias = None  # y is a sum over the ranks
         needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
-        members = magnitude_row is not None, magnitude_col is not None
-        needs_S, needs_D = needs.sums(*members, options.norm_order, options.detach_norm)
+        adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
+        needs_S, needs_D = needs.sums(adapter.members, options)
         y, product, u, _ = operators.forward(
-            flat, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, bias, dropout,
-            options.scaling, options.norm_order, options.dropout_p, options.eps, False, needs_S, options.backend,
-        )  # fmt: skip
+            flat, weight, adapter, scales, bias, dropout, options, products=False, save_product=needs_S
+        )
         if not separate_product(flat.dtype, bias):
             product = y
         ctx.save_for_backward(
             flat if needs.lora_A or needs_D else None,
             weight,
-            lora_A,
-            lora_B,
-            magnitude_row,
-            magnitude_col,
+            *adapter,
             scales,
             product if needs_S else None,
             u if needs.lora_B else None,
@@ -118,7 +122,9 @@ class ShardedBoraLinearFunction(torch.autograd.Function):
         dy = dy.reshape(math.prod(tokens), dy.shape[-1])
         if any(ctx.needs):
             with torch.autocast(dy.device.type, enabled=False):
-                gradients = _backward(dy, tokens, *ctx.saved_tensors, ctx.needs, ctx.layout, ctx.options)
+                x, weight, lora_A, lora_B, magnitude_row, magnitude_col, *others = ctx.saved_tensors
+                adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
+                gradients = _backward(dy, tokens, x, weight, adapter, *others, ctx.needs, ctx.layout, ctx.options)
             dx, dA, dB, dm_row, dm_col = (
                 gradient if need else None for gradient, need in zip(gradients, ctx.needs, strict=True)
             )
@@ -132,54 +138,48 @@ def _backward(
     tokens: torch.Size,
     x: Tensor | None,
     weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude_row: Tensor | None,
-    magnitude_col: Tensor | None,
+    adapter: Adapter,
     flat_scales: Tensor | None,
     product: Tensor | None,
     u: Tensor | None,
     dropout: Tensor | None,
     needs: Needs,
     layout: Layout,
-    options: autograd.Call,
+    options: Options,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, lora_A, lora_B, magnitude_row and magnitude_col, complete for the replicated ones."""
-    scaling, norm_order, detach_norm, dropout_p, eps, backend, *_ = options
-    members = magnitude_row is not None, magnitude_col is not None
-    needs_S, needs_D = needs.sums(*members, norm_order, detach_norm)
-    adapter = (lora_A, lora_B, magnitude_row, magnitude_col)
+    members = adapter.members
+    needs_S, needs_D = needs.sums(members, options)
     wide = [None if t is None else t.to(accumulation_dtype(weight.dtype)) for t in adapter]  # partial sums are wide
     asked = Needs(needs.x, needs.lora_A, needs.lora_B, needs_S, needs_D)
     gradients = operators.backward(
-        dy, x, weight, *wide, flat_scales, product, u, dropout,
-        scaling, norm_order, True, dropout_p, eps, list(asked), backend,
-    )  # (3) to (7)  # fmt: skip
+        dy, x, weight, Adapter(*wide), flat_scales, product, u, dropout, options._replace(detach_norm=True), asked
+    )  # (3) to (7)
     dx, dA, dB, dm_row, dm_col = (g if need else None for g, need in zip(gradients, asked, strict=True))
 
     def send_dx() -> None:  # behind the first small message and beside what is computed from it
         nonlocal dx
         dx = None if dx is None else layout.scatter(dx.view(*tokens, weight.shape[1]))
 
-    if not needs.norm_paths(*members, norm_order, detach_norm):
+    if not needs.norm_paths(members, options):
         if layout.by_rows:
             dA, dm_col = layout.all_reduce_together(dA, dm_col, between=send_dx)
         else:
             dB, dm_row = layout.all_reduce_together(dB, dm_row, between=send_dx)
     else:
-        scales = split_scales(flat_scales, *weight.shape, lora_A.shape[0], members[1])
-        rows_first = norm_order == "row_col" or magnitude_col is None
+        scales = split_scales(flat_scales, *weight.shape, adapter.lora_A.shape[0], members)
+        rows_first = members.rows_first(options.norm_order)
         complete_first = None
         if rows_first != layout.by_rows:  # the axis normalized first is the replicated one
             complete_first = functools.partial(layout.all_reduce, between=send_dx)
-        elif magnitude_col is None:
+        elif not all(members):
             send_dx()
         elif layout.by_rows:
             dm_col = layout.all_reduce(dm_col, between=send_dx)
         else:
             dm_row = layout.all_reduce(dm_row, between=send_dx)
         dm_row, dm_col, dA, dB = add_norm_paths(
-            weight, *adapter, scales, dm_row, dm_col, dA, dB, options, zero_stand_in(dy.dtype), complete_first
+            weight, adapter, scales, dm_row, dm_col, dA, dB, options, complete_first
         )  # (8) to (11)
         if layout.by_rows and needs.lora_A:
             dA = layout.all_reduce(dA)
@@ -192,7 +192,7 @@ def _backward(
     return None if dx is None else finish(dx), *adapter_gradients
 
 
-def _draw_dropout(x: Tensor, layout: Layout, options: autograd.Call) -> Tensor:
+def _draw_dropout(x: Tensor, layout: Layout, options: Options) -> Tensor:
     """``draw_dropout`` from a seed that the ranks share, plus their number where each has columns of its own."""
     seed = torch.randint(0, 2**31 - 1, (1,), device=x.device)
     dist.broadcast(seed, group=layout.mesh.get_group(), group_src=0)
@@ -205,30 +205,15 @@ def _draw_dropout(x: Tensor, layout: Layout, options: autograd.Call) -> Tensor:
 
 
 def bora_linear_sharded(
-    x: DTensor,
-    weight: DTensor,
-    lora_A: DTensor,
-    lora_B: DTensor,
-    magnitude_row: DTensor | None,
-    magnitude_col: DTensor | None,
-    bias: DTensor | None,
-    *,
-    scaling: float,
-    norm_order: str,
-    detach_norm: bool,
-    dropout_p: float,
-    eps: float,
-    backend: str | None,
+    x: DTensor, weight: DTensor, adapter: Adapter, bias: DTensor | None, options: Options
 ) -> DTensor:
     """``bora_linear`` over a weight that is sharded on a mesh of one dimension; ``bora_linear`` calls it for a DTensor.
 
     Args:
         x: [..., K], of any placement on the weight's mesh. It is brought to where it is needed (replicated for a
             weight sharded by rows, sharded over K for one sharded by columns), and its gradient back.
-        weight, lora_A, lora_B, magnitude_row, magnitude_col, bias: placed as in ``BY_ROWS`` or ``BY_COLUMNS``.
-        scaling, norm_order, detach_norm, eps: as in ``bora_linear``, the same on every rank.
-        dropout_p: of the low-rank branch's input; 0 outside of training.
-        backend: "triton", "torch" or None to pick by device.
+        weight, adapter, bias: placed as in ``BY_ROWS`` or ``BY_COLUMNS``.
+        options: as in ``bora_linear``, the same on every rank; ``backend`` is "triton", "torch" or None.
 
     Returns:
         y: [..., N], ``Shard(-1)`` for a weight sharded by rows, ``Partial()`` for one sharded by columns.
@@ -236,55 +221,33 @@ def bora_linear_sharded(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came, before any communication.
     """
-    parameters = {
-        "weight": weight, "lora_A": lora_A, "lora_B": lora_B,
-        "magnitude_row": magnitude_row, "magnitude_col": magnitude_col, "bias": bias,
-    }  # fmt: skip
+    parameters = {"weight": weight, **adapter._asdict(), "bias": bias}
     by_rows = check_placements(parameters, x)
     validation.check_tensors(x, *parameters.values(), sharded=True)
-    if backend == "reference":
+    if options.backend == "reference":
         raise ValueError('backend must be "triton", "torch" or None for a sharded weight, got "reference"')
-    local = {name: to_local(t) for name, t in parameters.items()}
+    local, local_adapter, local_bias = to_local(weight), Adapter(*map(to_local, adapter)), to_local(bias)
     if weight.device_mesh.size() == 1:
-        y = autograd.adapted_linear(
-            x.to_local(), tuple(local.values()), scaling=scaling, norm_order=norm_order, detach_norm=detach_norm,
-            dropout_p=dropout_p, eps=eps, backend=backend,
-        )  # fmt: skip
+        y = autograd.adapted_linear(x.to_local(), local, local_adapter, local_bias, options)
     else:
         dtype = validation.autocast_dtype(x) or x.dtype
-        if 0 in local["weight"].shape:  # more ranks than rows or columns
-            backend = "torch"
-        backend = validation.choose_backend(backend, x.device, dtype, lora_A.shape[0])
+        backend = "torch" if 0 in local.shape else options.backend  # more ranks than rows or columns
+        backend = validation.choose_backend(backend, x.device, dtype, adapter.lora_A.shape[0])
         layout = Layout(weight.device_mesh, by_rows, x.placements[0], x.shape)
-        options = autograd.Call(scaling, norm_order, detach_norm, dropout_p, eps, backend)
-        compute_scales = functools.partial(_compute_scales, tuple(parameters.values())[:5], layout, options)
+        options = options._replace(backend=backend)
+        compute_scales = functools.partial(_compute_scales, weight, adapter, layout, options)
         x_local = x.to_local(grad_placements=[layout.dx_placement]).to(dtype)
-        y = ShardedBoraLinearFunction.apply(x_local, *local.values(), compute_scales, layout, options)
+        y = ShardedBoraLinearFunction.apply(x_local, local, *local_adapter, local_bias, compute_scales, layout, options)
     placement = Shard(x.ndim - 1) if by_rows else Partial()
     return as_dtensor(y, weight.device_mesh, placement, (*x.shape[:-1], weight.shape[0]))
 
 
-def effective_weight_sharded(
-    weight: DTensor,
-    lora_A: DTensor,
-    lora_B: DTensor,
-    magnitude_row: DTensor | None,
-    magnitude_col: DTensor | None,
-    *,
-    scaling: float,
-    norm_order: str,
-    eps: float,
-) -> DTensor:
+def effective_weight_sharded(weight: DTensor, adapter: Adapter, options: Options) -> DTensor:
     """W' [N, K] as a DTensor that is sharded as ``weight`` is; see ``adapted_weight.effective_weight``."""
-    parameters = {
-        "weight": weight, "lora_A": lora_A, "lora_B": lora_B,
-        "magnitude_row": magnitude_row, "magnitude_col": magnitude_col,
-    }  # fmt: skip
-    by_rows = check_placements(parameters)
+    by_rows = check_placements({"weight": weight, **adapter._asdict()})
     layout = Layout(weight.device_mesh, by_rows, Replicate(), torch.Size())
-    local = map(to_local, parameters.values())
     merged = adapted_weight.effective_weight(
-        *local, scaling=scaling, norm_order=norm_order, eps=eps,
+        to_local(weight), Adapter(*map(to_local, adapter)), options,
         complete=layout.completion(), offset=layout.offset(weight.shape),
     )  # fmt: skip
     return as_dtensor(merged, weight.device_mesh, weight.placements[0], weight.shape)

@@ -15,44 +15,31 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...contract import Completion, Scales
+from ...contract import Adapter, Completion, Options, Scales
 from .. import adapted_weight
 from ..adapted_weight import first_second
-from ..autograd import Call
-from ..torch_backend import live_magnitude
 
 
-def norms_and_scales(
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude_row: Tensor,
-    magnitude_col: Tensor | None,
-    options: Call,
-    complete: Completion,
-) -> Scales:
+def norms_and_scales(weight: Tensor, adapter: Adapter, options: Options, complete: Completion) -> Scales:
     """Norms and scales of the whole weight; from kernels with the products that ``add_norm_paths`` takes.
 
     A product is a partial sum over the shards where the axis summed over is sharded.
     """
-    scaling, norm_order, _, _, eps, backend, *_ = options
-    if backend != "triton":
-        return adapted_weight.norms_and_scales(
-            weight, lora_A, lora_B, magnitude_row, magnitude_col,
-            scaling=scaling, norm_order=norm_order, eps=eps, complete=complete,
-        )  # fmt: skip
+    if options.backend != "triton":
+        return adapted_weight.norms_and_scales(weight, adapter, options, complete=complete)
     from ..triton_backend import weighted_sums  # Triton is imported only when it is used
 
-    rows_first = norm_order == "row_col" or magnitude_col is None
-    W, P, Q = first_second(weight, lora_A, lora_B, rows_first)
-    m_first, m_second = (magnitude_row, magnitude_col) if rows_first else (magnitude_col, magnitude_row)
+    rows_first = adapter.members.rows_first(options.norm_order)
+    W, P, Q = first_second(weight, adapter, rows_first)
+    magnitudes = adapter.magnitude_row, adapter.magnitude_col
+    m_first, m_second = magnitudes if rows_first else reversed(magnitudes)
     complete_first, complete_second = complete if rows_first else reversed(complete)
-    squares, first_product = weighted_sums(W, P, Q, None, scaling=scaling)
-    first = _norm_and_scale(squares, m_first, complete_first, eps)
-    if m_second is None:
-        return Scales(*first, row_product=first_product)
-    squares, second_product = weighted_sums(W.T, Q, P, first[1].square(), scaling=scaling)
-    second = _norm_and_scale(squares, m_second, complete_second, eps)
+    squares, first_product = weighted_sums(W, P, Q, None, scaling=options.scaling)
+    first = _norm_and_scale(squares, m_first, complete_first, options.eps)
+    second, second_product = (None, None), None
+    if m_second is not None:
+        squares, second_product = weighted_sums(W.T, Q, P, first[1].square(), scaling=options.scaling)
+        second = _norm_and_scale(squares, m_second, complete_second, options.eps)
     if rows_first:
         return Scales(*first, *second, first_product, second_product)
     return Scales(*second, *first, second_product, first_product)
@@ -68,44 +55,33 @@ def _norm_and_scale(
 
 def add_norm_paths(
     weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude_row: Tensor,
-    magnitude_col: Tensor | None,
+    adapter: Adapter,
     scales: Scales,
-    dm_row: Tensor,
+    dm_row: Tensor | None,
     dm_col: Tensor | None,
     dA: Tensor | None,
     dB: Tensor | None,
-    options: Call,
-    stand_in: float,
+    options: Options,
     complete_first: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Equations (8) to (11): dm_row, dm_col, dA and dB with what flows through the norms.
 
     For a shard the magnitude's gradient of the second axis must be complete; that of the first is completed here.
     """
-    scaling, norm_order, _, _, eps, backend, *_ = options
-    rows_first = norm_order == "row_col" or dm_col is None
-    if backend != "triton":
-        live_row = live_magnitude(magnitude_row, scales.row_norm, scales.row_scale, stand_in)
-        live_col = None
-        if dm_col is not None:
-            live_col = live_magnitude(magnitude_col, scales.col_norm, scales.col_scale, stand_in)
-        S, D, dA_norm, dB_norm = adapted_weight.norm_paths(
-            weight, lora_A, lora_B, scales, dm_row * live_row, None if dm_col is None else dm_col * live_col,
-            norm_order, scaling, eps, complete_first,
-        )  # fmt: skip
-        dm_row, dm_col = S / live_row, None if dm_col is None else D / live_col
+    if options.backend != "triton":
+        dm_row, dm_col, dA_norm, dB_norm = adapted_weight.norm_paths(
+            weight, adapter, scales, dm_row, dm_col, options, complete_first=complete_first
+        )
         return dm_row, dm_col, None if dA is None else dA + dA_norm, None if dB is None else dB + dB_norm
     from ..triton_backend import weighted_sums
 
+    scaling, eps, rows_first = options.scaling, options.eps, scales.members.rows_first(options.norm_order)
     row = scales.row_norm, scales.row_scale, scales.row_product, dm_row
     col = scales.col_norm, scales.col_scale, scales.col_product, dm_col
     first, second = (row, col) if rows_first else (col, row)
     first_norm, first_scale, first_product, dm_first = first
     second_norm, second_scale, second_product, dm_second = second
-    W, P, Q = first_second(weight, lora_A, lora_B, rows_first)
+    W, P, Q = first_second(weight, adapter, rows_first)
     first_ratio = first_scale / first_norm
     if dm_second is not None:
         kappa = torch.where(second_norm > eps, dm_second * (second_scale / second_norm), 0.0).neg_()

@@ -7,8 +7,7 @@ from helpers.cases import SCALING, VARIANTS, Case, require
 
 pytest.importorskip("triton", reason="needs triton")
 
-from bora_kernels.contract import COMPLETE, EPS, zero_stand_in
-from bora_kernels.ops.autograd import Call
+from bora_kernels.contract import COMPLETE, Adapter, Options
 from bora_kernels.ops.sharded.norms import add_norm_paths, norms_and_scales
 
 N, K, R = 37, 53, 3
@@ -17,20 +16,18 @@ NAMES = ("row_norm", "row_scale", "col_norm", "col_scale", "dm_row", "dm_col", "
 
 def evaluate(backend: str, inputs: dict, order: str, dtype: torch.dtype, complete) -> dict[str, torch.Tensor]:
     """Everything that the functions return, computed in ``dtype`` from the same gradients."""
-    weight, *adapter = (
-        None if inputs[name] is None else inputs[name].to(dtype)
-        for name in ("weight", "lora_A", "lora_B", "magnitude_row", "magnitude_col")
-    )
-    options = Call(SCALING, order, False, 0.0, EPS, backend)
-    scales = norms_and_scales(weight, *adapter, options, COMPLETE)
+    weight = inputs["weight"].to(dtype)
+    adapter = Adapter(*(None if inputs[name] is None else inputs[name].to(dtype) for name in Adapter._fields))
+    options = Options(SCALING, order, backend=backend)
+    scales = norms_and_scales(weight, adapter, options, COMPLETE)
     generator = torch.Generator(weight.device).manual_seed(5)
     dm_row, dm_col, dA, dB = (
         torch.randn(size, generator=generator, device=weight.device).to(dtype) for size in ((N,), (K,), (R, K), (N, R))
     )
+    row, col = adapter.members
     paths = add_norm_paths(
-        weight, *adapter, scales, dm_row, dm_col if adapter[3] is not None else None, dA, dB,
-        options, zero_stand_in(dtype), complete,
-    )  # fmt: skip
+        weight, adapter, scales, dm_row if row else None, dm_col if col else None, dA, dB, options, complete
+    )
     return {name: t for name, t in zip(NAMES, (*scales[:4], *paths), strict=True) if t is not None}
 
 
@@ -44,9 +41,9 @@ def test_kernels_and_operations_agree(member, order, completed, special, device)
         inputs["weight"][3], inputs["lora_B"][3] = 0.0, 0.0
         inputs["weight"][:, 5], inputs["lora_A"][:, 5] = 0.0, 0.0
     if special == "zero magnitudes":
-        inputs["magnitude_row"][:4] = 0.0
-        if inputs["magnitude_col"] is not None:
-            inputs["magnitude_col"][5:7] = -0.0
+        for name, zeros in (("magnitude_row", slice(4)), ("magnitude_col", slice(5, 7))):
+            if inputs[name] is not None:
+                inputs[name][zeros] = -0.0
     complete = (lambda sums: 2 * sums) if completed else None
     exact = evaluate("torch", inputs, order, torch.float64, complete)
     plain = evaluate("torch", inputs, order, torch.float32, complete)
