@@ -133,8 +133,8 @@ def bora_conv(
 
     A column is an input channel with all the taps of its kernel, so that g scales x.
 
-    Shapes: x [M, K, *space], weight [N, K, *kernel], lora_A [R, K, *kernel], lora_B [N, R], magnitude_row [N] or
-    None, magnitude_col [K] or None, bias [N] or None -> y [M, N, *space] in x's dtype.
+    Shapes: x [M, K, *space] or [K, *space], weight [N, K, *kernel], lora_A [R, K, *kernel], lora_B [N, R],
+    magnitude_row [N] or None, magnitude_col [K] or None, bias [N] or None -> y [M, N, *space] in x's dtype.
     convolve(x, weight) is the layer's convolution without its bias; it has one group.
     In half precision x⊙(g − 1) is convolved beside x, because rounding x⊙g would lose every g within half an ulp of 1.
     """
@@ -155,7 +155,8 @@ def bora_conv(
             product = convolve(x, base).to(acc) + convolve((x * (g - 1)).to(x.dtype), base).to(acc)
         dropped = F.dropout(x.to(acc), dropout_p, training)
         u = convolve(dropped if g is None else dropped * g, lora_A.to(acc))
-        low_rank = torch.movedim(torch.movedim(u, 1, -1) @ lora_B.T.to(acc), -1, 1)
+        channels = 1 - weight.ndim  # from the end, since x may lack the batch axis
+        low_rank = torch.movedim(torch.movedim(u, channels, -1) @ lora_B.T.to(acc), -1, channels)
         y = product + scaling * low_rank
         if row_scale is not None:
             y = y * row_scale.to(acc).view(per_channel)

@@ -144,6 +144,22 @@ def test_convolution(conv, dtype, order, detach_norm, member):
     assert_accurate(actual, plain, exact, samples=30)
 
 
+@pytest.mark.parametrize("space", [(10,), (6, 10), (10, 10), (3, 6, 10)], ids=str)  # sizes of the channels among them
+@members
+def test_convolution_without_a_batch_axis(space, member):
+    conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(space)](6, 10, 3, padding=1).double().requires_grad_(False)
+    factors = trained_factors(conv.weight, member=member)
+
+    def layer(x, *factors):
+        convolve = lambda t, kernel: conv._conv_forward(t, kernel, None)  # noqa: E731
+        return bora_conv(x, conv.weight, *factors, conv.bias, convolve, scaling=SCALING)
+
+    x, dy = torch.randn(6, *space).double(), torch.randn(10, *space).double()
+    alone, batched = run(layer, x, *factors, dy=dy), run(layer, x[None], *factors, dy=dy[None])
+    assert all(torch.allclose(value, batched[name].view_as(value), rtol=1e-12) for name, value in alone.items())
+    torch.testing.assert_close(alone["y"], conv._conv_forward(x, dense_conv_weight(conv.weight, *factors), conv.bias))
+
+
 @orders
 def test_pointwise_convolution_is_the_linear_layer(order):
     weight = torch.randn(10, 6, dtype=torch.float64)

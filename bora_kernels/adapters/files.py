@@ -3,26 +3,32 @@
 Tensors are called ``base_model.model.<layer>.lora_A.weight``, ``.lora_B.weight``, ``.lora_magnitude_vector_row.weight``
 and ``.lora_magnitude_vector_col.weight``, because rules for DoRA that other libraries have look for
 ``lora_magnitude_vector``; whatever else was trained is ``base_model.model.<its name>``. The safetensors header says all
-that is needed to use the tensors, so that the file is enough by itself; the configuration tells PEFT the same.
+that is needed to use the tensors, so that the file is enough by itself; the configuration tells PEFT the same. A
+checksum in the header tells of bytes that changed since the file was written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .._version import __version__
-from ..contract import EPS
+from ..contract import EPS, NORM_ORDERS
 
 FORMAT_VERSION = "2.0"  # a reader refuses a newer major version; a newer minor one only adds what it may ignore
+CHECKSUM = "sha256"  # in the header
 TENSOR_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 SUFFIXES = {
@@ -100,7 +106,7 @@ def write_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     new_tensors, new_config = folder / f"{TENSOR_FILE}.new", folder / f"{CONFIG_FILE}.new"
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    save_file(copies, new_tensors, metadata=header)
+    save_file(copies, new_tensors, metadata={**header, CHECKSUM: checksum(copies, header)})
     new_config.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(new_tensors, folder / TENSOR_FILE)
     os.replace(new_config, folder / CONFIG_FILE)
@@ -111,27 +117,62 @@ def read_adapter(path: Path) -> tuple[AdapterDescription, dict[str, Tensor]]:
 
     Raises:
         FileNotFoundError: where there is no such file.
-        ValueError: for a newer format, an incomplete description, or a header and a configuration that disagree.
+        ValueError: naming the file and the reason: it cannot be read, its bytes are not those that were written, its
+            format is newer, its description incomplete, or header and configuration disagree.
     """
-    from safetensors import safe_open
-
     file_path = path / TENSOR_FILE if path.is_dir() else path
     config_path = path / CONFIG_FILE if path.is_dir() else None
     if not file_path.is_file():
         raise FileNotFoundError(f"path must be a folder with {TENSOR_FILE} or a safetensors file, got {path}")
-    with safe_open(file_path, framework="pt") as file:
-        header = file.metadata() or {}
-        tensors = {present_name(name.removeprefix(PREFIX)): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     known = []
-    if "format_version" in header:
-        known.append(_from_header(header, file_path))
+    with _naming(file_path):
+        header, tensors = _read_tensors(file_path)
+        if "format_version" in header:
+            known.append(_from_header(header, file_path))
     if config_path is not None and config_path.is_file():
-        known.append(_from_config(json.loads(config_path.read_text(encoding="utf-8")), config_path))
+        with _naming(config_path):
+            known.append(_from_config(json.loads(config_path.read_text(encoding="utf-8")), config_path))
     if not known:
         raise ValueError(f"{file_path} must have a header with format_version or {CONFIG_FILE} beside it, got neither")
     if known[0] != known[-1]:
         raise ValueError(f"{file_path} and {config_path} must say the same, got {known[0]} and {known[-1]}")
     return known[0], tensors
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Whatever goes wrong while a file is read, of which each library has errors of its own, is a ValueError here."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is ValueError and str(path) in str(error):
+            raise
+        raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The header and the tensors of a file, without the names' prefix, as they were written."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    expected = header.pop(CHECKSUM, None)
+    if expected is not None and expected != checksum(stored, header):
+        raise ValueError(f"{path} must have the checksum in its header: it was damaged or changed since it was written")
+    tensors = {present_name(name.removeprefix(PREFIX)): tensor for name, tensor in stored.items()}
+    if len(tensors) < len(stored):
+        raise ValueError(f"{path} must have one tensor of each name, got {', '.join(sorted(stored))}")
+    return header, tensors
+
+
+def checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """SHA-256 of the rest of the header and of the tensors: names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256(json.dumps(sorted(header.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def present_name(name: str) -> str:
@@ -171,4 +212,37 @@ def _description(values: dict[str, Any], path: Path) -> AdapterDescription:
     missing = {"method", "rank", "alpha", "norm_order"} - values.keys()
     if missing:
         raise ValueError(f"{path} must say {', '.join(sorted(missing))}, got {', '.join(sorted(values))}")
+    wrong = [f"{name}={value!r}" for name, value in values.items() if not _KINDS[name](value)]
+    if wrong:
+        raise ValueError(f"{path} must describe an adapter, got {', '.join(wrong)}")
     return AdapterDescription(**values)
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_pattern(value: object, is_entry: Callable[[object], bool]) -> bool:
+    if not isinstance(value, dict) or not all(map(is_entry, value.values())):
+        return False
+    try:
+        return all(map(re.compile, value))
+    except re.error:
+        return False
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "method": lambda value: isinstance(value, str),  # which ones there are is known to who makes layers
+    "rank": _is_rank,
+    "alpha": _is_number,
+    "norm_order": lambda value: value in NORM_ORDERS,
+    "detach_norm": lambda value: isinstance(value, bool),
+    "rslora": lambda value: isinstance(value, bool),
+    "dropout": lambda value: _is_number(value) and 0.0 <= value < 1.0,
+    "rank_pattern": lambda value: _is_pattern(value, _is_rank),
+    "alpha_pattern": lambda value: _is_pattern(value, _is_number),
+}

@@ -19,6 +19,7 @@ from .conversion import METHODS, adapt, adapted_layers, adapter_parameters, matc
 from .files import PREFIX, SUFFIXES, AdapterDescription, exact_pattern, read_adapter, write_adapter
 
 _SHARED = ("norm_order", "detach_norm", "rslora", "dropout")  # what all layers of a file have in common
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
 _LISTED = 5  # problems that an error spells out before it only counts them
 
 
@@ -28,17 +29,21 @@ def adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None
     These are the adapters and, of modules with other parameters that require a gradient, parameters and buffers.
 
     Args:
-        model: a converted model.
+        model: a converted model; DistributedDataParallel and AveragedModel around it, and ``torch.compile``, are looked
+            through, here and in the other functions of this file.
         state_dict: the model's, where ``model.state_dict()`` does not hold whole tensors, as under FSDP:
             ``torch.distributed.checkpoint.state_dict.get_model_state_dict`` gives one.
 
     Raises:
         ValueError: where the model has no adapted layer.
     """
+    model, prefix = _unwrapped(model)
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("model must have adapted layers (bora_kernels.convert makes them), got none")
     state = {plain_name(name): t for name, t in (model.state_dict() if state_dict is None else state_dict).items()}
+    if f"{next(iter(layers))}.lora_A" not in state:  # the wrapper's own dictionary
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     tensors = {
         f"{PREFIX}{name}.{SUFFIXES[parameter]}": state[f"{name}.{parameter}"]
         for name, layer in layers.items()
@@ -60,8 +65,9 @@ def save_adapter(
         ValueError: where the model has no adapted layer, layers differ in more than rank and alpha, or a tensor is
             sharded; nothing is written then.
     """
-    layers = adapted_layers(model)
     tensors = adapter_state_dict(model, state_dict)
+    model, _ = _unwrapped(model)
+    layers = adapted_layers(model)
     whole = [name for name, module in _also_trained(model).items() if not any(module.children())]  # PEFT's kind
     config = {
         "target_modules": _exact_targets(model, layers),
@@ -88,10 +94,13 @@ def load_adapter(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
         ValueError: for a newer format, and for layers, shapes, dtypes and options that do not fit, by name; before
             the model changes.
     """
+    whole, (model, _) = model, _unwrapped(model)
     description, tensors = read_adapter(Path(path))
     layers, others = _by_layer(tensors)
     modules = dict(named_modules(model, every_place=True))
     state = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    if description.method not in METHODS:
+        raise ValueError(f"{path} must have a method of {', '.join(METHODS)}, got {description.method!r}")
     problems = [] if layers else ["it holds no adapted layer"]
     found: dict[nn.Module, str] = {}
     for name in (name for name in layers if name in modules):
@@ -125,7 +134,7 @@ def load_adapter(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
                 getattr(modules[name], parameter).copy_(tensor)
         for name, tensor in others.items():
             state[name].copy_(tensor)
-    return model
+    return whole
 
 
 def merge_adapter(model: nn.Module) -> nn.Module:
@@ -155,6 +164,18 @@ def merge_adapter(model: nn.Module) -> nn.Module:
             )
         replace(model, {layer: layer.to_linear()})
     return model
+
+
+def _unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
+    """The model that was converted, and what wrappers around it put before its names."""
+    prefix = ""
+    while True:
+        if isinstance(model, _WRAPPERS):
+            model, prefix = model.module, f"{prefix}module."
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod
+        else:
+            return model, prefix
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------

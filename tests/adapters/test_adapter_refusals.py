@@ -3,13 +3,13 @@
 import json
 
 import pytest
+import safetensors.torch as safetensors
 import torch
 from helpers.adapted_models import CONFIG, TENSORS, K, N, X, base, description, saved, trained
+from safetensors import safe_open
 
 from bora_kernels import adapter_state_dict, convert, load_adapter, merge_adapter, save_adapter
-
-safetensors = pytest.importorskip("safetensors.torch", reason="adapter files need safetensors")
-from safetensors import safe_open  # noqa: E402
+from bora_kernels.adapters.files import CHECKSUM, checksum
 
 
 def rewrite(folder, tensors=(), header=(), config=(), drop=()):
@@ -18,7 +18,8 @@ def rewrite(folder, tensors=(), header=(), config=(), drop=()):
         metadata = {**file.metadata(), **dict(header)}
     held = {**safetensors.load_file(folder / TENSORS), **dict(tensors)}
     kept = {name: tensor for name, tensor in held.items() if not name.endswith(tuple(drop))}
-    safetensors.save_file(kept, folder / TENSORS, metadata=metadata)
+    del metadata[CHECKSUM]
+    safetensors.save_file(kept, folder / TENSORS, metadata={**metadata, CHECKSUM: checksum(kept, metadata)})
     described = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**described, **dict(config)}))
 

@@ -69,6 +69,48 @@ def test_compiled_model_is_saved_under_plain_names(tmp_path):
     assert names == adapter_state_dict(trained()).keys()
 
 
+WRAPPERS = {
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "data-parallel": nn.DataParallel,
+    "compiled-inside": lambda model: torch.optim.swa_utils.AveragedModel(torch.compile(model, backend="eager")),
+    "compiled-outside": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("own_state", [False, True], ids=["", "state_dict"])
+def test_wrapped_models_are_saved_and_loaded_under_plain_names(wrap, own_state, tmp_path):
+    wrapped = wrap(trained(head=True))
+    save_adapter(wrapped, tmp_path, state_dict=wrapped.state_dict() if own_state else None)
+    assert adapter_state_dict(wrapped).keys() == adapter_state_dict(trained(head=True)).keys()
+    expected = trained(head=True)(X)
+    assert torch.equal(load_adapter(base(), tmp_path).eval()(X), expected)
+    other = wrap(base())
+    assert load_adapter(other, tmp_path) is other and torch.equal(other.eval()(X), expected)
+
+
+def test_a_model_under_ddp_is_saved_under_plain_names(tmp_path):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(trained(head=True))
+        save_adapter(wrapped, tmp_path)
+        assert adapter_state_dict(wrapped).keys() == adapter_state_dict(trained(head=True)).keys()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(load_adapter(base(), tmp_path).eval()(X), trained(head=True)(X))
+
+
+def test_a_child_called_module_keeps_its_name(tmp_path):
+    def model():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"module": nn.Linear(K, N), "other": nn.Linear(K, N)})
+
+    changed = perturb(convert(model()))
+    save_adapter(torch.optim.swa_utils.AveragedModel(changed), tmp_path, state_dict=changed.state_dict())
+    loaded = load_adapter(model(), tmp_path)
+    assert all(torch.equal(loaded[name](X), changed[name](X)) for name in ("module", "other"))
+
+
 # ---- what is read back ----
 
 
