@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from . import readme
 from .records import PEERS, by_case, load, merge, ratio, title, to_json
 
 SUMMARY = (
@@ -148,8 +149,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("results", type=Path, nargs="+", help="JSON files that pytest benchmarks wrote")
     parser.add_argument("--output", type=Path, help="folder to write to (default: beside the first, with its name)")
     parser.add_argument("--merged", type=Path, help="file to write the merged result to")
+    parser.add_argument("--readme", type=Path, help="only write the table of this README anew, from one result")
     options = parser.parse_args(arguments)
     try:
+        if options.readme is not None:
+            if len(options.results) != 1:
+                raise ValueError(f"--readme must have one result, got {len(options.results)}")
+            readme.write(options.readme, options.results[0])
+            return 0
         result = merge([load(path) for path in options.results])
         folder = options.output or (options.merged or options.results[0]).with_suffix("")
         folder.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ LEVELS = {
     ),
     "benchmarks": (
         ("benchmarks", "cases", "collectives", "communication", "measure", "records"),
-        ("charts", "models"),
+        ("charts", "models", "readme"),
         ("providers", "report"),
         ("verify",),
         ("harness", "sharding"),

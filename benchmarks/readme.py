@@ -1,0 +1,75 @@
+"""The README's table, made from a recorded result: ``python -m benchmarks.report RESULT.json --readme README.md``.
+
+It stands between two comments, of which the first names the result; a test makes it again and compares.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .records import CASE_FIELDS, by_case, load
+
+_LAYER = ("layer", "step", "4096x4096", 1, 8192, 16, "bf16", False, "dense")
+_MODEL = ("model", "step", "llama3-8b", 4, 2048, 16, "bf16", False, "dense")
+_COLUMNS = (
+    ("4096 × 4096 layer, ms", _LAYER, "median", 1e3),
+    ("MiB", _LAYER, "peak_bytes", 2**-20),
+    ("four Llama-3-8B layers, ms", _MODEL, "median", 1e3),
+    ("MiB", _MODEL, "peak_bytes", 2**-20),
+)
+_ROWS = {
+    "frozen": "no adapter",
+    "peft-lora-half": "LoRA, PEFT",
+    "peft-dora-half": "DoRA, PEFT",
+    "dense-bora": "BoRA, its formula in PyTorch",
+    "fused-dora": "**DoRA, `FusedDoraLinear`**",
+    "fused-bora": "**BoRA, `FusedBoraLinear`**",
+}
+_MARKED = re.compile(r"<!-- made from (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def text(result: dict) -> str:
+    """The table and what was measured: one figure a cell, the fastest setting of each peer."""
+    cases, environment = by_case(result["records"]), result["environment"]
+    versions = environment["versions"]
+    lines = ["| | " + " | ".join(column[0] for column in _COLUMNS) + " |", "|---|" + "---:|" * len(_COLUMNS)]
+    for provider, name in _ROWS.items():
+        records = [(cases.get(case, {}).get(provider, {}), field, scale) for _, case, field, scale in _COLUMNS]
+        cells = [_cell(record.get(field), scale) for record, field, scale in records]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    length, rank, dtype = (_LAYER[CASE_FIELDS.index(field)] for field in ("length", "rank", "dtype"))
+    caption = (
+        "Time of a training step (forward and backward), and the most memory that it takes beside the weights.\n"
+        f"{length} tokens, rank {rank}, {dtype} base, {environment['device']}, PyTorch {versions['torch']}, "
+        f"Triton {versions['triton']}, PEFT {versions['peft']}.\n"
+        f"PEFT's adapters are in {dtype}, its faster setting, this package's in float32."
+    )
+    return caption + "\n\n" + "\n".join(lines)
+
+
+def _cell(value: float | None, scale: float) -> str:
+    if value is None:
+        return "–"
+    value *= scale
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def source(readme: Path) -> Path:
+    """The result that the README's table is made from."""
+    return readme.parent / _marked(readme)[1]
+
+
+def write(readme: Path, result: Path) -> None:
+    """Put the table of a result that lies below the README's folder into the README."""
+    _marked(readme)
+    name = result.resolve().relative_to(readme.resolve().parent).as_posix()
+    table = f"<!-- made from {name} -->\n{text(load(result))}\n<!-- end -->"
+    readme.write_text(_MARKED.sub(lambda _: table, readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _marked(readme: Path) -> re.Match:
+    found = _MARKED.search(readme.read_text(encoding="utf-8"))
+    if found is None:
+        raise ValueError(f"{readme} must hold the comments <!-- made from RESULT --> and <!-- end -->")
+    return found

@@ -1,0 +1,91 @@
+"""Documents say what is there: links resolve, and the README's table is that of the recorded run it names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import readme, records, report
+
+ROOT = Path(__file__).parents[1]
+_ELSEWHERE = ("http://", "https://", "mailto:")
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", "benchmarks/**/*.md", "examples/**/*.md", "study/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+
+
+def links(text: str) -> list[str]:
+    """The targets of a document's links and images that are files or headings of this project."""
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    return [target for target in re.findall(r"\]\(([^)\s]+)\)", prose) if not target.startswith(_ELSEWHERE)]
+
+
+def anchors(text: str) -> set[str]:
+    """The names by which a document's headings are linked to, as forges make them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_resolve(path):
+    for target in links(path.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        linked = path.parent / name if name else path
+        assert linked.exists(), target
+        assert linked.resolve().is_relative_to(ROOT), f"{target} leaves the project"
+        if anchor:
+            assert anchor in anchors(linked.read_text(encoding="utf-8")), target
+
+
+def test_links_are_found_where_they_are():
+    text = "[a](b.md#c-d), ![e](f.png) and [g\nh](https://i) but `x[j](k)`\n\n```\n[l](m)\n# n\n```\n## C, `D`: e\n"
+    assert links(text) == ["b.md#c-d", "f.png"] and anchors(text) == {"c-d-e"}
+
+
+def test_readme_leads_to_the_documents():
+    reached, open_ = set(), [ROOT / "README.md"]
+    while open_:
+        path = open_.pop()
+        reached.add(path)
+        names = [target.partition("#")[0] for target in links(path.read_text(encoding="utf-8"))]
+        found = {(path.parent / name).resolve() for name in names if name.endswith(".md")}
+        open_ += [target for target in found if target.exists() and target not in reached and target not in open_]
+    assert not {path for path in (ROOT / "docs").glob("*.md")} - reached
+
+
+def test_readme_table_is_that_of_the_recorded_run(tmp_path):
+    path = ROOT / "README.md"
+    written = path.read_text(encoding="utf-8")
+    copy = tmp_path / "README.md"
+    copy.write_text(written, encoding="utf-8")
+    result = tmp_path / readme.source(path).relative_to(ROOT)
+    result.parent.mkdir(parents=True)
+    result.write_bytes(readme.source(path).read_bytes())
+    readme.write(copy, result)
+    assert copy.read_text(encoding="utf-8") == written
+
+    other = records.load(result)
+    for record in other["records"]:
+        record["median"] = record.get("median") and 2 * record["median"]
+    result.write_text(records.to_json(other), encoding="utf-8")
+    readme.write(copy, result)
+    assert copy.read_text(encoding="utf-8") != written
+
+
+def test_readme_without_a_place_for_the_table_is_refused(tmp_path, capsys):
+    other = tmp_path / "README.md"
+    other.write_text("nothing", encoding="utf-8")
+    assert report.main([str(readme.source(ROOT / "README.md")), "--readme", str(other)]) == 1
+    assert "must hold the comments <!-- made from RESULT -->" in capsys.readouterr().err
+    assert other.read_text(encoding="utf-8") == "nothing"
+
+
+def test_readme_says_which_bora_and_code_comes_early():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    before_code = text.partition("```python")[0]
+    assert "2412.06441" in before_code and "2508.06953" in before_code and "not reproduced" in before_code
+    assert len(before_code.split()) < 400
