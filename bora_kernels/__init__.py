@@ -8,6 +8,7 @@ from .adapters.storage import adapter_state_dict, load_adapter, merge_adapter, s
 from .functional import bora_linear
 from .modules import FusedBoraLinear, FusedColumnLinear, FusedDoraLinear
 from .ops.reuse import reuse_scales
+from .replay import replay_disabled
 
 __all__ = [
     "FusedBoraLinear",
@@ -21,6 +22,7 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "reference",
+    "replay_disabled",
     "reuse_scales",
     "save_adapter",
 ]

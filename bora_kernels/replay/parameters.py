@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Callable
 
 import torch
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import driver
+from .compiled import Kernel
+from .recording import Layout, Operand, Reference
+from .switch import Unsupported
 
 _SCALAR_FORMATS = {"i32": "<i", "i64": "<q", "fp32": "<f"}
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64  # of a CUtensorMap
@@ -22,54 +25,48 @@ _MAP_TRIALS = (0x7E5A3C1B9D00, 0x01A5C3E4F600)  # addresses without a common bit
 _L2_PROMOTION_128B = 2  # CUtensorMapL2promotion
 WORD = struct.Struct("<Q")
 
-Reference = tuple[int, int]  # which of a plan's bases (inputs, results, the workspace), and the offset in bytes
-
 
 class Parameters:
     """Kernel parameters: addresses that change from replay to replay, tensor maps, and constants."""
 
     def __init__(self) -> None:
-        self.references: list[Reference] = []
+        self.references: list[Reference] = []  # a recording's, and a plan's once they are laid out
         self.maps: list[TensorMap] = []
         self.constants: list[bytes] = []
         self.start = 0  # address of the block in host memory
 
-    def of_launch(self, compiled, tensors: tuple, located: list, arguments: dict) -> list[tuple] | None:
-        """(kind, index) for each parameter of a kernel; None if the kernel takes others than are expected."""
-        places = dict(zip(compiled.src.fn.arg_names, zip(tensors, located, strict=True), strict=False))
-        map_metadata = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
+    def of_launch(self, kernel: Kernel, operands: tuple[Operand | None, ...], arguments: dict) -> list[tuple]:
+        """(kind, index) for each parameter of a kernel; Unsupported if the kernel takes others than are expected."""
+        places = dict(zip(kernel.names, operands, strict=False))
+        maps = iter(kernel.maps)
         found, sizes = [], []
-        for name, kind in compiled.src.signature.items():
-            if kind == "constexpr":
-                continue
-            if not isinstance(kind, str):
-                return None
-            if kind.startswith("tensordesc"):
-                metadata = next(map_metadata, None)
-                if metadata is None:
-                    return None
-                descriptor, reference = places[name]
-                self.maps.append(TensorMap(descriptor, reference, metadata))
+        for name, kind in kernel.kinds.items():
+            if isinstance(kind, str) and (kind.startswith("*") or kind.startswith("tensordesc")):
+                reference, layout = places[name]
+                if reference is None:
+                    raise Unsupported("a stage launched a kernel on memory that is neither its input nor from `empty`")
+                if layout is None:
+                    found.append(("address", self._address(reference)))
+                    sizes.append(8)
+                    continue
+                self.maps.append(TensorMap(layout, reference, next(maps)))
                 found.append(("map", len(self.maps) - 1))
                 sizes.append(_MAP_BYTES)
-                for value, format in zip((*descriptor.shape, *descriptor.strides), "iiqq", strict=True):
+                for value, format in zip((*layout.shape, *layout.strides), "iiqq", strict=True):
                     found.append(self._constant(struct.pack(f"<{format}", value)))
                     sizes.append(struct.calcsize(f"<{format}"))
-            elif kind.startswith("*"):
-                found.append(("address", self._address(places[name][1])))
-                sizes.append(8)
             elif kind in _SCALAR_FORMATS:
                 found.append(self._constant(struct.pack(_SCALAR_FORMATS[kind], arguments[name])))
                 sizes.append(struct.calcsize(_SCALAR_FORMATS[kind]))
             else:
-                return None
+                raise Unsupported(f"a kernel takes a parameter of a kind that replays do not know, {kind}")
         for _ in range(2):  # scratch pointers
             found.append(self._constant(bytes(8)))
             sizes.append(8)
-        metadata = compiled.metadata
-        usual = metadata.num_ctas == 1 and not metadata.launch_cooperative_grid and not metadata.launch_pdl
-        scratch = metadata.global_scratch_size or metadata.profile_scratch_size
-        return found if usual and not scratch and driver.parameter_sizes(compiled.function) == sizes else None
+        actual = driver.parameter_sizes(kernel.function)
+        if actual != sizes:
+            raise Unsupported(f"a kernel takes parameters of {actual} bytes, where replays expect {sizes}")
+        return found
 
     def _address(self, reference: Reference) -> int:
         if reference not in self.references:
@@ -80,8 +77,11 @@ class Parameters:
         self.constants.append(value.ljust(8, b"\0"))
         return "constant", len(self.constants) - 1
 
-    def lay_out(self, base_of) -> memoryview:
-        """Allocate the block and write everything but the addresses; returns it from its first address on."""
+    def lay_out(self, place: Callable[[Reference], Reference]) -> memoryview:
+        """Allocate the block and write everything but the addresses; returns it from its first address on.
+
+        ``place`` turns what a recording refers to into one of the plan's bases and an offset.
+        """
         words = len(self.references) + len(self.constants)
         self.first_map = -(-8 * words // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
         size = self.first_map + _MAP_BYTES * len(self.maps)
@@ -91,9 +91,12 @@ class Parameters:
         host = memoryview(block).cast("B")[skipped : skipped + size]
         for index, value in enumerate(self.constants):
             host[self._offset("constant", index) :][:8] = value
+        self.references = [place(reference) for reference in self.references]
         for index, tensor_map in enumerate(self.maps):
-            tensor_map.reference = base_of(tensor_map.reference)
+            tensor_map.reference = place(tensor_map.reference)
             tensor_map.offset = self._offset("map", index)
+            if not tensor_map.encode(host):
+                raise Unsupported("the CUDA driver's tensor maps hold an address in a form that replays do not know")
         return host
 
     def _offset(self, kind: str, index: int) -> int:
@@ -110,15 +113,14 @@ class Parameters:
 class TensorMap:
     """A CUtensorMap in a plan's host memory. Its layout is the driver's own, but for where the address lies in it."""
 
-    def __init__(self, descriptor: TensorDescriptor, reference: Reference, metadata: dict) -> None:
+    def __init__(self, layout: Layout, reference: Reference, metadata: dict) -> None:
         self.reference, self.offset = reference, 0
-        element = descriptor.base.element_size()
-        rows, cols = descriptor.shape
+        rows, cols = layout.shape
         block_rows, block_cols = metadata["block_size"]
-        self.before = (_MAP_DTYPES[descriptor.base.dtype], 2)
+        self.before = (_MAP_DTYPES[layout.dtype], 2)
         self.after = (
             (ctypes.c_uint64 * 2)(cols, rows),
-            (ctypes.c_uint64 * 1)(descriptor.strides[0] * element),
+            (ctypes.c_uint64 * 1)(layout.strides[0] * layout.dtype.itemsize),
             (ctypes.c_uint32 * 2)(block_cols, block_rows),
             (ctypes.c_uint32 * 2)(1, 1),
             0,  # no interleaving

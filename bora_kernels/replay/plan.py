@@ -1,4 +1,4 @@
-"""Replays of recorded stages through the CUDA driver; see ``launch`` for what a stage is."""
+"""Replays of recorded stages through the CUDA driver; see ``stage`` for what a stage is."""
 
 from __future__ import annotations
 
@@ -7,24 +7,34 @@ import threading
 
 import torch
 from torch import Tensor
-from triton.runtime import driver as triton_driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import driver
-from .parameters import WORD, Parameters, Reference, TensorMap
-from .recording import Launch, Recording, allocate
+from .cache import Entry, plan_cache, ticks
+from .compiled import kernel_of
+from .device import allocate, current_stream
+from .parameters import WORD, Parameters, TensorMap
+from .recording import Launch, Recording, Reference
+from .switch import Unsupported, warn_once
 
+_LAUNCH_BYTES = 2048  # about what Python's objects for a launch take
 _ALIGNMENT = 256  # of scratch in the workspace
 _REPLAYS_BEFORE_GRAPH = 3  # a graph takes device memory, which a number of tokens met once does not deserve
 
 
-class Plan:
+class _Thread(threading.local):
+    device: int | None = None  # whose context a replay of this thread had last
+
+
+_thread = _Thread()
+
+
+class Plan(Entry):
     """A stage as a list of launches whose parameters lie in one block of host memory."""
 
     def __init__(self, results, returned, references, maps, launches, host, workspace_bytes, device_index) -> None:
         self.results: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = results  # shape, strides, dtype
         self.returned: list[int | None] = returned  # which result stands at each place of the returned tuple
-        self.references: list[Reference] = references  # the addresses at the head of ``host``
+        self.references: list[Reference] = references  # the addresses at the head of ``host``: a base and an offset
         self.maps: list[TensorMap] = maps  # one for each descriptor that a kernel takes
         self.launches: list[tuple] = launches  # (geometry, pointers to the parameters, numbers before, compiled kernel)
         self.host = host
@@ -34,66 +44,56 @@ class Plan:
         self.lock = threading.Lock()
         self.bases: list[int] | None = None  # what ``host`` was written for
         self.replays = 0
+        self.makes_graph = True  # until the driver refused one
         self.graph: driver.Graph | None = None  # made when the plan has proved to be in use, outside of a capture
         self.graph_is_current = False  # whether the graph has taken what ``host`` holds
+        self.nbytes = Entry.nbytes + host.nbytes + _LAUNCH_BYTES * len(launches)
 
     @classmethod
-    def of(cls, recording: Recording, inputs: list[Tensor], results: tuple[Tensor | None, ...]) -> Plan | None:
-        """The recorded stage, or None where a replay is not known to do the same."""
-        made = [tensor for tensor in recording.allocated if any(tensor is result for result in results)]
-        scratch = [tensor for tensor in recording.allocated if all(tensor is not result for result in results)]
-        owners = [*inputs, *made, *scratch]
-        if any(result is not None and all(result is not tensor for tensor in made) for result in results):
-            raise RuntimeError("a stage returned a tensor that is not from `empty`")
-        if _overlap(inputs):
-            return None  # an address would not tell which of them a kernel read
+    def of(cls, recording: Recording, results: tuple[Tensor | None, ...], device_index: int) -> Plan:
+        """The recorded stage; Unsupported where a replay is not known to do the same."""
+        returned = [None if result is None else _allocation(result, recording) for result in results]
+        made = sorted({number for number in returned if number is not None})
+        first, workspace = len(recording.inputs), len(recording.inputs) + len(made)
+        bases = {owner: owner for owner in range(first)} | {first + number: first + i for i, number in enumerate(made)}
 
         parameters = Parameters()
-        lives: dict[int, tuple[int, int]] = {}  # scratch tensor -> its first and last launch
+        lives: dict[int, tuple[int, int]] = {}  # scratch -> its first and last launch
         launches = []
-        order = _order(recording.launches)
-        for launch, (before, together) in zip(recording.launches, order, strict=True):
-            located = []
-            for tensor in launch.tensors:
-                base = tensor.base if isinstance(tensor, TensorDescriptor) else tensor
-                place = None if base is None else _locate(base, owners)
-                located.append(place)
-                if place is not None and place[0] >= len(owners) - len(scratch):
-                    life = lives.get(place[0], together)
-                    lives[place[0]] = min(life[0], together[0]), max(life[1], together[1])
-            pointers = parameters.of_launch(launch.compiled, launch.tensors, located, launch.arguments)
-            if pointers is None:
-                return None
-            launches.append((launch.compiled, launch.grid, pointers, before))
+        for launch, (before, together) in zip(recording.launches, _order(recording.launches), strict=True):
+            for operand in launch.operands:
+                owner = None if operand is None or operand.reference is None else operand.reference[0]
+                if owner is not None and owner not in bases:
+                    life = lives.get(owner, together)
+                    lives[owner] = min(life[0], together[0]), max(life[1], together[1])
+            kernel = kernel_of(launch.compiled)
+            pointers = parameters.of_launch(kernel, launch.operands, launch.arguments)
+            launches.append((kernel, launch.grid, pointers, before))
+        scratch = {owner: (recording.allocated[owner - first].nbytes, *life) for owner, life in lives.items()}
+        offsets, workspace_bytes = _pack(scratch)
 
-        first_scratch = len(inputs) + len(made)
-        offsets, workspace_bytes = _pack({i: (owners[i].nbytes, *lives[i]) for i in lives})
-
-        def base_of(reference: Reference) -> Reference:
+        def place(reference: Reference) -> Reference:
             owner, offset = reference
-            return (first_scratch, offsets[owner] + offset) if owner in offsets else reference
+            return (workspace, offsets[owner] + offset) if owner in offsets else (bases[owner], offset)
 
-        host = parameters.lay_out(base_of)
-        for tensor_map in parameters.maps:
-            if not tensor_map.encode(host):
-                return None
+        host = parameters.lay_out(place)
         return cls(
-            [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in made],
-            [None if result is None else next(i for i, t in enumerate(made) if t is result) for result in results],
-            [base_of(reference) for reference in parameters.references],
+            [recording.allocated[number].layout for number in made],
+            [None if number is None else made.index(number) for number in returned],
+            parameters.references,
             parameters.maps,
             [
                 (
-                    (compiled.function, *grid, 32 * compiled.metadata.num_warps, 1, 1, compiled.metadata.shared),
+                    (kernel.function, *grid, kernel.threads, 1, 1, kernel.shared),
                     parameters.pointers(pointers),
                     before,
-                    compiled,  # kept alive: it owns the function
+                    kernel.compiled,  # kept alive: it owns the function
                 )
-                for compiled, grid, pointers, before in launches
+                for kernel, grid, pointers, before in launches
             ],
             host,
             workspace_bytes,
-            inputs[0].device.index,
+            device_index,
         )
 
     def replay(self, bases: list[int]) -> tuple[Tensor | None, ...]:
@@ -103,28 +103,47 @@ class Plan:
         if self.workspace_bytes:
             workspace = allocate((self.workspace_bytes,), (1,), torch.uint8)
             bases.append(workspace.data_ptr())
-        stream = triton_driver.active.get_current_stream(self.device_index)
+        stream = current_stream(self.device_index)
+        if _thread.device != self.device_index:
+            driver.ensure_context(self.device_index)
+            _thread.device = self.device_index
         with self.lock:
-            moved = bases != self.bases
-            if moved:
+            self.last_used = next(ticks)
+            if bases != self.bases:
+                self.bases, self.graph_is_current = None, False  # should writing fail, ``host`` is of no use
                 self.write_addresses(self.host, 0, *[bases[base] + offset for base, offset in self.references])
                 for tensor_map in self.maps:
                     base, offset = tensor_map.reference
                     WORD.pack_into(self.host, tensor_map.offset, bases[base] + offset)
                 self.bases = bases
             self.replays += 1
-            if self.replays < _REPLAYS_BEFORE_GRAPH or torch.cuda.is_current_stream_capturing():
-                for geometry, pointers, *_ in self.launches:
-                    driver.check(driver.cuda().cuLaunchKernel(*geometry, stream, pointers, None), "cuLaunchKernel")
-                self.graph_is_current = self.graph_is_current and not moved
+            as_graph = self.makes_graph and self.replays >= _REPLAYS_BEFORE_GRAPH
+            if not as_graph or torch.cuda.is_current_stream_capturing():
+                self._launch_kernels(stream)
             else:
-                if self.graph is None:
-                    self.graph = driver.Graph([launch[:3] for launch in self.launches])
-                elif moved or not self.graph_is_current:
-                    self.graph.update()
-                self.graph_is_current = True
-                self.graph.launch(stream)
+                try:
+                    self._launch_graph(stream)
+                except driver.DriverError as error:
+                    self._launch_kernels(stream)  # an error that is not the graph's comes again
+                    self.makes_graph = False
+                    plan_cache.drop_graph(self)
+                    warn_once(f"they go to the device one by one, not as a CUDA graph, since {error}")
         return tuple([None if index is None else made[index] for index in self.returned])
+
+    def _launch_kernels(self, stream: int) -> None:
+        launch_kernel = driver.cuda().cuLaunchKernel
+        for geometry, pointers, *_ in self.launches:
+            driver.check(launch_kernel(*geometry, stream, pointers, None), "cuLaunchKernel")
+
+    def _launch_graph(self, stream: int) -> None:
+        graph = self.graph  # the cache may take it away at any time
+        if graph is None:
+            graph = driver.Graph([launch[:3] for launch in self.launches])
+            plan_cache.add_graph(self, graph)
+        elif not self.graph_is_current:
+            graph.update()
+        self.graph_is_current = True
+        graph.launch(stream)
 
 
 def _order(launches: list[Launch]) -> list[tuple[list[int], tuple[int, int]]]:
@@ -144,25 +163,12 @@ def _order(launches: list[Launch]) -> list[tuple[list[int], tuple[int, int]]]:
     return order
 
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """First and last-but-one address of a tensor's memory."""
-    start = tensor.data_ptr()
-    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (span + 1) * tensor.element_size() if tensor.numel() else start
-
-
-def _overlap(tensors: list[Tensor]) -> bool:
-    extents = sorted(_extent(tensor) for tensor in tensors)
-    return any(end > start for (_, end), (start, _) in zip(extents, extents[1:], strict=False))
-
-
-def _locate(tensor: Tensor, owners: list[Tensor]) -> Reference:
-    address = tensor.data_ptr()
-    for index, owner in enumerate(owners):
-        start, end = _extent(owner)
-        if start <= address < end:
-            return index, address - start
-    raise RuntimeError("a stage launched a kernel on memory that is neither its input nor from `empty`")
+def _allocation(result: Tensor, recording: Recording) -> int:
+    """The number of the allocation that a stage returned."""
+    for number, allocation in enumerate(recording.allocated):
+        if allocation.tensor() is result:
+            return number
+    raise Unsupported("a stage returned a tensor that is not from `empty`")
 
 
 def _pack(lives: dict[int, tuple[int, int, int]]) -> tuple[dict[int, int], int]:

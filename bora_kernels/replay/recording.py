@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 _thread = threading.local()  # .recording: the stage that this thread records, if any
 
+Reference = tuple[int, int]  # a tensor's owner (inputs first, then allocations in order), and the offset in bytes
 
-try:  # what the code that torch.compile generates allocates with: a third of the time of torch.empty
-    from torch._C._dynamo.guards import _empty_strided_cuda as allocate
-except ImportError:
 
-    def allocate(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Uninitialized memory on the current device."""
-        return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+class Layout(NamedTuple):
+    """What a tensor descriptor says of its tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Operand(NamedTuple):
+    """A leading argument of a launch: where it lies, None for memory from elsewhere, and the layout of a descriptor."""
+
+    reference: Reference | None
+    layout: Layout | None
 
 
 class Launch(NamedTuple):
@@ -27,18 +37,63 @@ class Launch(NamedTuple):
 
     compiled: object  # the kernel
     grid: tuple[int, int, int]
-    tensors: tuple  # its leading arguments
+    operands: tuple[Operand | None, ...]  # its leading arguments
     arguments: dict  # the others, by name
     beside: int | None  # the number of the launch that it runs beside, if any
 
 
-class Recording:
-    """What one run of a stage allocated and launched."""
+class Allocation:
+    """Memory that a stage took, and whether it still has it: scratch is freed as it is without a recording."""
 
-    def __init__(self) -> None:
-        self.allocated: list[Tensor] = []  # kept alive, so that no two share an address
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = weakref.ref(tensor)
+        self.layout = tuple(tensor.shape), tensor.stride(), tensor.dtype
+        self.nbytes = tensor.nbytes
+        self.extent = extent(tensor)
+        self._storage = StorageWeakRef(tensor.untyped_storage())
+
+    @property
+    def alive(self) -> bool:
+        return not self._storage.expired()
+
+
+class Recording:
+    """What one run of a stage on these inputs allocated and launched."""
+
+    def __init__(self, inputs: list[Tensor]) -> None:
+        self.inputs = [extent(tensor) for tensor in inputs]
+        self.allocated: list[Allocation] = []
         self.launches: list[Launch] = []
         self.beside: int | None = None
+
+    def locate(self, tensor: Tensor) -> Reference | None:
+        """Which input or allocation a tensor lies in, and how far from its start."""
+        address = tensor.data_ptr()
+        for owner, (start, end) in enumerate(self.inputs):
+            if start <= address < end:
+                return owner, address - start
+        for owner, allocation in enumerate(self.allocated, len(self.inputs)):
+            start, end = allocation.extent
+            if start <= address < end and allocation.alive:
+                return owner, address - start
+        return None
+
+    def note(self, compiled: object, grid: tuple[int, ...], tensors: tuple, arguments: dict) -> None:
+        operands = []
+        for tensor in tensors:
+            if tensor is None or isinstance(tensor, Tensor):
+                operands.append(None if tensor is None else Operand(self.locate(tensor), None))
+            else:
+                layout = Layout(tensor.base.dtype, tuple(tensor.shape), tuple(tensor.strides))
+                operands.append(Operand(self.locate(tensor.base), layout))
+        self.launches.append(Launch(compiled, (*grid, 1, 1)[:3], tuple(operands), arguments, self.beside))
+
+
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """First and last-but-one address of a tensor's memory."""
+    start = tensor.data_ptr()
+    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (span + 1) * tensor.element_size() if tensor.numel() else start
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -46,7 +101,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     tensor = torch.empty(shape, dtype=dtype, device=device)
     recording = getattr(_thread, "recording", None)
     if recording is not None:
-        recording.allocated.append(tensor)
+        recording.allocated.append(Allocation(tensor))
     return tensor
 
 
@@ -58,7 +113,7 @@ def launch(kernel, grid: tuple[int, ...], tensors: tuple, **arguments) -> None:
     compiled = kernel[grid](*tensors, **arguments)
     recording = getattr(_thread, "recording", None)
     if recording is not None:
-        recording.launches.append(Launch(compiled, (*grid, 1, 1)[:3], tensors, arguments, recording.beside))
+        recording.note(compiled, grid, tensors, arguments)
 
 
 @contextmanager
@@ -80,8 +135,8 @@ def beside_last_launch() -> Iterator[None]:
 
 def record(function: Callable[..., tuple], tensors: tuple, options: dict) -> tuple[Recording, tuple]:
     """Run a stage; returns what it did, and its results."""
-    outer, recording = getattr(_thread, "recording", None), Recording()
-    _thread.recording = recording
+    recording = Recording([tensor for tensor in tensors if tensor is not None])
+    outer, _thread.recording = getattr(_thread, "recording", None), recording
     try:
         return recording, function(*tensors, **options)
     finally:

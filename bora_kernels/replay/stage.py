@@ -7,8 +7,10 @@ launches with ``launch``. A replay allocates the results, and one workspace for 
 recorded parameters point to, and hands the kernels to the driver.
 
 So a stage consists of ``empty``, ``launch`` and views of tensors only, and depends on nothing but its key: the shapes,
-strides, dtypes, alignments and device of its tensors, and its options. Where kernels cannot be replayed (Triton's
-interpreter, AMD GPUs, kernels whose parameters are not as expected here) a stage runs as Python every time.
+strides, dtypes, alignments and devices of its tensors, and its options. It writes to nothing but what it allocates.
+
+A stage runs as Python, every time, on AMD GPUs and where the user wants it (``switch``), while hooks watch Triton's
+launches, and with a warning where anything that a replay relies on is missing, refused or not as expected here.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .recording import record
-
-_MOST_PLANS = 1024  # of a stage: a shape of layer adds one for each number of tokens that it meets; then start anew
+from . import switch
+from .cache import Entry, plan_cache
+from .compiled import hooked
+from .plan import Plan
+from .recording import extent, record
 
 
 def stage(function: Callable[..., tuple]) -> Callable[..., tuple]:
@@ -30,38 +34,58 @@ def stage(function: Callable[..., tuple]) -> Callable[..., tuple]:
     It returns a tuple of tensors that it allocated, or None in their place. A caller that knows the layout of all
     tensors passes ``prepared``, which stands for it, and saves looking at them; one of the tensors may be given or not.
     """
-    plans: dict[tuple, object] = {}
+    plans: dict[tuple, Entry] = {}
 
     @functools.wraps(function)
     def call(*tensors: Tensor | None, prepared: object = None, **options) -> tuple:
-        if not _replayable(tensors[0].is_cuda):
+        if switch.off or not tensors[0].is_cuda or hooked():
             return function(*tensors, **options)
         addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
         if prepared is None:
-            layouts = [None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors]
-            key = (tensors[0].get_device(), *layouts, *options.values())
+            key = (*[None if tensor is None else _layout(tensor) for tensor in tensors], *options.values())
         else:
             key = (prepared, len(addresses), *options.values())
         plan = plans.get(key)
-        if plan is not None:
-            return plan.replay(addresses)
-        return _record(function, plans, key, tensors, options)
+        if plan is None:
+            return _record(function, plans, key, tensors, options)
+        try:
+            results = plan.replay(addresses)
+        except torch.OutOfMemoryError:  # single tensors may fit where one workspace does not
+            results = None
+        except Exception as problem:
+            results = function(*tensors, **options)  # an error that is not the replay's comes again
+            _refuse(plans, key, problem)
+        return function(*tensors, **options) if results is None else results
 
     return call
 
 
 def _record(function: Callable, plans: dict, key: tuple, tensors: tuple, options: dict) -> tuple:
-    from .plan import Plan  # Triton is imported only when it is used
-
+    inputs = [tensor for tensor in tensors if tensor is not None]
+    if _overlap(inputs):  # an address would not tell which of them a kernel read; others with this key may be apart
+        return function(*tensors, **options)
     recording, results = record(function, tensors, options)
-    plan = Plan.of(recording, [tensor for tensor in tensors if tensor is not None], results)
-    if plan is not None:
-        if len(plans) >= _MOST_PLANS:
-            plans.clear()
-        plans[key] = plan
+    try:
+        plan = Plan.of(recording, results, inputs[0].get_device())
+    except switch.Unavailable as problem:
+        switch.give_up(problem)
+    except Exception as problem:
+        _refuse(plans, key, problem)
+    else:
+        plan_cache.add(plans, key, plan)
     return results
 
 
-@functools.lru_cache
-def _replayable(is_cuda: bool) -> bool:
-    return is_cuda and torch.version.hip is None
+def _refuse(plans: dict, key: tuple, problem: Exception) -> None:
+    plan_cache.add(plans, key, Entry())
+    known = isinstance(problem, switch.Unsupported)
+    switch.warn_once(problem if known else f"{type(problem).__name__}: {problem}")
+
+
+def _layout(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), tensor.data_ptr() & 15
+
+
+def _overlap(tensors: list[Tensor]) -> bool:
+    extents = sorted(extent(tensor) for tensor in tensors)
+    return any(end > start for (_, end), (start, _) in zip(extents, extents[1:], strict=False))

@@ -5,62 +5,22 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.fake_driver import Driver, Kernel
+from helpers.fake_driver import Driver, Kernel, assert_chain, chain, vectors
 
 pytest.importorskip("triton", reason="needs triton")
 
-from triton.tools.tensor_descriptor import TensorDescriptor
-
 from bora_kernels.replay import driver as cuda_driver
 from bora_kernels.replay import parameters, plan
-from bora_kernels.replay import stage as launching
-from bora_kernels.replay.recording import beside_last_launch, empty, launch
+from bora_kernels.replay.recording import Layout, beside_last_launch, empty, launch
 from bora_kernels.replay.stage import stage
 
 
 @pytest.fixture
 def driver(monkeypatch):
-    fake = Driver()
-    triton_driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 7))
-    monkeypatch.setattr(plan, "triton_driver", triton_driver)
-    monkeypatch.setattr(plan, "allocate", lambda *args: torch.empty_strided(*args[:2], dtype=args[2]))
-    monkeypatch.setattr(cuda_driver, "cuda", lambda: fake)
-    monkeypatch.setattr(cuda_driver, "parameter_sizes", lambda function: fake.kernels[function].sizes)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.capturing)
-    monkeypatch.setattr(launching, "_replayable", lambda is_cuda: True)
-    return fake
-
-
-def chain(kernel):
-    """z = 6·a + b through scratch, and w = 2·a: two results, one scratch tensor."""
-    calls = []
-
-    @stage
-    def run(a, b, *, scale):
-        calls.append(scale)
-        (n,) = a.shape
-        scratch, w, z = (empty((n,), torch.float32, a.device) for _ in range(3))
-        launch(kernel, (1,), (a, None, w), n=n, scale=scale, ONE=1)
-        launch(kernel, (1,), (w, None, scratch), n=n, scale=3.0, ONE=1)
-        launch(kernel, (2, 3), (scratch, b, z), n=n, scale=1.0, ONE=1)
-        return z, None, w
-
-    return run, calls
-
-
-def vectors(n=10, count=2):
-    return [torch.randn(n) for _ in range(count)]
-
-
-def assert_chain(results, a, b, scale=2.0):
-    z, absent, w = results
-    torch.testing.assert_close(w, scale * a, rtol=1e-6, atol=0)
-    torch.testing.assert_close(z, 3 * scale * a + b, rtol=1e-6, atol=1e-6)
-    assert absent is None
+    yield from Driver().play(monkeypatch)
 
 
 def test_replay_on_other_tensors(driver):
@@ -178,45 +138,6 @@ def test_tensors_that_share_memory_are_not_recorded(driver):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize(
-    "surprise",
-    [{"sizes": [8, 8, 4, 4, 8]}, {"num_ctas": 2}, {"launch_pdl": True}, {"global_scratch_size": 16}],
-    ids=lambda surprise: next(iter(surprise)),
-)
-def test_unknown_conventions_run_as_python(driver, surprise):
-    run, calls = chain(Kernel(driver, **surprise))
-    for count in (1, 2):
-        a, b = vectors()
-        assert_chain(run(a, b, scale=2.0), a, b)
-        assert len(calls) == count and not driver.launches
-
-
-def test_a_failed_launch_raises(driver):
-    run, _ = chain(Kernel(driver))
-    for call, count in (("cuLaunchKernel", 1), ("cuGraphLaunch", 2)):
-        driver.status = 0
-        for _ in range(count):
-            run(*vectors(), scale=2.0)
-        driver.status = 700
-        with pytest.raises(RuntimeError, match=rf"{call} failed: error \(700\)"):
-            run(*vectors(), scale=2.0)
-
-
-def test_memory_from_elsewhere_is_refused(driver):
-    kernel = Kernel(driver)
-
-    @stage
-    def run(a, *, returned):
-        other, y = torch.empty(10), empty((10,), torch.float32, a.device)
-        launch(kernel, (1,), (a, None, other), n=10, scale=1.0, ONE=1)
-        return (other if returned else y,)
-
-    with pytest.raises(RuntimeError, match="launched a kernel on memory that is neither its input nor from `empty`"):
-        run(*vectors(count=1), returned=False)
-    with pytest.raises(RuntimeError, match="returned a tensor that is not from `empty`"):
-        run(*vectors(count=1), returned=True)
-
-
 def test_threads_do_not_mix_addresses(driver):
     run, _ = chain(Kernel(driver))
     run(*vectors(), scale=2.0)
@@ -276,9 +197,8 @@ class MapEncoder:
 )
 def test_where_a_tensor_map_has_its_address(monkeypatch, encode, place):
     monkeypatch.setattr(cuda_driver, "cuda", lambda: MapEncoder(encode))
-    base = torch.empty(4, 16, dtype=torch.bfloat16)
     metadata = {"block_size": (2, 8), "swizzle": 3}
-    tensor_map = parameters.TensorMap(TensorDescriptor.from_tensor(base, [2, 8]), (0, 0), metadata)
+    tensor_map = parameters.TensorMap(Layout(torch.bfloat16, (4, 16), (16, 1)), (0, 0), metadata)
     tensor_map.offset, host = 64, memoryview(bytearray(256))
     assert tensor_map.encode(host) == (place is not None)
     if place is not None:

@@ -1,0 +1,54 @@
+"""What replays read of Triton beyond its documented interface: a compiled kernel's parts, and its launch hooks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .switch import Unsupported
+
+try:
+    from triton.knobs import runtime as _runtime
+
+    _runtime.launch_enter_hook, _runtime.launch_exit_hook  # noqa: B018
+except (ImportError, AttributeError):  # replays go on, and hooks that this Triton may have do not see them
+    from types import SimpleNamespace
+
+    _runtime = SimpleNamespace(launch_enter_hook=None, launch_exit_hook=None)
+
+
+def hooked() -> bool:
+    """Whether somebody, a profiler say, asked Triton to be called at every launch."""
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+class Kernel(NamedTuple):
+    """A compiled kernel, as the driver takes it."""
+
+    compiled: object  # kept alive: it owns the function
+    function: int
+    threads: int  # of a block
+    shared: int  # bytes of shared memory
+    names: tuple[str, ...]  # of all arguments
+    kinds: dict[str, str]  # of those that are parameters, in order
+    maps: tuple[dict, ...]  # of each tensor descriptor among them: block_size and swizzle
+
+
+def kernel_of(compiled: object) -> Kernel:
+    """The parts of what a launch returned; Unsupported where they are not as expected."""
+    if compiled is None:
+        raise Unsupported("Triton's interpreter runs the kernels (TRITON_INTERPRET=1)")
+    try:
+        metadata, source = compiled.metadata, compiled.src
+        special = metadata.num_ctas != 1 or metadata.launch_cooperative_grid or metadata.launch_pdl
+        scratch = metadata.global_scratch_size or metadata.profile_scratch_size
+        kinds = {name: kind for name, kind in source.signature.items() if kind != "constexpr"}
+        kernel = Kernel(
+            compiled, compiled.function, 32 * metadata.num_warps, metadata.shared, tuple(source.fn.arg_names), kinds,
+            tuple(getattr(metadata, "tensordesc_meta", None) or ()),
+        )  # fmt: skip
+    except (AttributeError, TypeError) as error:
+        raise Unsupported(f"this version of Triton keeps a kernel's parts elsewhere ({error})") from error
+    if special or scratch:
+        raise Unsupported("Triton launches a kernel in clusters, cooperatively, dependently or with scratch memory")
+    return kernel
