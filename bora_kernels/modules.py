@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import quantized
 from .contract import EPS, Adapter, Members, Options
 from .functional import bora_linear
-from .ops import adapted_weight, reuse, validation
+from .ops import adapted_weight, reuse, validation, watch
 from .quantized.module import QuantizedWeight, StoredWeight
 
 
@@ -44,6 +44,8 @@ class FusedBoraLinear(nn.Module):
 
     backend: str | None = None  # as in ``bora_linear``; None picks by device
     compute_dtype: torch.dtype | None = None  # over a quantized weight: what inputs are cast to; None leaves them
+    adapter_dtype = torch.float32
+    place: str | None = None  # its name in the model that was converted, for messages
     members = Members(row=True, col=True)
 
     def __init__(
@@ -132,6 +134,7 @@ class FusedBoraLinear(nn.Module):
         self.register_buffer("merged_weight", None, persistent=False)  # W' while merged; ``weight`` is always W0
         self.merged_quantized: StoredWeight | None = None  # or W' quantized again
 
+        self.adapter_dtype = adapter_dtype
         adapter = {"device": linear.weight.device, "dtype": adapter_dtype}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **adapter))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **adapter))
@@ -139,6 +142,7 @@ class FusedBoraLinear(nn.Module):
         self.magnitude_row = nn.Parameter(torch.empty(self.out_features, **adapter)) if row else None
         self.magnitude_col = nn.Parameter(torch.empty(self.in_features, **adapter)) if col else None
         self.reset_parameters()
+        watch.watch(self)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -254,6 +258,10 @@ class FusedBoraLinear(nn.Module):
         self.unmerge()  # a merged weight would be that of the parameters before
         reuse.forget()  # and so would be scales, where a sharding engine hides the change from autograd's versions
         super()._load_from_state_dict(*args, **kwargs)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        watch.watch(self)  # copies, too
 
     def extra_repr(self) -> str:
         parts = [

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..modules import FusedBoraLinear, FusedColumnLinear, FusedDoraLinear
+from . import coverage
 
 METHODS: dict[str, type[FusedBoraLinear]] = {
     "bora": FusedBoraLinear,
@@ -18,8 +19,6 @@ METHODS: dict[str, type[FusedBoraLinear]] = {
 _ALL_LINEAR = "all-linear"
 _HEADS = ("lm_head", "embed_out", "score", "classifier", "head")  # children of a model that are its output head
 _ADAPTER = ("lora_A", "lora_B", "magnitude_row", "magnitude_col")
-# The output projection of torch.nn.MultiheadAttention, which reads its weight and never calls it.
-_NEVER_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
 
 
 def convert(
@@ -108,7 +107,9 @@ def adapt(model: nn.Module, layers: Mapping[nn.Linear, tuple[type[FusedBoraLinea
             parameter.requires_grad_()
         raise
     replace(model, built)
-    _leave_inference_path(model)
+    for name, layer in adapted_layers(model).items():
+        layer.place = name
+    coverage.leave_inference_path(model, FusedBoraLinear)
     kept = {id(p) for layer in adapted_layers(model).values() for p in adapter_parameters(layer).values()}
     for parameter in trainable:
         if id(parameter) not in kept:
@@ -121,15 +122,6 @@ def replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
         for name, child in list(parent._modules.items()):
             if child in new:
                 setattr(parent, name, new[child])
-
-
-def _leave_inference_path(model: nn.Module) -> None:
-    """Turn off the path of ``TransformerEncoderLayer`` that reads weights without calling layers, in inference mode."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and adapted_layers(module):
-            module.activation_relu_or_gelu = 0  # read by that path only
-        elif isinstance(module, nn.TransformerEncoder) and adapted_layers(module):
-            module.use_nested_tensor = False  # which that path alone can take
 
 
 def _names(argument: str, names: str | Iterable[str]) -> str | tuple[str, ...]:
@@ -145,26 +137,32 @@ def _choose(model: nn.Module, targets: str | tuple[str, ...], exclude: str | tup
     """The linear layers that the arguments mean, each once."""
     places = [(name, m) for name, m in named_modules(model, every_place=True) if isinstance(m, nn.Linear) and name]
     left_out = {module for name, module in places if matches(exclude, name)}
+    uncalled, experts = coverage.never_called(model), coverage.expert_weights(model)
     if targets == _ALL_LINEAR:
         left_out |= _output_head(model)
-        chosen = {m: name for name, m in places if m not in left_out and not isinstance(m, _NEVER_CALLED)}
+        coverage.warn_of_left_out({name: uncalled[m] for name, m in places if m in uncalled.keys() - left_out})
+        chosen = {m: name for name, m in places if m not in left_out and m not in uncalled}
     else:
         for target in [targets] if isinstance(targets, str) else targets:
             names = target if isinstance(targets, str) else (target,)
             if not any(matches(names, name) for name, _ in places):
                 ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name, _ in places)) or "it has none"
-                raise ValueError(f"target_modules must name torch.nn.Linear layers ({ends}), got {target!r}")
+                unreached = [name for name in experts if matches(names, name)]
+                tensors = f": {unreached[0]} is a tensor of 3 axes, and experts are not adapted" if unreached else ""
+                message = f"target_modules must name torch.nn.Linear layers ({ends}), got {target!r}{tensors}"
+                raise ValueError(message)
         chosen = {m: name for name, m in places if m not in left_out and matches(targets, name)}
     if not chosen:
         raise ValueError(f"target_modules must leave a layer to convert, got {targets!r} with exclude={exclude!r}")
     for module, name in chosen.items():
-        if isinstance(module, _NEVER_CALLED):
-            raise ValueError(f"target_modules must not name {name}: MultiheadAttention never calls it")
-        own_forward = type(module).forward is not nn.Linear.forward
-        if own_forward and not type(module).__module__.startswith("bitsandbytes."):
-            raise ValueError(f"target_modules must not name {name}: a {type(module).__name__} has a forward of its own")
+        if module in uncalled:
+            raise ValueError(f"target_modules must not name {name}: {uncalled[module]}")
         if "weight" not in module._parameters:
             raise ValueError(f"target_modules must not name {name}: its weight is computed (a parametrization)")
+        if problem := coverage.own_forward(module):
+            raise ValueError(f"target_modules must not name {name}: {problem}")
+    if targets == _ALL_LINEAR or any(matches(targets, name) for name in experts):
+        coverage.warn_of_experts(experts, model)
     return list(chosen)
 
 

@@ -13,7 +13,8 @@ from torch import nn
 from .. import quantized
 from ..modules import FusedBoraLinear
 from ..ops import validation
-from .conversion import named_modules
+from . import coverage
+from .conversion import named_modules, plain_name
 
 _PEFT = "bora_kernels.integrations.peft"
 
@@ -34,10 +35,12 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Explanation:
-    """All adapted layers of a model, and the names of its linear layers without an adapter; ``str`` makes a table."""
+    """All adapted layers of a model, and what has no adapter: linear layers and experts; ``str`` makes a table."""
 
     layers: tuple[LayerReport, ...]
     frozen: tuple[str, ...]
+    experts: tuple[str, ...] = ()  # weights of three axes, which no layer of this package adapts
+    experts_held: str = ""  # how many weights these are
 
     def __str__(self) -> str:
         rows = Counter(
@@ -60,6 +63,9 @@ class Explanation:
         backends = Counter(layer.backend for layer in self.layers)
         counts = ", ".join(f"{count} {backend}" for backend, count in backends.items()) or "none"
         lines.append(f"adapted layers: {counts}; linear layers without an adapter: {len(self.frozen) or 'none'}")
+        if self.experts:
+            names = dict.fromkeys(re.sub(r"\d+", "*", name) for name in self.experts)
+            lines.append(f"experts without an adapter: {', '.join(names)}: {self.experts_held}")
         return "\n".join(lines)
 
 
@@ -77,7 +83,9 @@ def explain(model: nn.Module) -> Explanation:
             inside.update(module.modules())
         elif isinstance(module, nn.Linear) and module not in inside:
             frozen.append(name)
-    return Explanation(tuple(layers), tuple(frozen))
+    experts = coverage.expert_weights(model)
+    held = coverage.describe_experts(experts, model) if experts else ""
+    return Explanation(tuple(layers), tuple(frozen), tuple(map(plain_name, experts)), held)
 
 
 def _report(name: str, module: nn.Module) -> LayerReport | None:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..contract import BACKENDS, NORM_ORDERS, Options
 from ..quantized import Quantized
+from . import watch
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT_DTYPES = (*_TRITON_DTYPES, torch.float64)
@@ -203,6 +204,8 @@ def prepare(x: Tensor, tensors: tuple[Tensor | None, ...], backend: str | None) 
         if known is not None:
             return x if autocast is None else x.to(autocast), known.backend, known
     check_tensors(x, *tensors)
+    if not torch.compiler.is_compiling():
+        watch.warn_of_narrow_magnitudes(*tensors[3:5])
     chosen = choose_backend(backend, x.device, autocast or x.dtype, tensors[1].shape[0])
     x = x if autocast is None else x.to(autocast)
     if signature is None or tensors[0].requires_grad:  # refused as soon as gradients are recorded

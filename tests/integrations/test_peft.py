@@ -104,7 +104,7 @@ def test_dora_is_that_of_peft(target):
     theirs = train_a_little(get_peft_model(copy.deepcopy(base), LoraConfig(**options)), seed=5)
     ours = get_peft_model(copy.deepcopy(base), BoraConfig(**options))
     with torch.no_grad():
-        values = {name.replace("vector", "row"): p for name, p in trained_parameters(theirs).items()}
+        values = {name.replace("vector", "vector_row"): p for name, p in trained_parameters(theirs).items()}
         assert values.keys() == trained_parameters(ours).keys()
         for name, parameter in trained_parameters(ours).items():
             parameter.copy_(values[name].view_as(parameter))

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...contract import Adapter, Members, Options
 from ...functional import bora_conv, bora_embedding, bora_linear
-from ...ops import adapted_weight
+from ...ops import adapted_weight, watch
 from .config import BoraConfig
 
 
@@ -35,6 +35,8 @@ class BoraLayer:
         "lora_magnitude_vector_row",
         "lora_magnitude_vector_col",
     )
+    adapter_dtype = torch.float32  # narrower where that was asked for
+    place: str | None = None  # its name in the model, for messages
     other_param_names = (*lora.LoraLayer.other_param_names, "norm_order", "detach_norm")
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: BoraConfig, **kwargs) -> None:
@@ -45,6 +47,7 @@ class BoraLayer:
             self.lora_magnitude_vector_row, self.lora_magnitude_vector_col = nn.ModuleDict(), nn.ModuleDict()
             self.norm_order: dict[str, str] = {}
             self.detach_norm: dict[str, bool] = {}
+            watch.watch(self)
             self.register_buffer("unmerged_weight", None, persistent=False)  # W0 while the base layer holds W'
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         self.norm_order[adapter_name], self.detach_norm[adapter_name] = config.norm_order, config.detach_norm
@@ -83,7 +86,8 @@ class BoraLayer:
         """Cast an adapter's magnitudes to the base weight's dtype."""
         for magnitudes in (self.lora_magnitude_vector_row, self.lora_magnitude_vector_col):
             if adapter_name in magnitudes:
-                magnitudes[adapter_name].to(self.base_layer.weight.dtype)
+                self.adapter_dtype = self.base_layer.weight.dtype
+                magnitudes[adapter_name].to(self.adapter_dtype)
 
     def _magnitudes(self, adapter_name: str) -> tuple[Tensor | None, Tensor | None]:
         modules = self._modules  # a module's attributes are slow to look up
@@ -196,6 +200,10 @@ class BoraLayer:
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: W' − W0 is not of low rank."""
         return False
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        watch.watch(self)  # copies, too
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)

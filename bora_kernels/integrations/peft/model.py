@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from peft import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ...adapters import coverage
 from ...adapters.files import present_name
 from .config import BoraConfig
 from .layers import BoraLayer, check_single
-from .targets import changes_base, layer_class
+from .targets import changes_base, choose_targets, layer_class
 
 
 class BoraModel(LoraModel):
@@ -34,7 +35,8 @@ class BoraModel(LoraModel):
                 f"ensure_weight_tying cannot tie the adapters of {names} to the embedding's: BoRA normalizes rows and "
                 "columns in an order, which a transposed weight turns around"
             )
-        _maybe_include_all_linear_layers(peft_config, model)
+        choose_targets(peft_config, model)
+        uncalled = coverage.never_called(model)
         inside = ()  # of layers that have adapters already
         for name, module in model.named_modules():
             if not name or name.startswith(inside):
@@ -42,7 +44,7 @@ class BoraModel(LoraModel):
             if isinstance(module, BaseTunerLayer):
                 inside += (f"{name}.",)
             if self._check_target_module_exists(peft_config, name):
-                layer_class(module, peft_config, name)
+                layer_class(module, peft_config, name, uncalled.get(module))
                 if getattr(module, "merged", False) and changes_base(peft_config):
                     raise ValueError(
                         f"init_lora_weights={peft_config.init_lora_weights!r} changes base weights, and {name} is "
@@ -50,10 +52,21 @@ class BoraModel(LoraModel):
                     )
         super()._prepare_model(peft_config, model)
 
+    def inject_adapter(self, model: nn.Module, *args, **kwargs) -> None:
+        """Adapt a model's layers, in every place where one stands."""
+        super().inject_adapter(model, *args, **kwargs)
+        layers = {m.get_base_layer(): m for m in model.modules() if isinstance(m, BoraLayer)}
+        for parent, name, child in list(_children(model)):
+            if child in layers and not isinstance(parent, BoraLayer):
+                setattr(parent, name, layers[child])
+        coverage.leave_inference_path(model, BoraLayer)
+
     @staticmethod
     def _create_new_module(lora_config: BoraConfig, adapter_name: str, target: nn.Module, **kwargs) -> BoraLayer:
-        cls = layer_class(target, lora_config, kwargs.get("target_name", ""))
-        return cls(target, adapter_name, config=lora_config, **kwargs)
+        name = kwargs.get("target_name", "")
+        layer = layer_class(target, lora_config, name)(target, adapter_name, config=lora_config, **kwargs)
+        layer.place = name
+        return layer
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
@@ -82,7 +95,12 @@ class BoraModel(LoraModel):
 
     def _unload_and_optionally_merge(self, *args, adapter_names: list[str] | None = None, **kwargs) -> nn.Module:
         check_single("adapter_names", adapter_names)
-        return super()._unload_and_optionally_merge(*args, adapter_names=adapter_names, **kwargs)
+        layers = [child for child in _children(self.model) if isinstance(child[2], BoraLayer)]
+        model = super()._unload_and_optionally_merge(*args, adapter_names=adapter_names, **kwargs)
+        for parent, name, layer in layers:  # PEFT knows the first place of each
+            if getattr(parent, name) is layer:
+                setattr(parent, name, layer.get_base_layer())
+        return model
 
     def add_weighted_adapter(self, *args, **kwargs) -> None:
         """Refused: a weighted sum of normalized weights is not of BoRA's form."""
@@ -106,3 +124,10 @@ class BoraModel(LoraModel):
         raise NotImplementedError(
             "path_initial_model_for_weight_conversion is not supported with BoRA: its adapters are not additive"
         )
+
+
+def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Every place in a model: the module around it, its name there, and what stands in it."""
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            yield parent, name, child

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
+from ...adapters import coverage
+from ...adapters.conversion import matches
 from ...ops import validation
 from ...quantized import read
 from .config import BoraConfig
@@ -23,8 +25,43 @@ _LAYERS = {
 }
 
 
-def layer_class(module: nn.Module, config: BoraConfig, name: str) -> type[BoraLayer]:
-    """The BoRA layer for a module, which may have BoRA adapters already. ValueError for one that has no such layer."""
+def choose_targets(config: BoraConfig, model: nn.Module) -> None:
+    """Make names of "all-linear", without layers that are never called, and look for experts among the targets.
+
+    Raises ValueError for a target that means an expert's weight and no layer; warns of experts that stay as they are.
+    """
+    experts = coverage.expert_weights(model)
+    all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    _maybe_include_all_linear_layers(config, model)
+    if all_linear:
+        reasons = coverage.never_called(model)
+        left_out = {n: reasons[m] for n, m in model.named_modules() if m in reasons and n in config.target_modules}
+        config.target_modules = set(config.target_modules) - left_out.keys()
+        coverage.warn_of_left_out(left_out)
+        coverage.warn_of_experts(experts, model)
+    elif experts and config.target_modules:
+        targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+        layers = [name for name, _ in model.named_modules()]
+        without = [target for target in targets if not any(_means(target, name) for name in layers)]
+        for target in without:
+            if tensor := next((name for name in experts if _means(target, name)), None):
+                raise ValueError(
+                    f"target_modules must name layers, got {target!r}: {tensor} is a tensor of 3 axes, and experts are "
+                    "not adapted"
+                )
+        if without or any(_means(target, name) for target in targets for name in experts):
+            coverage.warn_of_experts(experts, model)
+
+
+def _means(target: str, name: str) -> bool:
+    return matches(target, name) or matches((target,), name)
+
+
+def layer_class(module: nn.Module, config: BoraConfig, name: str, uncalled: str | None = None) -> type[BoraLayer]:
+    """The BoRA layer for a module, which may have BoRA adapters already. ValueError for one that has no such layer.
+
+    ``uncalled`` says why its weight is read and it is never called, where that is so.
+    """
     if isinstance(module, BaseTunerLayer) and not isinstance(module, BoraLayer):
         raise ValueError(f"Target module {name} must have BoRA adapters only, got a {type(module).__name__}")
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -32,7 +69,7 @@ def layer_class(module: nn.Module, config: BoraConfig, name: str) -> type[BoraLa
     quantized = False
     try:
         quantized = kind is nn.Linear and read(base) is not None
-        problem = "it is of another type" if kind is None else _problem(base, kind, quantized, config)
+        problem = "it is of another type" if kind is None else uncalled or _problem(base, kind, quantized, config)
     except (TypeError, ValueError) as error:  # a weight that cannot be read
         problem = str(error)
     if problem:
@@ -56,8 +93,11 @@ def _problem(base: nn.Module, kind: type[nn.Module], quantized: bool, config: Bo
     scaled = kind is nn.Embedding and hasattr(base, "embed_scale")
     if getattr(base, "_hf_tp_plan", None) is not None:
         return f"its weight is sharded (tensor parallel plan {base._hf_tp_plan!r})"
-    if type(base).forward is not kind.forward and not scaled:
-        return f"{type(base).__name__} computes something else than {kind.__name__}"
+    if kind is nn.Linear:
+        if problem := coverage.own_forward(base):
+            return problem
+    elif type(base).forward is not kind.forward and not scaled:
+        return f"a {type(base).__name__} computes something else than a {kind.__name__}"
     if is_parametrized(base, "weight"):
         return "its weight is parametrized"
     if kind in (nn.Linear, Conv1D):
