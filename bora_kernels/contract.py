@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -23,7 +23,7 @@ class Members(NamedTuple):
     row: bool
     col: bool
 
-    def rows_first(self, norm_order: str) -> bool:
+    def rows_first(self, norm_order: NormOrder) -> bool:
         """Whether the norms of rows are taken first. An axis without a magnitude is not normalized at all."""
         return self.row and (norm_order == "row_col" or not self.col)
 
@@ -45,11 +45,11 @@ class Options(NamedTuple):
     """What a layer computes with besides tensors; see ``bora_linear``."""
 
     scaling: float
-    norm_order: str = "row_col"
+    norm_order: NormOrder = "row_col"
     detach_norm: bool = False
     dropout_p: float = 0.0  # 0 outside of training
     eps: float = EPS
-    backend: str | None = None  # None until it is chosen
+    backend: Backend | None = None  # None until it is chosen
 
 
 class Scales(NamedTuple):
@@ -73,45 +73,48 @@ class Scales(NamedTuple):
         return Members(self.row_norm is not None, self.col_norm is not None)
 
 
-def _sections(N: int, K: int, R: int, members: Members, products: bool) -> list[tuple[int, tuple[int, ...] | None]]:
+def _sections(
+    shape: Sequence[int], R: int, members: Members, products: bool
+) -> list[tuple[int, tuple[int, ...] | None]]:
     """Start and shape of each field of ``Scales`` in the flat tensor (None for an absent one), and the end."""
-    row, col = members
+    (N, K), (row, col) = shape, members
+    shapes: list[tuple[int, ...] | None]
     shapes = [(N,) if row else None, (N,) if row else None, (K,) if col else None, (K,) if col else None]
     shapes += [(N, R) if products and row else None, (K, R) if products and col else None, None]
     starts, start = [], 0
-    for shape in shapes:
+    for field in shapes:
         starts.append(start)
-        start += 0 if shape is None else -(-math.prod(shape) // 4) * 4  # kernels load 16 bytes at a time
+        start += 0 if field is None else -(-math.prod(field) // 4) * 4  # kernels load 16 bytes at a time
     return list(zip(starts, shapes, strict=True))
 
 
-def scales_size(N: int, K: int, R: int, members: Members, products: bool) -> int:
-    """Elements of the flat tensor."""
-    return _sections(N, K, R, members, products)[-1][0]
+def scales_size(shape: Sequence[int], R: int, members: Members, products: bool) -> int:
+    """Elements of the flat tensor for a weight of shape [N, K]."""
+    return _sections(shape, R, members, products)[-1][0]
 
 
-def split_scales(flat: Tensor | None, N: int, K: int, R: int, members: Members) -> Scales:
+def split_scales(flat: Tensor | None, shape: Sequence[int], R: int, members: Members) -> Scales:
     """The fields of a flat tensor, as views; products where it holds them."""
     if flat is None:
         return Scales()
-    products = flat.numel() > scales_size(N, K, R, members, False)
+    products = flat.numel() > scales_size(shape, R, members, False)
     return Scales(
         *(
-            None if shape is None else flat[start : start + math.prod(shape)].view(shape)
-            for start, shape in _sections(N, K, R, members, products)[:-1]
+            None if field is None else flat[start : start + math.prod(field)].view(field)
+            for start, field in _sections(shape, R, members, products)[:-1]
         )
     )
 
 
-def flatten_scales(scales: Scales, N: int, K: int, R: int) -> Tensor:
+def flatten_scales(scales: Scales, shape: Sequence[int], R: int) -> Tensor:
     """One flat tensor that holds these scales, of which there is one at least."""
     products = scales.row_product is not None or scales.col_product is not None
-    sections = _sections(N, K, R, scales.members, products)
+    sections = _sections(shape, R, scales.members, products)
     present = next(value for value in scales if value is not None)
     flat = present.new_zeros(sections[-1][0])
-    for (start, shape), value in zip(sections, scales, strict=False):
-        if value is not None:
-            flat[start : start + math.prod(shape)] = value.flatten()
+    for (start, field), value in zip(sections, scales, strict=False):
+        if field is not None and value is not None:
+            flat[start : start + math.prod(field)] = value.flatten()
     return flat
 
 

@@ -99,7 +99,7 @@ def _forward_fake(x, weight, adapter, flat_scales, bias, dropout, options, produ
     u = x.new_empty(*[projection_parts(columns, rank)] * triton, x.shape[0], rank, dtype=accumulation_dtype(x.dtype))
     made = None
     if flat_scales is None and any(adapter.members):
-        size = scales_size(*weight.shape, rank, adapter.members, products and triton)
+        size = scales_size(weight.shape, rank, adapter.members, products and triton)
         made = weight.new_empty(size, dtype=accumulation_dtype(weight.dtype))
     return y, product, u, made
 

@@ -61,10 +61,10 @@ def forward(
     The scales are one flat tensor (``contract.split_scales``), made here unless they are given; then the returned ones
     are None. ``mask`` [M, K] says what dropout keeps. This backend has no use for ``products`` and ``prepared``.
     """
-    made, sizes = None, (*weight.shape, adapter.lora_A.shape[0])
+    made, R = None, adapter.lora_A.shape[0]
     if flat_scales is None and any(adapter.members):
-        flat_scales = made = flatten_scales(norms_and_scales(weight, adapter, options), *sizes)
-    scales, dropout_p = split_scales(flat_scales, *sizes, adapter.members), options.dropout_p
+        flat_scales = made = flatten_scales(norms_and_scales(weight, adapter, options), weight.shape, R)
+    scales, dropout_p = split_scales(flat_scales, weight.shape, R, adapter.members), options.dropout_p
     u = _project(_dropped(x, mask, dropout_p), adapter.lora_A, scales.col_scale, options.scaling)  # (1)
     product = _wide_matmul(fold(x, scales.col_scale), weight.T)
     _add_split_matmul(product, u.to(x.dtype), adapter.lora_B.T)  # (2)
@@ -97,7 +97,7 @@ def backward(
     """
     lora_A, lora_B, magnitude_row, magnitude_col = adapter
     needs_S, needs_D = needs.sums(adapter.members, options)
-    scales, dropout_p = split_scales(flat_scales, *weight.shape, lora_A.shape[0], adapter.members), options.dropout_p
+    scales, dropout_p = split_scales(flat_scales, weight.shape, lora_A.shape[0], adapter.members), options.dropout_p
     acc = accumulation_dtype(dy.dtype)
     stand_in = zero_stand_in(dy.dtype)
     v = _project(dy, lora_B.T, scales.row_scale, options.scaling)  # (3)

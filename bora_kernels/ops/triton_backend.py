@@ -64,16 +64,16 @@ def _forward(
     adapter, made = Adapter(lora_A, lora_B, magnitude_row, magnitude_col), None
     members = adapter.members
     if flat_scales is None and any(members):
-        flat_scales = made = empty((scales_size(N, K, R, members, products),), torch.float32, x.device)
+        flat_scales = made = empty((scales_size(weight.shape, R, members, products),), torch.float32, x.device)
         _compute_scales(
-            weight, adapter, split_scales(made, N, K, R, members),
+            weight, adapter, split_scales(made, weight.shape, R, members),
             norm_order=norm_order, scaling=scaling, eps=eps, precision=weight_precision,
         )  # fmt: skip
     if M == 0:
         y, product = (empty((0, N), x.dtype, x.device) for _ in range(2))
         u = empty((projection_parts(K, R), 0, R), torch.float32, x.device)
         return y, product if save_product else None, u, made
-    scales = split_scales(flat_scales, N, K, R, members)
+    scales = split_scales(flat_scales, weight.shape, R, members)
     x_scaled, u = project(
         x, lora_A, scales.col_scale, seed, scaling=scaling, dropout_p=dropout_p, precision=precision
     )  # (1)
@@ -129,7 +129,7 @@ def _backward(
     members = Adapter(lora_A, lora_B, magnitude_row, magnitude_col).members
     options = Options(scaling, norm_order, detach_norm, dropout_p, eps)
     needs_S, needs_D = needs.sums(members, options)
-    scales = split_scales(flat_scales, *weight.shape, lora_A.shape[0], members)
+    scales = split_scales(flat_scales, weight.shape, lora_A.shape[0], members)
     dtype, device = dy.dtype, dy.device
     stand_in = zero_stand_in(dtype)
     dx = dA = dB = dm_row = dm_col = row_coefficient = col_coefficient = dx_product = v = None

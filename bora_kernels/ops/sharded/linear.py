@@ -60,7 +60,7 @@ def _compute_scales(weight: DTensor, adapter: Adapter, layout: Layout, options: 
             scales = norms_and_scales(local, local_adapter, options, layout.completion())
         if not products:
             scales = scales._replace(row_product=None, col_product=None)
-        flat = flatten_scales(scales, *local.shape, local_adapter.lora_A.shape[0])
+        flat = flatten_scales(scales, local.shape, local_adapter.lora_A.shape[0])
         if remember is not None:
             remember(flat)
     return flat
@@ -167,7 +167,7 @@ def _backward(
         else:
             dB, dm_row = layout.all_reduce_together(dB, dm_row, between=send_dx)
     else:
-        scales = split_scales(flat_scales, *weight.shape, adapter.lora_A.shape[0], members)
+        scales = split_scales(flat_scales, weight.shape, adapter.lora_A.shape[0], members)
         rows_first = members.rows_first(options.norm_order)
         complete_first = None
         if rows_first != layout.by_rows:  # the axis normalized first is the replicated one
