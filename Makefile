@@ -7,7 +7,7 @@ EXTRAS := dev,demo,examples,quantized
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-newest test-oldest test-gpu lint benchmark clean
+.PHONY: help venv demo test test-newest test-oldest test-gpu lint types dist benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,8 +48,15 @@ lint: venv ## check style and formatting
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 
-benchmark: ## run the benchmarks with the current python (PYTHON=...), on a CUDA machine
-	$(PYTHON) -m pytest benchmarks $(ARGS)
+types: venv ## check types
+	$(VENV)/bin/python -m mypy
+
+benchmark: venv ## run the benchmarks, on a CUDA machine; with a python of your own: python -m pytest benchmarks
+	$(VENV)/bin/python -m pytest benchmarks $(ARGS)
+
+dist: venv ## build the sdist and the wheel in dist/
+	$(VENV)/bin/python -m pip wheel --no-deps --wheel-dir dist .
+	$(VENV)/bin/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
 
 clean: ## remove the environments, builds and caches
 	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
