@@ -12,6 +12,7 @@ from .contract import EPS, Adapter, Members, Options
 from .functional import bora_linear
 from .ops import adapted_weight, reuse, validation, watch
 from .quantized.module import QuantizedWeight, StoredWeight
+from .rounding import round_weight
 
 
 class FusedBoraLinear(nn.Module):
@@ -197,14 +198,14 @@ class FusedBoraLinear(nn.Module):
         )
 
     @torch.no_grad()
-    def effective_weight(self) -> Tensor:
+    def effective_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W' [out_features, in_features], computed in float32 and rounded once; no gradient.
 
         In half precision the rounding has a fixed dither, so that updates below half a unit in the last place are not
         lost: an error of less than one unit, zero on average (``rounding.round_weight``). A layer that was not trained
         gives W0 to the bit.
 
-        Its dtype is the weight's; over a quantized weight ``compute_dtype`` or that of the weight it stands for. A
+        Its dtype is ``dtype`` or the weight's; over a quantized weight ``compute_dtype`` or what that stands for. A
         DTensor, sharded as the weight is, where the layer is tensor parallel. Raises TypeError for parameters that are
         sharded otherwise: call this where they are whole, as under FSDP's ``unshard()``.
         """
@@ -213,7 +214,7 @@ class FusedBoraLinear(nn.Module):
             from .ops.sharded.linear import effective_weight_sharded as compute
         adapter = Adapter(self.lora_A, self.lora_B, self.magnitude_row, self.magnitude_col)
         merged = compute(self._dense_weight(), adapter, Options(self.scaling, self.norm_order))
-        return merged.to(self.compute_dtype or self.weight.dtype)
+        return round_weight(merged, dtype or self.compute_dtype or self.weight.dtype)
 
     @property
     def merged(self) -> bool:
@@ -246,12 +247,12 @@ class FusedBoraLinear(nn.Module):
         """Run on W0 and the adapter again. W0 was never changed."""
         self.merged_weight = self.merged_quantized = None
 
-    def to_linear(self) -> nn.Linear:
-        """A frozen, dense ``torch.nn.Linear`` with the merged weight and the same bias, free of this package."""
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A frozen, dense ``torch.nn.Linear`` with ``effective_weight(dtype)`` and the bias, free of this package."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.effective_weight(), requires_grad=False)
+        linear.weight = nn.Parameter(self.effective_weight(dtype), requires_grad=False)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+            linear.bias = nn.Parameter(self.bias.detach().to(linear.weight.dtype, copy=True), requires_grad=False)
         return linear.train(self.training)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:

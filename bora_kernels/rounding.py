@@ -29,14 +29,14 @@ def fold(t: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def round_weight(wide: Tensor, dtype: torch.dtype, offset: tuple[int, int] = (0, 0)) -> Tensor:
-    """A float32 weight [N, K] in ``dtype``, rounded with dither where that is half precision.
+    """A weight [N, K] in ``dtype``, rounded with dither where it is float32 and that is half precision.
 
     A value within 2⁻¹⁹ relative of one that ``dtype`` holds counts as that value: a layer whose magnitudes are its
     weight's norms has scales of 1 only to within the rounding of those norms, and its W' is W0 to the bit.
 
     Where the matrix is part of a larger one, ``offset`` is the row and the column that it starts at.
     """
-    if dtype not in _DROPPED_BITS:
+    if dtype not in _DROPPED_BITS or wide.dtype != torch.float32:
         return wide.to(dtype)
     half = 1 << (_SPARE_BITS - 1)
     noise = (_noise(wide, dtype, offset) & -2 * half) | half  # its low bits round to the nearest

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import FusedBoraLinear
+from . import unquantized
 from .conversion import METHODS, adapt, adapted_layers, adapter_parameters, matches, named_modules, plain_name, replace
 from .files import PREFIX, SUFFIXES, AdapterDescription, exact_pattern, read_adapter, write_adapter
 
@@ -141,8 +142,9 @@ def merge_adapter(model: nn.Module) -> nn.Module:
     """Replace every adapted layer in place by a plain, frozen ``torch.nn.Linear`` with the weight W'.
 
     W' is computed in float32 and rounded once to the weight's dtype, in half precision with dither (see
-    ``FusedBoraLinear.effective_weight``). The model then needs this package no more. To go back and forth instead, call
-    ``merge()`` and ``unmerge()`` of the layers, which keep W0.
+    ``FusedBoraLinear.effective_weight``); over quantized weights to the dtype that the model runs in, and what marks
+    the model as quantized is taken off it. The model then needs this package no more. To go back and forth instead,
+    call ``merge()`` and ``unmerge()`` of the layers, which keep W0.
 
     Returns:
         The same model.
@@ -153,6 +155,8 @@ def merge_adapter(model: nn.Module) -> nn.Module:
     layers = [(name, layer) for name, layer in adapted_layers(model).items() if name]
     if not layers:
         raise ValueError(f"model must contain adapted layers, got {type(model).__name__} without any")
+    dtype = unquantized.running_dtype(model)
+    any_quantized = any(not isinstance(layer.weight, Tensor) for _, layer in layers)
     while layers:  # one at a time, so that each W0 is freed before the next W' is made
         name, layer = layers.pop()
         tied = [n for n, m in named_modules(model) if m is not layer and getattr(m, "weight", None) is layer.weight]
@@ -162,7 +166,9 @@ def merge_adapter(model: nn.Module) -> nn.Module:
                 "configuration (in transformers: model.config.tie_word_embeddings = False)",
                 stacklevel=2,
             )
-        replace(model, {layer: layer.to_linear()})
+        replace(model, {layer: layer.to_linear(None if isinstance(layer.weight, Tensor) else dtype)})
+    if any_quantized:
+        unquantized.unmark(model)
     return model
 
 

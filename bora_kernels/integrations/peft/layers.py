@@ -48,6 +48,7 @@ class BoraLayer:
             self.norm_order: dict[str, str] = {}
             self.detach_norm: dict[str, bool] = {}
             watch.watch(self)
+            self.register_state_dict_post_hook(_keep_unmerged)
             self.register_buffer("unmerged_weight", None, persistent=False)  # W0 while the base layer holds W'
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         self.norm_order[adapter_name], self.detach_norm[adapter_name] = config.norm_order, config.detach_norm
@@ -197,6 +198,16 @@ class BoraLayer:
         self.base_layer.weight = nn.Parameter(self.unmerged_weight, requires_grad=False)
         self.unmerged_weight = None
 
+    def _restore_state(self, state: dict[str, Tensor], prefix: str) -> None:
+        """Put W0 into a state dict that was made while the base layer holds W'."""
+        state[f"{prefix}weight"] = self.unmerged_weight
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+        inside = ("base_layer.weight", *(f"lora_B.{n}.weight" for n in self.merged_adapters))
+        if self.merged and any(f"{prefix}{name}" in state_dict for name in inside):
+            self.unmerge()  # W' would be that of the parameters before
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: W' − W0 is not of low rank."""
         return False
@@ -309,6 +320,12 @@ class BoraConv2d(_BoraConvNd, lora.Conv2d):
 
 class BoraConv3d(_BoraConvNd, lora.Conv3d):
     """``nn.Conv3d``."""
+
+
+def _keep_unmerged(layer: BoraLayer, state: dict[str, Tensor], prefix: str, local_metadata: dict) -> None:
+    """A state dict holds W0, merged or not: were it W', the adapter would be applied twice when it is loaded."""
+    if layer.merged:
+        layer._restore_state(state, f"{prefix}base_layer.")
 
 
 def check_single(argument: str, names: str | list[str] | None) -> None:

@@ -9,10 +9,11 @@ from peft import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ...adapters import coverage
+from ...adapters import coverage, unquantized
 from ...adapters.files import present_name
 from .config import BoraConfig
 from .layers import BoraLayer, check_single
+from .quantized import BoraQuantizedLinear
 from .targets import changes_base, choose_targets, layer_class
 
 
@@ -96,10 +97,15 @@ class BoraModel(LoraModel):
     def _unload_and_optionally_merge(self, *args, adapter_names: list[str] | None = None, **kwargs) -> nn.Module:
         check_single("adapter_names", adapter_names)
         layers = [child for child in _children(self.model) if isinstance(child[2], BoraLayer)]
+        quantized = [layer for _, _, layer in layers if isinstance(layer, BoraQuantizedLinear)]
+        for layer in quantized:
+            layer.merged_dtype = unquantized.running_dtype(self.model)
         model = super()._unload_and_optionally_merge(*args, adapter_names=adapter_names, **kwargs)
         for parent, name, layer in layers:  # PEFT knows the first place of each
             if getattr(parent, name) is layer:
                 setattr(parent, name, layer.get_base_layer())
+        if any(layer.merged for layer in quantized):
+            unquantized.unmark(model)
         return model
 
     def add_weighted_adapter(self, *args, **kwargs) -> None:

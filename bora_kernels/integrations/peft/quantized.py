@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ...functional import bora_linear
 from ...quantized import read
+from ...rounding import round_weight
 from .layers import BoraLinear
 
 
@@ -16,6 +17,8 @@ class BoraQuantizedLinear(BoraLinear):
     Merging puts a dense ``nn.Linear`` with W' in the place of the quantized layer, because quantizing W' again would
     lose the adapter's small updates; unmerging puts the quantized layer itself back.
     """
+
+    merged_dtype: torch.dtype | None = None  # what the model around it runs in, where that is known
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """As ``BoraLayer.forward``; a merged layer takes inputs of any dtype as the quantized one does."""
@@ -33,9 +36,10 @@ class BoraQuantizedLinear(BoraLinear):
         return stored.dense(getattr(base, "compute_dtype", None) or stored.layout.exact_dtype)
 
     def effective_weight(self, adapter_name: str) -> Tensor:
-        """W', dense in the dtype that the layer computes in or else stands for, rounded once; no gradient."""
+        """W', dense in ``merged_dtype`` or else the dtype that the layer computes in or stands for; no gradient."""
         base = self._quantized()
-        return super().effective_weight(adapter_name).to(getattr(base, "compute_dtype", None) or read(base).dtype)
+        dtype = self.merged_dtype or getattr(base, "compute_dtype", None) or read(base).dtype
+        return round_weight(super().effective_weight(adapter_name), dtype)
 
     def narrow_magnitudes(self, adapter_name: str) -> None:
         """Nothing: a quantized weight's dtype is none for magnitudes."""
@@ -63,6 +67,11 @@ class BoraQuantizedLinear(BoraLinear):
             dense.bias = nn.Parameter(base.bias.detach().to(merged.dtype), requires_grad=False)
         self.__dict__["quantized_layer"] = base  # aside: no part of this module, and in no state dict
         self.base_layer = dense.train(base.training)
+
+    def _restore_state(self, state: dict[str, Tensor], prefix: str) -> None:
+        for name in [name for name in state if name.startswith(prefix)]:
+            del state[name]
+        state.update(self.quantized_layer.state_dict(prefix=prefix))
 
     def _swap_out(self) -> None:
         device = self.base_layer.weight.device
