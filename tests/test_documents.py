@@ -46,6 +46,16 @@ def test_links_are_found_where_they_are():
     assert links(text) == ["b.md#c-d", "f.png"] and anchors(text) == {"c-d-e"}
 
 
+@pytest.mark.parametrize(
+    "name", ["CONTRIBUTING.md", "README.md", "docs/guide.md", "docs/distributed.md", "docs/tensor_parallel.md"]
+)
+def test_named_files_are_there(name):
+    """Paths in code marks, such as ``tests/helpers/accuracy.py``, are those of the repository."""
+    code = " ".join(re.findall(r"`([^`\n]+)`", (ROOT / name).read_text(encoding="utf-8")))
+    paths = re.findall(r"(?<![\w/.])(?:bora_kernels|tests|benchmarks|examples|docs|study)/[\w./-]*", code)
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
 def test_readme_leads_to_the_documents():
     reached, open_ = set(), [ROOT / "README.md"]
     while open_:
