@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import quantized
-from .contract import EPS, Adapter, Members, Options
+from .contract import EPS, Adapter, Backend, Members, NormOrder, Options
 from .functional import bora_linear
 from .ops import adapted_weight, reuse, validation, watch
 from .quantized.module import QuantizedWeight, StoredWeight
 from .rounding import round_weight
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class FusedBoraLinear(nn.Module):
@@ -43,11 +49,21 @@ class FusedBoraLinear(nn.Module):
     Source: BoRA, arXiv 2412.06441, section 3.
     """
 
-    backend: str | None = None  # as in ``bora_linear``; None picks by device
+    backend: Backend | None = None  # as in ``bora_linear``; None picks by device
     compute_dtype: torch.dtype | None = None  # over a quantized weight: what inputs are cast to; None leaves them
     adapter_dtype = torch.float32
     place: str | None = None  # its name in the model that was converted, for messages
     members = Members(row=True, col=True)
+
+    weight: Tensor | QuantizedWeight  # W0, frozen
+    bias: Tensor | None
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    magnitude_row: nn.Parameter | None
+    magnitude_col: nn.Parameter | None
+    norm_order: NormOrder
+    merged_weight: Tensor | None  # W' while merged; ``weight`` is always W0
+    merged_quantized: StoredWeight | None  # or W' quantized again
 
     def __init__(
         self,
@@ -58,7 +74,7 @@ class FusedBoraLinear(nn.Module):
         *,
         bias: bool = True,
         dropout: float = 0.0,
-        norm_order: str = "row_col",
+        norm_order: NormOrder = "row_col",
         detach_norm: bool = False,
         rslora: bool = False,
         device: torch.device | str | None = None,
@@ -79,11 +95,11 @@ class FusedBoraLinear(nn.Module):
         alpha: float = 32,
         *,
         dropout: float = 0.0,
-        norm_order: str = "row_col",
+        norm_order: NormOrder = "row_col",
         detach_norm: bool = False,
         rslora: bool = False,
         adapter_dtype: torch.dtype = torch.float32,
-    ) -> FusedBoraLinear:
+    ) -> Self:
         """Adapt an existing layer: shares (and freezes) its weight and bias and copies nothing.
 
         A weight that is quantized stays so: bitsandbytes ``Linear4bit`` and ``Linear8bitLt``, torchao int8 and float8
@@ -103,7 +119,7 @@ class FusedBoraLinear(nn.Module):
         r: int,
         alpha: float,
         dropout: float,
-        norm_order: str,
+        norm_order: NormOrder,
         detach_norm: bool,
         rslora: bool,
         adapter_dtype: torch.dtype,
@@ -132,16 +148,16 @@ class FusedBoraLinear(nn.Module):
             self.weight = QuantizedWeight(stored)
             self.compute_dtype = getattr(linear, "compute_dtype", None)
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
-        self.register_buffer("merged_weight", None, persistent=False)  # W' while merged; ``weight`` is always W0
-        self.merged_quantized: StoredWeight | None = None  # or W' quantized again
+        self.register_buffer("merged_weight", None, persistent=False)
+        self.merged_quantized = None
 
         self.adapter_dtype = adapter_dtype
-        adapter = {"device": linear.weight.device, "dtype": adapter_dtype}
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **adapter))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **adapter))
+        empty = functools.partial(torch.empty, device=linear.weight.device, dtype=adapter_dtype)
+        self.lora_A = nn.Parameter(empty(r, self.in_features))
+        self.lora_B = nn.Parameter(empty(self.out_features, r))
         row, col = self.members
-        self.magnitude_row = nn.Parameter(torch.empty(self.out_features, **adapter)) if row else None
-        self.magnitude_col = nn.Parameter(torch.empty(self.in_features, **adapter)) if col else None
+        self.magnitude_row = nn.Parameter(empty(self.out_features)) if row else None
+        self.magnitude_col = nn.Parameter(empty(self.in_features)) if col else None
         self.reset_parameters()
         watch.watch(self)
 
@@ -172,12 +188,15 @@ class FusedBoraLinear(nn.Module):
             return self._adapted_linear(x, weight) if merged is None else nn.functional.linear(x, merged, self.bias)
         dtype = self.compute_dtype
         wide = x if dtype is None else x.to(dtype)
-        y = self._merged_quantized_linear(wide) if self.merged else self._adapted_linear(wide, weight.stored())
+        merged = (
+            self.merged_weight if self.merged_quantized is None else self.merged_quantized.stored().dense(wide.dtype)
+        )
+        if merged is None:
+            y = self._adapted_linear(wide, weight.stored())
+        else:
+            bias = None if self.bias is None else self.bias.to(wide.dtype)
+            y = nn.functional.linear(wide, merged.to(wide.dtype), bias)
         return y if dtype is None else y.to(x.dtype)
-
-    def _merged_quantized_linear(self, x: Tensor) -> Tensor:
-        weight = self.merged_weight if self.merged_quantized is None else self.merged_quantized.stored().dense(x.dtype)
-        return nn.functional.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def _adapted_linear(self, x: Tensor, weight: Tensor | quantized.Quantized) -> Tensor:
         return bora_linear(
@@ -209,7 +228,7 @@ class FusedBoraLinear(nn.Module):
         DTensor, sharded as the weight is, where the layer is tensor parallel. Raises TypeError for parameters that are
         sharded otherwise: call this where they are whole, as under FSDP's ``unshard()``.
         """
-        compute = adapted_weight.effective_weight
+        compute: Callable[..., Tensor] = adapted_weight.effective_weight
         if hasattr(self.weight, "device_mesh"):
             from .ops.sharded.linear import effective_weight_sharded as compute
         adapter = Adapter(self.lora_A, self.lora_B, self.magnitude_row, self.magnitude_col)
@@ -238,7 +257,7 @@ class FusedBoraLinear(nn.Module):
         if self.merged:
             return
         merged = self.effective_weight()
-        if requantize:
+        if requantize and isinstance(self.weight, QuantizedWeight):
             self.merged_quantized = StoredWeight(quantized.quantize_like(merged, *self.weight.stored()))
         else:
             self.merged_weight = merged
@@ -275,7 +294,7 @@ class FusedBoraLinear(nn.Module):
         return ", ".join(parts)
 
 
-def _draw_factor(factor: nn.Parameter) -> None:
+def _draw_factor(factor: Any) -> None:
     """Kaiming-uniform in place. Were shards drawn one by one, ranks with equal seeds would repeat each other's rows."""
     if not hasattr(factor, "placements"):  # not a DTensor
         nn.init.kaiming_uniform_(factor, a=math.sqrt(5))

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
 
+import torch
 from torch import nn
 
+from ..contract import NormOrder
 from ..modules import FusedBoraLinear, FusedColumnLinear, FusedDoraLinear
 from . import coverage
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Model = TypeVar("Model", bound=nn.Module)
+Method = Literal["bora", "dora", "columns"]
 
 METHODS: dict[str, type[FusedBoraLinear]] = {
     "bora": FusedBoraLinear,
@@ -21,16 +30,26 @@ _HEADS = ("lm_head", "embed_out", "score", "classifier", "head")  # children of 
 _ADAPTER = ("lora_A", "lora_B", "magnitude_row", "magnitude_col")
 
 
+class LayerOptions(TypedDict, total=False):
+    """Keyword arguments of ``FusedBoraLinear.from_linear`` that ``convert`` hands on."""
+
+    dropout: float
+    norm_order: NormOrder
+    detach_norm: bool
+    rslora: bool
+    adapter_dtype: torch.dtype
+
+
 def convert(
-    model: nn.Module,
+    model: Model,
     r: int = 16,
     alpha: float = 32,
     *,
     target_modules: str | Iterable[str] = _ALL_LINEAR,
     exclude: str | Iterable[str] = (),
-    method: str = "bora",
-    **options: Any,
-) -> nn.Module:
+    method: Method = "bora",
+    **options: Unpack[LayerOptions],
+) -> Model:
     """Replace linear layers of a model in place by ``FusedBoraLinear`` or its kin and freeze the rest.
 
         V = W0 + (alpha / r)·B·A        W' = diag(m_r / ‖·‖_row)·V·diag(m_c / ‖·‖_col)        W' = W0 at the start
@@ -61,8 +80,11 @@ def convert(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if unknown := options.keys() - LayerOptions.__annotations__.keys():
+        expected = ", ".join(("r", "alpha", "target_modules", "exclude", "method", *LayerOptions.__annotations__))
+        raise TypeError(f"keywords must be among {expected}, got {', '.join(sorted(unknown))}")
     chosen = _choose(model, _names("target_modules", target_modules), _names("exclude", exclude))
-    adapt(model, {linear: (METHODS[method], {"r": r, "alpha": alpha, **options}) for linear in chosen})
+    adapt(model, dict.fromkeys(chosen, partial(METHODS[method].from_linear, r=r, alpha=alpha, **options)))
     return model
 
 
@@ -94,14 +116,14 @@ def matches(names: str | Iterable[str], name: str) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in names)
 
 
-def adapt(model: nn.Module, layers: Mapping[nn.Linear, tuple[type[FusedBoraLinear], dict[str, Any]]]) -> None:
-    """Replace each linear layer by one of the class with the options, and freeze what is not an adapter.
+def adapt(model: nn.Module, layers: Mapping[nn.Linear, Callable[[nn.Linear], FusedBoraLinear]]) -> None:
+    """Replace each linear layer by what its function makes of it, and freeze what is not an adapter.
 
     All layers are built before the first is replaced: an error leaves the model as it was.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        built = {linear: cls.from_linear(linear, **options) for linear, (cls, options) in layers.items()}
+        built: dict[nn.Module, nn.Module] = {linear: make(linear) for linear, make in layers.items()}
     except Exception:
         for parameter in trainable:  # from_linear freezes
             parameter.requires_grad_()
@@ -120,7 +142,7 @@ def replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Put new modules in every place where the old ones are."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child in new:
+            if child is not None and child in new:
                 setattr(parent, name, new[child])
 
 
@@ -136,7 +158,7 @@ def _names(argument: str, names: str | Iterable[str]) -> str | tuple[str, ...]:
 def _choose(model: nn.Module, targets: str | tuple[str, ...], exclude: str | tuple[str, ...]) -> list[nn.Linear]:
     """The linear layers that the arguments mean, each once."""
     places = [(name, m) for name, m in named_modules(model, every_place=True) if isinstance(m, nn.Linear) and name]
-    left_out = {module for name, module in places if matches(exclude, name)}
+    left_out: set[nn.Module] = {module for name, module in places if matches(exclude, name)}
     uncalled, experts = coverage.never_called(model), coverage.expert_weights(model)
     if targets == _ALL_LINEAR:
         left_out |= _output_head(model)

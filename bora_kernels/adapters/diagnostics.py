@@ -6,13 +6,16 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import quantized
+from ..contract import Backend
 from ..modules import FusedBoraLinear
 from ..ops import validation
+from ..quantized.module import StoredWeight
 from . import coverage
 from .conversion import named_modules, plain_name
 
@@ -29,7 +32,7 @@ class LayerReport:
     rank: int | None  # None: no adapter is active
     dtype: torch.dtype
     device: torch.device
-    backend: str  # "triton", "torch", "reference", or "none": the frozen or the merged weight runs alone
+    backend: Backend | Literal["none"]  # "none": the frozen or the merged weight runs alone
     reason: str
 
 
@@ -56,7 +59,9 @@ class Explanation:
             )
             for layer in self.layers
         )
-        table = [("layer", "", "class", "weight", "rank", "dtype", "device", "backend", "because")]
+        table: list[tuple[str, ...]] = [
+            ("layer", "", "class", "weight", "rank", "dtype", "device", "backend", "because")
+        ]
         table += [(name, f"{count}×", *rest) for (name, *rest), count in rows.items()]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
@@ -75,7 +80,8 @@ def explain(model: nn.Module) -> Explanation:
     Covers ``FusedBoraLinear``, ``FusedDoraLinear`` and the layers of ``bora_kernels.integrations.peft``. Nothing is
     run. Under ``torch.autocast`` autocast's dtype decides, not the weight's, which is what is reported.
     """
-    layers, frozen, inside = [], [], set()
+    layers, frozen = [], []
+    inside: set[nn.Module] = set()
     for name, module in named_modules(model):
         report = _report(name, module)
         if report is not None:
@@ -89,6 +95,8 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _report(name: str, module: nn.Module) -> LayerReport | None:
+    weight: Tensor | StoredWeight | quantized.Quantized
+    rank: int | None
     if isinstance(module, FusedBoraLinear):
         weight, rank, merged = module.weight, module.r, module.merged
         compute_dtype = module.compute_dtype
@@ -107,8 +115,8 @@ def _report(name: str, module: nn.Module) -> LayerReport | None:
 
 
 def _backend(
-    module: nn.Module, device: torch.device, dtype: torch.dtype, rank: int | None, merged: bool
-) -> tuple[str, str]:
+    module: Any, device: torch.device, dtype: torch.dtype, rank: int | None, merged: bool
+) -> tuple[Backend | Literal["none"], str]:
     """The backend's name and why it is that one."""
     if merged:
         return "none", "it is merged"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
-from functools import reduce
+from collections.abc import Callable, Mapping
+from functools import partial, reduce
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 from ..modules import FusedBoraLinear
 from . import unquantized
-from .conversion import METHODS, adapt, adapted_layers, adapter_parameters, matches, named_modules, plain_name, replace
+from .conversion import (
+    METHODS,
+    Model,
+    adapt,
+    adapted_layers,
+    adapter_parameters,
+    matches,
+    named_modules,
+    plain_name,
+    replace,
+)
 from .files import PREFIX, SUFFIXES, AdapterDescription, exact_pattern, read_adapter, write_adapter
 
 _SHARED = ("norm_order", "detach_norm", "rslora", "dropout")  # what all layers of a file have in common
@@ -79,7 +89,7 @@ def save_adapter(
     write_adapter(Path(folder), tensors, _describe(layers), config)
 
 
-def load_adapter(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
+def load_adapter(model: Model, path: str | PathLike[str]) -> Model:
     """Load an adapter into its base model, which is converted, or into a model that was converted alike.
 
     Args:
@@ -95,11 +105,11 @@ def load_adapter(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
         ValueError: for a newer format, and for layers, shapes, dtypes and options that do not fit, by name; before
             the model changes.
     """
-    whole, (model, _) = model, _unwrapped(model)
+    base, _ = _unwrapped(model)
     description, tensors = read_adapter(Path(path))
     layers, others = _by_layer(tensors)
-    modules = dict(named_modules(model, every_place=True))
-    state = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    modules = dict(named_modules(base, every_place=True))
+    state = {plain_name(name): tensor for name, tensor in base.state_dict(keep_vars=True).items()}
     if description.method not in METHODS:
         raise ValueError(f"{path} must have a method of {', '.join(METHODS)}, got {description.method!r}")
     problems = [] if layers else ["it holds no adapted layer"]
@@ -108,7 +118,7 @@ def load_adapter(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
         first = found.setdefault(modules[name], name)
         if first != name:
             problems.append(f"{name} is the same layer as {first}")
-    problems += [f"{name} is missing" for name, layer in adapted_layers(model).items() if layer not in found]
+    problems += [f"{name} is missing" for name, layer in adapted_layers(base).items() if layer not in found]
     for name, parameters in layers.items():
         problems += _layer_problems(name, modules.get(name), parameters, description)
     for name, tensor in others.items():
@@ -118,27 +128,27 @@ def load_adapter(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
         raise ValueError(f"{path} must fit the model: {'; '.join(problems[:_LISTED])}{more}")
 
     new = {
-        modules[name]: (METHODS[description.method], _layer_options(name, parameters, description))
+        linear: _maker(name, parameters, description)
         for name, parameters in layers.items()
-        if not isinstance(modules[name], FusedBoraLinear)
+        if isinstance(linear := modules[name], nn.Linear)
     }
     if new:
-        adapt(model, new)
+        adapt(base, new)
         for name in others:
             if isinstance(state[name], nn.Parameter):
                 state[name].requires_grad_()
-    modules = dict(named_modules(model, every_place=True))
     with torch.no_grad():
-        for name, parameters in layers.items():
-            modules[name].unmerge()
-            for parameter, tensor in parameters.items():
-                getattr(modules[name], parameter).copy_(tensor)
+        for name, module in named_modules(base, every_place=True):
+            if isinstance(module, FusedBoraLinear) and name in layers:
+                module.unmerge()
+                for parameter, tensor in layers[name].items():
+                    getattr(module, parameter).copy_(tensor)
         for name, tensor in others.items():
             state[name].copy_(tensor)
-    return whole
+    return model
 
 
-def merge_adapter(model: nn.Module) -> nn.Module:
+def merge_adapter(model: Model) -> Model:
     """Replace every adapted layer in place by a plain, frozen ``torch.nn.Linear`` with the weight W'.
 
     W' is computed in float32 and rounded once to the weight's dtype, in half precision with dither (see
@@ -178,8 +188,8 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
     while True:
         if isinstance(model, _WRAPPERS):
             model, prefix = model.module, f"{prefix}module."
-        elif "_orig_mod" in model._modules:
-            model = model._orig_mod
+        elif (inner := model._modules.get("_orig_mod")) is not None:
+            model = inner
         else:
             return model, prefix
 
@@ -242,14 +252,17 @@ def _by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor
     return layers, others
 
 
-def _layer_options(name: str, parameters: Mapping[str, Tensor], description: AdapterDescription) -> dict[str, Any]:
-    """The arguments of ``from_linear``."""
-    return {
-        "r": description.rank_of(name),
-        "alpha": description.alpha_of(name),
-        "adapter_dtype": reduce(torch.promote_types, (tensor.dtype for tensor in parameters.values())),
+def _maker(
+    name: str, parameters: Mapping[str, Tensor], description: AdapterDescription
+) -> Callable[[nn.Linear], FusedBoraLinear]:
+    """What makes the layer of that name of its linear layer."""
+    return partial(
+        METHODS[description.method].from_linear,
+        r=description.rank_of(name),
+        alpha=description.alpha_of(name),
+        adapter_dtype=reduce(torch.promote_types, (tensor.dtype for tensor in parameters.values())),
         **{option: getattr(description, option) for option in _SHARED},
-    }
+    )
 
 
 def _layer_problems(
@@ -264,7 +277,7 @@ def _layer_problems(
     shapes: dict[str, tuple[int, ...]] = {"lora_A": (rank, K), "lora_B": (N, rank)}
     members = METHODS[description.method].members
     shapes |= ({"magnitude_row": (N,)} if members.row else {}) | ({"magnitude_col": (K,)} if members.col else {})
-    targets = dict.fromkeys(shapes)
+    targets: Mapping[str, Tensor | None] = dict.fromkeys(shapes)
     problems = []
     if isinstance(module, FusedBoraLinear):
         targets = adapter_parameters(module)
@@ -288,9 +301,10 @@ def _tensor_problems(
     name: str, tensor: Tensor, target: Tensor | None, shape: tuple[int, ...] | None = None
 ) -> list[str]:
     """Why a tensor of the file does not fit the model's, or the shape of the one that is to be made."""
-    if target is None and shape is None:
-        return [f"{name} is unknown"]
-    shape = tuple(target.shape) if shape is None else shape
+    if shape is None:
+        if target is None:
+            return [f"{name} is unknown"]
+        shape = tuple(target.shape)
     if tuple(tensor.shape) != shape:
         return [f"{name} must be {list(shape)}, got {list(tensor.shape)}"]
     if target is None and not tensor.is_floating_point():

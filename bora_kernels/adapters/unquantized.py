@@ -48,14 +48,14 @@ def unmark(model: nn.Module) -> None:
     """
     config = getattr(model, "config", None)
     quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
+    if config is None or quantization is None:
         return
     if not any(_is_quantized(module) for module in model.modules()):
         del config.quantization_config
         for mark in (*_MARKS, "hf_quantizer"):
             if mark in model.__dict__:
                 delattr(model, mark)
-        model.is_quantized = False
+        model.__dict__["is_quantized"] = False
         return
     for settings in (quantization, getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)):
         for key in ("llm_int8_skip_modules", "modules_to_not_convert"):

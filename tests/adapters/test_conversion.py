@@ -1,11 +1,14 @@
 """convert: which layers it takes, what it leaves alone, and what it refuses before anything changes."""
 
+import inspect
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
 
 from bora_kernels import FusedBoraLinear, convert
-from bora_kernels.adapters.conversion import METHODS, adapted_layers
+from bora_kernels.adapters.conversion import METHODS, LayerOptions, Method, adapted_layers
 
 WIDTH = 8
 
@@ -225,7 +228,12 @@ ERRORS = {
     "rank": (Model, {"r": 0}, ValueError, "r must be an integer of at least 1, got 0"),
     "alpha": (Model, {"alpha": float("inf")}, ValueError, "scaling must be finite, got inf"),
     "norm_order": (Model, {"norm_order": "row"}, ValueError, "norm_order must be one of row_col, col_row, got 'row'"),
-    "option": (Model, {"dropuot": 0.1}, TypeError, "dropuot"),
+    "option": (
+        Model,
+        {"dropuot": 0.1, "alpah": 8},
+        TypeError,
+        "keywords must be among r, alpha, .*, dropout, .*, got alpah, dropuot",
+    ),
     "own-forward": (
         lambda: nn.Sequential(nn.Linear(3, 3), Scaled(3, 3)),
         {},
@@ -256,3 +264,9 @@ def description(model):
     if not isinstance(model, nn.Module):
         return model
     return list(model.named_modules()), [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
+
+
+def test_what_convert_takes_is_what_layers_take():
+    assert tuple(METHODS) == get_args(Method)
+    accepted = inspect.signature(FusedBoraLinear.from_linear).parameters.keys()
+    assert accepted == {"linear", "r", "alpha", *LayerOptions.__annotations__}
