@@ -31,7 +31,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import bora_kernels
 
@@ -39,11 +38,17 @@ STRATEGIES = ("ddp", "fsdp", "tp", "tp+fsdp")
 ROWWISE = ("o_proj", "down_proj")  # what tensor parallelism shards over inputs; over outputs all else
 
 
+def existing_file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"must be a file, got {text}, which is none")
+    return Path(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is trained, on what, and for how long."""
     add = parser.add_argument
     add("--model", metavar="PATH", help="a Llama-like model that transformers can load")
-    add("--text", type=Path, nargs="+", metavar="FILE", help="what to train on")
+    add("--text", type=existing_file, nargs="+", metavar="FILE", help="what to train on")
     add("--adapter-rank", type=int, default=16, help="rank of the adapters (default: %(default)s)")
     add("--alpha", type=float, default=32, help="numerator of their scaling (default: %(default)s)")
     add("--norm-order", choices=("row_col", "col_row"), default="row_col", help="(default: %(default)s)")
@@ -77,6 +82,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def build_model(arguments: argparse.Namespace) -> nn.Module:
     """The frozen model with a BoRA layer for every linear one in its blocks; the same numbers on every rank."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
     torch.manual_seed(0)
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32"))
     if arguments.model:
@@ -149,6 +156,8 @@ def read_tokens(arguments: argparse.Namespace) -> Tensor:
     files = arguments.text or sorted(Path(bora_kernels.__file__).parent.glob("**/*.py"))
     text = "\n".join(file.read_text(encoding="utf-8") for file in files)
     if arguments.model:
+        from transformers import AutoTokenizer
+
         tokens = torch.tensor(AutoTokenizer.from_pretrained(arguments.model)(text)["input_ids"])
     else:
         tokens = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()

@@ -7,34 +7,48 @@ Data is a data set of the hub, a folder that ``datasets`` reads, or a .jsonl, .c
 ``text``, or ``prompt`` and ``completion`` (the loss is then the completion's), or ``messages`` of a chat.
 
 Run it again with the same --output and it goes on from the last checkpoint. In the end --output holds ``adapter`` (for
-``PeftModel.from_pretrained`` or ``bora_kernels.load_adapter``), ``merged`` (a plain model) and ``results.json``.
+``PeftModel.from_pretrained`` or ``bora_kernels.load_adapter``), ``merged`` (a plain model; after --method qbora
+of the weights that the 4-bit ones stand for) and ``results.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import torch
-import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 import bora_kernels
-from bora_kernels.integrations.peft import BoraConfig
 
+if TYPE_CHECKING:  # the libraries are imported where they are used, so that --help needs none of them
+    import datasets
+    from peft import LoraConfig
+    from transformers import Trainer
+
+_LIBRARIES = ("datasets", "peft", "transformers", "accelerate")
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 _IGNORED = -100  # the label of a token that has no part in the loss
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Train, evaluate, merge; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.exit(1, f'this example needs {", ".join(missing)}: pip install ".[examples]"\n')
+    check_data(parser, options.data)
+
+    import transformers
+    from peft import PeftModel, get_peft_model
+    from transformers import AutoTokenizer
+    from transformers.trainer_utils import get_last_checkpoint
+
     transformers.set_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token
@@ -59,8 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     if options.merged_dtype != "none":
         del model, trainer  # their memory is needed
-        base = load_base(options.model, options.merged_dtype, quantized=False)
-        merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+        merged = PeftModel.from_pretrained(load_to_merge(options), adapter).merge_and_unload()
         losses["merged"] = evaluate(make_trainer(options, merged, tokenizer, train, validation))
         merged.save_pretrained(options.output / "merged")
         tokenizer.save_pretrained(options.output / "merged")
@@ -71,12 +84,22 @@ def main(arguments: list[str] | None = None) -> int:
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
+def check_data(parser: argparse.ArgumentParser, data: str) -> None:
+    """End with a usage error for a file that no reader takes, or a path to nothing, before anything is loaded."""
+    path = Path(data)
+    if path.is_file() and path.suffix not in _READERS:
+        parser.error(f"--data must end in {', '.join(_READERS)}, got {data}")
+    looks_like_a_path = path.suffix in _READERS or data.count("/") > 1 or data.startswith((".", "/", "~"))
+    if not path.exists() and looks_like_a_path:
+        parser.error(f"--data must be a file, a folder or a data set of the hub, got {data}, which is no file")
+
+
 def load_data(options: argparse.Namespace, tokenizer) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Token ids and labels to train on and to evaluate on; the latter are split off where the data has none."""
+    import datasets
+
     path = Path(options.data)
     if path.is_file():
-        if path.suffix not in _READERS:
-            raise ValueError(f"--data must end in {', '.join(_READERS)}, got {path}")
         data = datasets.load_dataset(_READERS[path.suffix], data_files=str(path))
     else:
         data = datasets.load_dataset(options.data, options.subset)
@@ -119,6 +142,9 @@ def encode_row(row: dict, tokenizer, max_length: int) -> dict[str, list[int]]:
 
 def load_base(name: str, dtype_name: str, quantized: bool) -> torch.nn.Module:
     """The pretrained model; quantized it is in 4-bit NormalFloat with double quantization, as in QLoRA."""
+    import transformers
+    from transformers import AutoModelForCausalLM
+
     dtype = getattr(torch, dtype_name)
     if not quantized:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
@@ -134,8 +160,23 @@ def load_base(name: str, dtype_name: str, quantized: bool) -> torch.nn.Module:
     )
 
 
+def load_to_merge(options: argparse.Namespace) -> torch.nn.Module:
+    """The base that the adapter was trained over, in the dtype of the merged model; qbora's keeps its 4-bit weights."""
+    if options.method != "qbora":
+        return load_base(options.model, options.merged_dtype, quantized=False)
+    base = load_base(options.model, options.dtype, quantized=True)
+    for parameter in base.parameters():
+        if parameter.is_floating_point():  # all but the packed weights
+            parameter.data = parameter.data.to(getattr(torch, options.merged_dtype))
+    return base
+
+
 def adapter_config(options: argparse.Namespace) -> LoraConfig:
     """PEFT's configuration: only the class and two options tell BoRA, DoRA and LoRA apart."""
+    from peft import LoraConfig
+
+    from bora_kernels.integrations.peft import BoraConfig
+
     targets = options.target_modules
     shared = {
         "r": options.rank,
@@ -154,6 +195,8 @@ def adapter_config(options: argparse.Namespace) -> LoraConfig:
 
 def make_trainer(options: argparse.Namespace, model: torch.nn.Module, tokenizer, train, validation) -> Trainer:
     """Transformers' trainer: AdamW, a warm-up over the first steps and a cosine down to 0."""
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
     steps = math.ceil(len(train) / (options.batch_size * options.accumulate)) * options.epochs
     steps = options.max_steps or math.ceil(steps)
     arguments = TrainingArguments(
@@ -174,7 +217,7 @@ def make_trainer(options: argparse.Namespace, model: torch.nn.Module, tokenizer,
         use_cpu=not torch.cuda.is_available(),
         report_to="none",
     )
-    collator = transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=_IGNORED, pad_to_multiple_of=8)
+    collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=_IGNORED, pad_to_multiple_of=8)
     return Trainer(model, arguments, data_collator=collator, train_dataset=train, eval_dataset=validation)
 
 
@@ -228,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--validation-share", type=float, default=0.05, help=f"where the data has no validation part {standard}")
     add("--max-validation", type=int, default=500, help=f"examples to evaluate on {standard}")
     add("--seed", type=int, default=0, help=standard)
-    merged = "of the merged model; bfloat16 takes half the space and rounds small updates away"
+    merged = "of the merged model; bfloat16 takes half the space and rounds, by less than a unit and without bias"
     add("--merged-dtype", choices=("float32", "bfloat16", "none"), default="float32", help=f"{merged} {standard}")
     add("--output", type=Path, default=Path("finetune_output"), help=standard)
     return parser

@@ -10,12 +10,15 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from typing import TYPE_CHECKING
 
 import torch
 from finetune_distributed import add_arguments, build_model, export, read_tokens
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+
+if TYPE_CHECKING:  # the libraries are imported where they are used, so that --help needs none of them
+    from transformers import Trainer
 
 
 class Windows(Dataset):
@@ -32,6 +35,8 @@ class Windows(Dataset):
 
 
 def train(arguments: argparse.Namespace, folder: str) -> Trainer:
+    from transformers import Trainer, TrainingArguments
+
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     per_rank, rest = divmod(arguments.batch, ranks * arguments.micro_batches)
     if rest:

@@ -141,3 +141,12 @@ def test_trainer_under_the_accelerate_configuration(tmp_path):
     assert kinds == ["Parameter"]
     assert len(sharded) == 3 and sharded == pytest.approx(whole, rel=1e-6)
     assert_same_adapters(*files)
+
+
+@pytest.mark.parametrize("script", ["finetune_distributed.py", "finetune_trainer.py"])
+def test_missing_text_is_refused(script):
+    command = [sys.executable, str(EXAMPLES / script), "--text", str(EXAMPLES / script), "nope.txt"]
+    env = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "error: argument --text: must be a file, got nope.txt, which is none" in done.stderr
