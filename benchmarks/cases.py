@@ -106,6 +106,7 @@ def layer_cases(
     layers, points = (_CUDA_LAYERS, _CUDA_POINTS) if device == "cuda" else (_CPU_LAYERS, _CPU_POINTS)
     dtypes = dtypes or ["bf16" if device == "cuda" else "fp32"]
     shape, length, rank, _ = layers[0]
+    chosen: list[tuple[str, int, int, tuple[str, ...], bool]]
     if shapes or tokens or ranks:
         rows = itertools.product(shapes or [shape], tokens or [length], ranks or [rank])
         chosen = [(*row, MODES, False) for row in rows]

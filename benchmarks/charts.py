@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
@@ -122,7 +123,7 @@ def _number_points(axes: Axes) -> None:
     points_per_pixel = 72 / axes.figure.dpi
     columns: dict[float, list[tuple]] = {}
     for line in axes.lines:
-        for x, y in line.get_xydata():
+        for x, y in np.asarray(line.get_xydata()):
             height = axes.transData.transform((x, y))[1] * points_per_pixel
             columns.setdefault(x, []).append((height, y, line.get_color()))
     for x, column in columns.items():

@@ -88,7 +88,7 @@ class Linear(NamedTuple):
     style: str
     N: int
     K: int
-    count: int = 1
+    number: int = 1
     inputs: int = 1  # how many of them bring an input of their own, rather than sharing one that is replicated
 
 
@@ -123,27 +123,26 @@ class Cost(NamedTuple):
     replicas: float  # the adapter's part of FSDP's messages
     norms: float  # reads of the weight
 
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(self, other, strict=True)))
 
-
-def cost(linear: Linear, gpus: int, tokens: int, rank: int, hardware: Hardware, **method: str | bool) -> Cost:
+def cost(
+    linear: Linear, gpus: int, tokens: int, rank: int, hardware: Hardware, *, method: str, detach_norm: bool = False
+) -> Cost:
     """Tensor and sequence parallel within a node, FSDP2 across nodes; the frozen weight is gathered for both passes."""
-    _, style, N, K, count, inputs = linear
+    _, style, N, K, number, inputs = linear
     node, network = gpus // hardware.node, hardware.network._replace(latency=0.0)  # a block's are one message
     seconds = {True: 0.0, False: 0.0}
-    for message in messages(style, tokens, N, K, rank, sequence=True, **method):
+    for message in messages(style, tokens, N, K, rank, sequence=True, method=method, detach_norm=detach_norm):
         seconds[message.activation] += message.seconds(hardware.node, hardware.nvlink)
-    row_magnitude, col_magnitude = method["method"] != "lora", method["method"] == "bora"
+    row_magnitude, col_magnitude = method != "lora", method == "bora"
     of_rows, of_columns = (rank + row_magnitude) * N, (rank + col_magnitude) * K
     trained = of_rows // hardware.node + of_columns if style == "colwise" else of_rows + of_columns // hardware.node
     weight = N * K // hardware.node
     gathers = 2 * Message("weight", "all_gather", weight, 2).seconds(node, network)
     products = 4 * tokens * weight / hardware.compute
     replicas = 3 * Message("adapter", "all_gather", trained).seconds(node, network)  # twice gathered, once reduced
-    reads = (row_magnitude + col_magnitude) * (1 if method.get("detach_norm") else 2)
-    frozen = count * max(products, gathers) + inputs * seconds[True]
-    return Cost(frozen, *(count * t for t in (seconds[False], replicas, reads * 2 * weight / hardware.memory)))
+    reads = (row_magnitude + col_magnitude) * (1 if detach_norm else 2)
+    frozen = number * max(products, gathers) + inputs * seconds[True]
+    return Cost(frozen, *(number * t for t in (seconds[False], replicas, reads * 2 * weight / hardware.memory)))
 
 
 def _bytes(sent: list[Message], *, activation: bool = False) -> int:
@@ -177,10 +176,11 @@ def block_table(tokens: int, rank: int, hardware: Hardware) -> list[str]:
         for gpus in GPUS:
             sums = []
             for method, detach_norm in (("lora", False), ("dora", False), ("bora", True), ("bora", False)):
-                total = Cost(0.0, 0.0, 0.0, 0.0)
-                for linear in model.linears:
-                    total += cost(linear, gpus, tokens, rank, hardware, method=method, detach_norm=detach_norm)
-                sums.append(total)
+                costs = [
+                    cost(linear, gpus, tokens, rank, hardware, method=method, detach_norm=detach_norm)
+                    for linear in model.linears
+                ]
+                sums.append(Cost(*map(sum, zip(*costs, strict=True))))
             added = [sum(total[1:]) for total in sums]
             cells = [
                 model.name,

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bora_kernels import FusedBoraLinear
+
 from . import measure
 from .cases import DTYPES, Case
 from .models import Workload
@@ -29,12 +31,12 @@ class Harness:
         self, device: torch.device, budget: float, least_rounds: int, commit: str | None, folder: Path | None = None
     ) -> None:
         self.device, self.budget, self.least_rounds, self.commit = device, budget, least_rounds, commit
-        self.folder, self.path = folder, None  # where the session's file goes, and the file
+        self.folder = folder  # where the session's file goes
+        self.path: Path | None = None  # the file
         self.records: list[dict] = []
         self.gemm: dict[str, float] = {}
         self._key: tuple | None = None
-        self._workload: Workload | None = None
-        self._references: References | None = None
+        self._loaded: tuple[Workload, References] | None = None
 
     def measure(self, case: Case, provider: Provider, benchmark) -> None:
         """Check the provider on the case, time it with the benchmark fixture, and record what came out.
@@ -73,8 +75,9 @@ class Harness:
         adapters = install(provider.adapt, root, workload, case.rank, provider.adapter_dtype(case))
         workload.set_mode(root, training=case.mode != "inference", checkpointing=case.checkpointing)
         if provider.merged:
-            for name in workload.targets:
-                root.get_submodule(name).merge()
+            for layer in root.modules():
+                if isinstance(layer, FusedBoraLinear):
+                    layer.merge()
         module, x, dy = workload.callable(root), workload.x.detach().requires_grad_(), workload.dy
         step = make_step(module, x, dy, adapters, case.mode)
 
@@ -92,14 +95,14 @@ class Harness:
         benchmark.extra_info.update({name: record[name] for name in ("peak_bytes", "error_ratio", "flop")})
 
     def _load(self, case: Case) -> tuple[Workload, References]:
-        if self._key != case.workload:
-            self._workload = self._references = None  # free them before the next ones are made
-            self._workload = Workload(case, self.device)
-            self._references = References(self._workload, case.rank)
+        if self._loaded is None or self._key != case.workload:
+            self._loaded = None  # free them before the next ones are made
+            workload = Workload(case, self.device)
+            self._loaded = workload, References(workload, case.rank)
             self._key = case.workload
             if case.dtype not in self.gemm:
                 self.gemm[case.dtype] = round(measure.gemm_tflops(self.device, DTYPES[case.dtype]), 3)
-        return self._workload, self._references
+        return self._loaded
 
     def _time(self, benchmark, step, record: dict) -> None:
         setup = measure.behind_another(step, self.device)
@@ -131,18 +134,18 @@ class Harness:
         """Write all records to the session's file, after each of them: a session that is cut off loses one."""
         if self.folder is None:
             return
-        self.path = self.path or self._new_path()
+        self.path = self.path or self._new_path(self.folder)
         partial = self.path.with_suffix(".partial")
         result = {"environment": self.environment, "gemm_tflops": self.gemm, "records": self.records}
         partial.write_text(to_json(result), encoding="utf-8")
         partial.replace(self.path)
 
-    def _new_path(self) -> Path:
+    def _new_path(self, folder: Path) -> Path:
         name = re.sub(r"[^a-z0-9]+", "-", str(self.environment["device"]).lower()).strip("-")
         stamp = re.sub(r"[^0-9]+", "-", str(self.environment["date"])).strip("-")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         names = (f"{stamp}-{name}{f'-{number}' * (number > 1)}.json" for number in itertools.count(1))
-        return next(path for path in map(self.folder.joinpath, names) if not path.exists())
+        return next(path for path in map(folder.joinpath, names) if not path.exists())
 
 
 def _significant(value: float) -> float:

@@ -18,6 +18,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -164,7 +165,7 @@ def environment(device: torch.device, commit: str | None) -> dict[str, object]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
     versions["torch"] = torch.__version__
-    result: dict[str, object] = {
+    result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device": platform.processor() or platform.machine(),
         "device_type": device.type,

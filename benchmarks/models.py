@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,7 @@ class Workload:
         self.dense.requires_grad_(False)
         self.root = self.dense if case.base == "dense" else _quantize(self.dense, self.targets)
         self.is_layer = case.level == "layer"
-        self.weights = [self.dense.get_submodule(name).weight for name in self.targets]
+        self.weights = [linear_layer(self.dense, name).weight for name in self.targets]
         self.forward_flop = 2 * case.tokens * sum(weight.numel() for weight in self.weights)
 
     def copy(self, root: nn.Module, *, share: bool) -> nn.Module:
@@ -69,14 +70,22 @@ class Workload:
         tensors = (*root.parameters(), *root.buffers()) if share else ()
         return copy.deepcopy(root, {id(tensor): tensor for tensor in tensors})
 
-    def callable(self, root: nn.Module) -> nn.Module:
+    def callable(self, root: Any) -> nn.Module:
         """What is called in a step: the layer itself, without a wrapper around it, or the stack."""
         return root.linear if self.is_layer else root
 
-    def set_mode(self, root: nn.Module, *, training: bool, checkpointing: bool) -> None:
+    def set_mode(self, root: Any, *, training: bool, checkpointing: bool) -> None:
         root.train(training)
         if not self.is_layer:
             root.set_checkpointing(checkpointing)
+
+
+def linear_layer(root: nn.Module, name: str) -> nn.Linear:
+    """The linear layer of that name."""
+    layer = root.get_submodule(name)
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(f"{name} must be a torch.nn.Linear, got {type(layer).__name__}")
+    return layer
 
 
 @torch.no_grad()
@@ -84,9 +93,9 @@ def _quantize(dense: nn.Module, targets: list[str]) -> nn.Module:
     """A copy with NF4 layers (double quantization, as QLoRA has them); ``dense`` gets the weights they stand for."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    root = copy.deepcopy(dense, {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())})
+    root: Any = copy.deepcopy(dense, {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())})
     for name in targets:
-        weight = dense.get_submodule(name).weight
+        weight = linear_layer(dense, name).weight
         out_features, in_features = weight.shape
         with torch.device("meta"):
             linear = Linear4bit(in_features, out_features, bias=False, compute_dtype=weight.dtype)
@@ -94,7 +103,9 @@ def _quantize(dense: nn.Module, targets: list[str]) -> nn.Module:
             weight.cpu().clone(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=linear
         )
         root.set_submodule(name, linear.to(weight.device))
-        weight.copy_(quantized.read(linear).dense(weight.dtype))
+        stored = quantized.read(linear)
+        assert stored is not None
+        weight.copy_(stored.dense(weight.dtype))
     root.is_loaded_in_4bit = True  # what PEFT looks at
     return root
 
@@ -163,31 +174,28 @@ class _PlainStack(nn.Module):
 class _PlainBlock(nn.Module):
     def __init__(self, shape: StackShape, dtype: torch.dtype) -> None:
         super().__init__()
+
+        def linear(in_features: int, out_features: int) -> nn.Linear:
+            layer = nn.Linear(in_features, out_features, bias=False, dtype=dtype)
+            nn.init.normal_(layer.weight, std=0.02)
+            return layer
+
         kv_width = shape.hidden // shape.heads * shape.kv_heads
-        widths = (
-            shape.hidden,
-            kv_width,
-            kv_width,
-            shape.hidden,
-            shape.intermediate,
-            shape.intermediate,
-            shape.hidden,
-        )
-        for name, out_features in zip(_LINEARS, widths, strict=True):
-            in_features = shape.intermediate if name == "down_proj" else shape.hidden
-            linear = nn.Linear(in_features, out_features, bias=False, dtype=dtype)
-            nn.init.normal_(linear.weight, std=0.02)
-            setattr(self, name, linear)
+        self.q_proj = linear(shape.hidden, shape.hidden)
+        self.k_proj, self.v_proj = (linear(shape.hidden, kv_width) for _ in range(2))
+        self.o_proj = linear(shape.hidden, shape.hidden)
+        self.gate_proj, self.up_proj = (linear(shape.hidden, shape.intermediate) for _ in range(2))
+        self.down_proj = linear(shape.intermediate, shape.hidden)
         self.attention_norm = nn.RMSNorm(shape.hidden, eps=1e-6, dtype=dtype)
         self.mlp_norm = nn.RMSNorm(shape.hidden, eps=1e-6, dtype=dtype)
         self.head_width = shape.hidden // shape.heads
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.attention_norm(x)
-        heads = (
+        query, key, value = (
             p(h).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        attended = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         x = x + self.o_proj(attended.transpose(1, 2).flatten(2))
         h = self.mlp_norm(x)
         return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))

@@ -9,6 +9,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,10 @@ import bora_kernels
 from bora_kernels import FusedBoraLinear, FusedDoraLinear, reference
 
 from .cases import BASES, DTYPES, LEVELS, MODES, Case
-from .models import Workload
+from .models import Workload, linear_layer
 
 Adapter = dict[str, nn.Parameter]  # "lora_A" [R, K], "lora_B" [N, R], "magnitude_row" [N], "magnitude_col" [K]
-KINDS = {
+KINDS: dict[str, tuple[str, ...]] = {
     "none": (),
     "lora": ("lora_A", "lora_B"),
     "dora": ("lora_A", "lora_B", "magnitude_row"),
@@ -119,16 +120,22 @@ def install(
 class DenseLinear(nn.Module):
     """The package's reference as a layer: the dense effective weight, differentiated by autograd."""
 
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    magnitude_row: nn.Parameter | None
+    magnitude_col: nn.Parameter | None
+
     def __init__(
         self, linear: nn.Linear, formula: Formula, rank: int, adapter_dtype: torch.dtype, compiled: bool
     ) -> None:
         super().__init__()
         self.weight = linear.weight
-        (N, K), options = linear.weight.shape, {"device": linear.weight.device, "dtype": adapter_dtype}
+        (N, K), device = linear.weight.shape, linear.weight.device
         shapes = {"lora_A": (rank, K), "lora_B": (N, rank), "magnitude_row": (N,), "magnitude_col": (K,)}
         for kind, shape in shapes.items():
             present = kind in KINDS[formula.member]
-            setattr(self, kind, nn.Parameter(torch.empty(shape, **options)) if present else None)
+            parameter = nn.Parameter(torch.empty(shape, device=device, dtype=adapter_dtype)) if present else None
+            setattr(self, kind, parameter)
         self.detach_norm = formula.detach_norm
         self.function = _compiled_reference(N, K, rank, adapter_dtype) if compiled else reference.bora_linear_ref
 
@@ -158,7 +165,7 @@ def dense(formula: Formula, compiled: bool = False) -> Callable:
         if formula.member == "none":
             return [{} for _ in targets]
         for name in targets:
-            layer = DenseLinear(root.get_submodule(name), formula, rank, adapter_dtype, compiled)
+            layer = DenseLinear(linear_layer(root, name), formula, rank, adapter_dtype, compiled)
             root.set_submodule(name, layer)
         return [_parameters(root.get_submodule(name), formula.member) for name in targets]
 
@@ -169,7 +176,7 @@ def _fused(layer_type: type[FusedBoraLinear], detach_norm: bool) -> Callable:
     def adapt(root: nn.Module, targets: list[str], rank: int, adapter_dtype: torch.dtype) -> list[Adapter]:
         for name in targets:
             layer = layer_type.from_linear(
-                root.get_submodule(name),
+                linear_layer(root, name),
                 rank,
                 SCALING * rank,
                 detach_norm=detach_norm,
@@ -201,7 +208,7 @@ def _peft(member: str) -> Callable:
             get_peft_model(root, config, autocast_adapter_dtype=adapter_dtype == torch.float32)
         adapters = []
         for name in targets:
-            layer = root.get_submodule(name)
+            layer: Any = root.get_submodule(name)
             adapter = {"lora_A": layer.lora_A["default"].weight, "lora_B": layer.lora_B["default"].weight}
             if member == "dora":
                 adapter["magnitude_row"] = layer.lora_magnitude_vector["default"].weight

@@ -9,7 +9,9 @@ import json
 from pathlib import Path
 
 CASE_FIELDS = ("level", "mode", "shape", "batch", "length", "rank", "dtype", "checkpointing", "base")
-PEERS = {  # what ratios are to: of several, the fastest (for memory the smallest) of those that were measured
+PEERS: dict[
+    str, list[tuple[str, ...]]
+] = {  # what ratios are to: of several, the fastest (for memory the smallest) of those that were measured
     "frozen": [("frozen",)],
     "LoRA": [("peft-lora", "peft-lora-half")],
     "DoRA": [("peft-dora", "peft-dora-half"), ("dense-dora",)],
@@ -28,7 +30,9 @@ def merge(results: list[dict]) -> dict:
 
     Raises ValueError for results of different devices, versions or commits. Other facts that differ are listed.
     """
-    environment, gemm, cases = dict(results[0]["environment"]), {}, {}
+    environment = dict(results[0]["environment"])
+    gemm: dict[str, float] = {}
+    cases: dict[tuple, dict[str, dict]] = {}
     for result in results:
         for name, value in result["environment"].items():
             known = environment.setdefault(name, value)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import readme
@@ -23,8 +24,12 @@ SUMMARY = (
     "peft-dora-half",
     "dense-bora",
     "dense-bora-compiled",
+    "fused-dora",
+    "fused-bora",
+    "fused-bora-reused",
+    "peft-bora",
+    "fused-bora-merged",
 )
-SUMMARY += ("fused-dora", "fused-bora", "fused-bora-reused", "peft-bora", "fused-bora-merged")
 _NOTES = """\
 Time: median of single steps; the clock: {clock}.
 "step" is forward and backward, with the gradients of the input and of the adapter; "forward" records a graph;
@@ -97,7 +102,7 @@ def summary(cases: dict[tuple, dict[str, dict]], level: str) -> str:
     return f"## {level.capitalize()}: {caption}\n\n" + table(header, rows)
 
 
-def markdown(result: dict, charts: list[str] = ()) -> str:
+def markdown(result: dict, charts: Sequence[str] = ()) -> str:
     """The whole report."""
     environment, gemm = result["environment"], result["gemm_tflops"]
     cases = by_case(result["records"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -61,7 +63,7 @@ class ShardedStep:
 
 def shard(root: nn.Module, strategy: str, mesh: DeviceMesh) -> None:
     """Distribute an adapted stack in place, as docs/distributed.md and docs/tensor_parallel.md do."""
-    blocks = getattr(root, "model", root).layers
+    blocks: Any = getattr(root, "model", root).layers
     if strategy == "fsdp":
         for module in (*blocks, root):
             fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
@@ -91,5 +93,5 @@ def tensor_parallel_styles(name: str, layer: nn.Module) -> dict[str, ParallelSty
     return {f"{name}.base_layer": style(), f"{name}.{factor}.default": style()}
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

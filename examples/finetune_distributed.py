@@ -16,6 +16,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -28,11 +29,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import bora_kernels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STRATEGIES = ("ddp", "fsdp", "tp", "tp+fsdp")
 ROWWISE = ("o_proj", "down_proj")  # what tensor parallelism shards over inputs; over outputs all else
@@ -80,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
-def build_model(arguments: argparse.Namespace) -> nn.Module:
+def build_model(arguments: argparse.Namespace) -> PreTrainedModel:
     """The frozen model with a BoRA layer for every linear one in its blocks; the same numbers on every rank."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -124,7 +128,7 @@ def build_mesh(arguments: argparse.Namespace) -> DeviceMesh:
     return init_device_mesh(arguments.device, (world_size // size, size), mesh_dim_names=("data", "tensor"))
 
 
-def distribute(model: nn.Module, mesh: DeviceMesh, arguments: argparse.Namespace) -> nn.Module:
+def distribute(model: PreTrainedModel, mesh: DeviceMesh, arguments: argparse.Namespace) -> nn.Module:
     """Shard or replicate the model. Blocks are FSDP's units: each is gathered, used and freed as a whole."""
     if arguments.strategy == "ddp":
         return DistributedDataParallel(model.to(arguments.device))
@@ -133,7 +137,7 @@ def distribute(model: nn.Module, mesh: DeviceMesh, arguments: argparse.Namespace
 
         model.to(arguments.device)
         for block in model.model.layers:
-            styles = {
+            styles: dict[str, ParallelStyle] = {
                 name: BoraRowwiseParallel() if name.endswith(ROWWISE) else BoraColwiseParallel()
                 for name, module in block.named_modules()
                 if isinstance(module, bora_kernels.FusedBoraLinear)
@@ -141,10 +145,8 @@ def distribute(model: nn.Module, mesh: DeviceMesh, arguments: argparse.Namespace
             parallelize_module(block, mesh["tensor"], styles)
     if "fsdp" in arguments.strategy:
         # No param_dtype: it would round adapters to bfloat16, too. They are gathered in float32, the rest in its dtype.
-        options = {"mesh": mesh["data"], "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
-        for block in model.model.layers:
-            fully_shard(block, **options)
-        fully_shard(model, **options)
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=mesh["data"], mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
     return model.to(arguments.device)
 
 
@@ -193,7 +195,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """What ``save_checkpoint`` left, into any strategy on any number of ranks; returns the step."""
     model_state, optimizer_state = get_state_dict(model, optimizer, options=ADAPTERS)
-    state = {"model": model_state, "optimizer": optimizer_state, "step": torch.tensor(0)}
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "step": torch.tensor(0)}
     dcp.load(state, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=ADAPTERS)
     return int(state["step"])
@@ -213,9 +215,9 @@ def export(model: nn.Module, file: Path) -> None:
 
 def synchronization(model: nn.Module, last: bool):
     """Gradients travel only in the backward of the last micro-batch."""
-    if hasattr(model, "set_requires_gradient_sync"):
+    if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
-    return nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
 
 
 def train(arguments: argparse.Namespace) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 from bora_kernels import convert
+from bora_kernels.contract import NormOrder
 
 from .packages import InputError
 
@@ -18,7 +19,7 @@ from .packages import InputError
 class TextClassifier(nn.Module):
     """A linear head on the mean of an encoder's last hidden states."""
 
-    def __init__(self, encoder: nn.Module, num_classes: int) -> None:
+    def __init__(self, encoder: PreTrainedModel, num_classes: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(encoder.config.hidden_size, num_classes)
@@ -44,7 +45,7 @@ def build_classifier(
     *,
     rank: int = 16,
     alpha: float = 32.0,
-    norm_order: str = "row_col",
+    norm_order: NormOrder = "row_col",
     seed: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,

@@ -7,12 +7,13 @@ import math
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
 _Z = statistics.NormalDist().inv_cdf(0.975)  # 95 %
 # The adapters' curves all but coincide: from wide to narrow, each lies visibly on the one before.
-_LINES = {
+_LINES: dict[str, dict[str, Any]] = {
     "head": {"color": "#7f7f7f", "linewidth": 1.6},
     "lora": {"color": "#86b9e0", "linewidth": 6.0},
     "dora": {"color": "#1b4f8f", "linewidth": 3.0, "linestyle": (0, (2.5, 1.5))},
