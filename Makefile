@@ -16,7 +16,7 @@ venv: $(VENV)/.installed ## build .venv with the tested versions (PYTHON=python3
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -e ".[$(EXTRAS)]" -c constraints.txt
+	$(VENV)/bin/python -m pip install -e ".[$(EXTRAS),integrations]" -c constraints.txt
 	@touch $@
 
 demo: venv ## run the demo
@@ -30,7 +30,7 @@ test-newest: $(VENV)-newest/.installed ## run the tests with the newest versions
 
 $(VENV)-newest/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)-newest
-	$(VENV)-newest/bin/python -m pip install --upgrade --upgrade-strategy eager -e ".[$(EXTRAS)]"
+	$(VENV)-newest/bin/python -m pip install --upgrade --upgrade-strategy eager -e ".[$(EXTRAS),integrations]"
 	@touch $@
 
 test-oldest: $(VENV)-oldest/.installed ## run the tests with the oldest versions that pyproject.toml admits, in .venv-oldest

@@ -274,6 +274,14 @@ class FusedBoraLinear(nn.Module):
             linear.bias = nn.Parameter(self.bias.detach().to(linear.weight.dtype, copy=True), requires_grad=False)
         return linear.train(self.training)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight" and param is not None and param.ndim == 2 and "lora_B" in self._parameters:
+            N, K = self.lora_B.shape[0], self.lora_A.shape[1]
+            if param.shape[1] == K and param.shape[0] != N:  # a head that is tied to resized embeddings
+                got = list(param.shape)
+                raise ValueError(f"weight must stay [{N}, {K}], got {got}: resize embeddings before adapting")
+        super().register_parameter(name, param)
+
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self.unmerge()  # a merged weight would be that of the parameters before
         reuse.forget()  # and so would be scales, where a sharding engine hides the change from autograd's versions

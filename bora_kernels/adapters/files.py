@@ -176,8 +176,8 @@ def checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
 
 
 def present_name(name: str) -> str:
-    """A tensor's name with this version's name for a magnitude of format 1.0 or of PEFT's DoRA."""
-    if found := re.search(r"\.lora_magnitude_(vector|row|col)(\.weight)?$", name):
+    """A tensor's name with this version's for a magnitude of format 1.0, of PEFT's DoRA or of a diffusion model."""
+    if found := re.search(r"\.[bl]ora_magnitude_(?:vector_)?(vector|row|col)(\.weight)?$", name):
         return f"{name[: found.start()]}.{SUFFIXES['magnitude_col' if found[1] == 'col' else 'magnitude_row']}"
     return name
 

@@ -83,6 +83,7 @@ def save_adapter(
     config = {
         "target_modules": _exact_targets(model, layers),
         "modules_to_save": whole or None,
+        "auto_mapping": _auto_mapping(model),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
     }
@@ -211,6 +212,13 @@ def _exact_targets(model: nn.Module, layers: Mapping[str, FusedBoraLinear]) -> l
     """The layers' names, or a regular expression where PEFT would take a name for the end of another one."""
     ambiguous = any(matches(layers, name) for name, _ in named_modules(model) if name not in layers)
     return "|".join(map(re.escape, layers)) if ambiguous else list(layers)
+
+
+def _auto_mapping(model: nn.Module) -> dict[str, str] | None:
+    """The class of a model of transformers, from which PEFT's AutoPeftModel makes the base model."""
+    if not hasattr(type(model), "from_pretrained"):
+        return None
+    return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
 
 
 def _describe(layers: Mapping[str, FusedBoraLinear]) -> AdapterDescription:

@@ -42,6 +42,11 @@ def _on_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> Non
     """Before the first step of an optimizer for which there are gradients."""
     if optimizer in _judged:
         return
+    if type(optimizer).__name__ == "LoraFAOptimizer" and any(map(_is_magnitude, _parameter_names(optimizer))):
+        raise TypeError(
+            "optimizer must not be LoraFAOptimizer, which takes trained parameters two by two for lora_A and lora_B: "
+            "BoRA has magnitudes beside them"
+        )
     stepped = {id(p): p.grad is not None for group in optimizer.param_groups for p in group["params"]}
     if not any(stepped.values()):
         return
@@ -64,6 +69,14 @@ def _on_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> Non
             "turn that code off. Layers that only some batches use, such as experts, are no problem.",
             stacklevel=4,
         )
+
+
+def _parameter_names(optimizer: torch.optim.Optimizer) -> list[str]:
+    return [name for group in optimizer.param_groups for name in group.get("names", ())]
+
+
+def _is_magnitude(name: str) -> bool:
+    return ".lora_magnitude_vector_" in name
 
 
 def _adapter(layer: nn.Module, kind: str = "") -> list[nn.Parameter]:

@@ -12,8 +12,9 @@ another method may own that name.
 import peft.mapping
 
 from .config import PEFT_TYPE, BoraConfig
-from .layers import BoraConv1d, BoraConv2d, BoraConv3d, BoraEmbedding, BoraLayer, BoraLinear
+from .layers import BoraLayer, BoraLinear
 from .model import BoraModel
+from .other_layers import BoraConv1d, BoraConv2d, BoraConv3d, BoraEmbedding
 from .quantized import BoraQuantizedLinear
 
 __all__ = [

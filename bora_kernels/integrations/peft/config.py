@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
@@ -20,6 +21,20 @@ class _PeftType(str):
         return str(self)
 
 
+_IMPORT = "from bora_kernels.integrations.peft import BoraConfig"
+_CARD = f"""
+## How to load this adapter
+
+Its method is BoRA (Bi-dimensional Weight-Decomposed Low-Rank Adaptation, arXiv 2412.06441) of the package bora-kernels.
+PEFT knows it, by the type {files.PEFT_TYPE}, once that has been imported:
+
+```python
+{_IMPORT}  # noqa: F401
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path or name of this adapter")
+```
+"""
 PEFT_TYPE = _PeftType(files.PEFT_TYPE)
 
 _INITS = "True, False, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_[number of iterations]' or 'olora'"
@@ -88,6 +103,14 @@ class BoraConfig(LoraConfig):
         for name in (*variants, "use_qalora", "lora_bias", "target_parameters", "megatron_config"):
             if getattr(self, name, None):
                 raise ValueError(f"{name} is not supported with BoRA, got {getattr(self, name)!r}")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json``, and into the model card beside it which import makes PEFT know the method."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory) / "README.md"
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        if _IMPORT not in text:
+            card.write_text(f"{text.rstrip()}\n{_CARD}" if text else _CARD.lstrip(), encoding="utf-8")
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:

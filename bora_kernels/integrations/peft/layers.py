@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -10,9 +11,10 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...contract import Adapter, Members, Options
-from ...functional import bora_conv, bora_embedding, bora_linear
+from ...contract import Adapter, Members, Options, accumulation_dtype
+from ...functional import bora_linear
 from ...ops import adapted_weight, watch
+from ...rounding import round_weight
 from .config import BoraConfig
 
 
@@ -37,7 +39,7 @@ class BoraLayer:
     )
     adapter_dtype = torch.float32  # narrower where that was asked for
     place: str | None = None  # its name in the model, for messages
-    other_param_names = (*lora.LoraLayer.other_param_names, "norm_order", "detach_norm")
+    other_param_names = (*lora.LoraLayer.other_param_names, "norm_order", "detach_norm", "full_scaling")
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: BoraConfig, **kwargs) -> None:
         """Add an adapter, or replace the one of that name."""
@@ -47,11 +49,13 @@ class BoraLayer:
             self.lora_magnitude_vector_row, self.lora_magnitude_vector_col = nn.ModuleDict(), nn.ModuleDict()
             self.norm_order: dict[str, str] = {}
             self.detach_norm: dict[str, bool] = {}
+            self.full_scaling: dict[str, float] = {}
             watch.watch(self)
             self.register_state_dict_post_hook(_keep_unmerged)
             self.register_buffer("unmerged_weight", None, persistent=False)  # W0 while the base layer holds W'
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         self.norm_order[adapter_name], self.detach_norm[adapter_name] = config.norm_order, config.detach_norm
+        self.full_scaling[adapter_name] = self.scaling[adapter_name]
         self._reset_magnitudes(adapter_name, config.members)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -100,10 +104,18 @@ class BoraLayer:
 
     def _options(self, adapter_name: str) -> dict:
         return {
-            "scaling": self.scaling[adapter_name],
+            "scaling": self.full_scaling[adapter_name],
             "norm_order": self.norm_order[adapter_name],
             "detach_norm": self.detach_norm[adapter_name],
         }
+
+    def _share(self, adapter_name: str) -> float:
+        """How much of W' − W0 is applied: 1, but for the scales that PEFT and libraries on it put on LoRA's update.
+
+        They change ``scaling``. s stays, for which magnitudes were trained; W0 + share·(W' − W0) is W0 at 0.
+        """
+        scaling, full = self.scaling[adapter_name], self.full_scaling[adapter_name]
+        return 1.0 if math.isclose(scaling, full, rel_tol=1e-6) else scaling / full
 
     def _dropout(self, adapter_name: str) -> dict:
         dropout = self._modules["lora_dropout"][adapter_name]
@@ -140,7 +152,8 @@ class BoraLayer:
         elif not self.merged:
             for name in self.active_adapters:  # at most one, see ``set_adapter``
                 if name in self.norm_order:
-                    return self._adapted(x, name)
+                    y, share = self._adapted(x, name), self._share(name)
+                    return y if share == 1.0 else torch.lerp(self.base_layer(x, *args, **kwargs).to(y.dtype), y, share)
         return self.base_layer(x, *args, **kwargs)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -155,8 +168,12 @@ class BoraLayer:
 
     def _effective_weight(self, weight: Tensor, A: Tensor, B: Tensor, adapter_name: str) -> Tensor:
         adapter = Adapter(A, B, *self._magnitudes(adapter_name))
-        options = Options(**self._options(adapter_name))
-        return self._like_base(adapted_weight.effective_weight(weight, adapter, options, taps=self._taps()))
+        options, share = Options(**self._options(adapter_name)), self._share(adapter_name)
+        if share == 1.0:
+            return self._like_base(adapted_weight.effective_weight(weight, adapter, options, taps=self._taps()))
+        wide = weight.to(accumulation_dtype(weight.dtype))
+        merged = torch.lerp(wide, adapted_weight.effective_weight(wide, adapter, options, taps=self._taps()), share)
+        return self._like_base(round_weight(merged, weight.dtype))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """W' − W0 in float32 (float64 for a float64 weight), in the base weight's layout."""
@@ -208,6 +225,18 @@ class BoraLayer:
             self.unmerge()  # W' would be that of the parameters before
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of any module, but for the weight, which transformers sets anew when it ties or resizes embeddings."""
+        if name != "weight":
+            return super().register_parameter(name, param)
+        factors = next(((self.lora_A[n].weight, B.weight) for n, B in self.lora_B.items()), None)
+        sizes = None if factors is None else sorted((factors[0].shape[1], factors[1].shape[0]))
+        if param is not self.base_layer.weight or (sizes and param.ndim == 2 and sorted(param.shape) != sizes):
+            raise ValueError(
+                f"weight of {self.place or type(self).__name__} must stay as it was adapted, of the sizes {sizes}, got "
+                f"{list(param.shape)}: resize and tie embeddings before the model is adapted"
+            )
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: W' − W0 is not of low rank."""
         return False
@@ -255,71 +284,6 @@ class BoraLinear(BoraLayer, lora.Linear):
             **self._dropout(adapter_name),
             backend=self.backend,
         )
-
-
-class BoraEmbedding(BoraLayer, lora.Embedding):
-    """``nn.Embedding``: a row is a dimension, a column a token; as in PEFT, dropout has no effect."""
-
-    def _matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
-        A, B = self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
-        return self._base_weight().T, A, B
-
-    def _like_base(self, matrix: Tensor) -> Tensor:
-        return matrix.T.contiguous()
-
-    def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
-        base = self.base_layer
-        y = bora_embedding(
-            x,
-            base.weight,
-            self.lora_embedding_A[adapter_name],
-            self.lora_embedding_B[adapter_name],
-            *self._magnitudes(adapter_name),
-            **self._options(adapter_name),
-            padding_idx=base.padding_idx,
-        )
-        embed_scale = self._get_embed_scale()
-        return y if embed_scale is None else y * embed_scale.to(y.dtype)
-
-
-class _BoraConvNd(BoraLayer):
-    """A convolution of one group: a row is an output channel, a column an input channel with its kernel's taps."""
-
-    def _matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
-        A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        return self._base_weight().flatten(1), A.flatten(1), B.flatten(1)
-
-    def _taps(self) -> int:
-        return self._base_weight().shape[2:].numel()
-
-    def _like_base(self, matrix: Tensor) -> Tensor:
-        return matrix.reshape(self._base_weight().shape)
-
-    def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
-        base = self.base_layer
-        return bora_conv(
-            x,
-            base.weight,
-            self.lora_A[adapter_name].weight,
-            self.lora_B[adapter_name].weight.flatten(1),
-            *self._magnitudes(adapter_name),
-            base.bias,
-            lambda t, kernel: base._conv_forward(t, kernel, None),
-            **self._options(adapter_name),
-            **self._dropout(adapter_name),
-        )
-
-
-class BoraConv1d(_BoraConvNd, lora.Conv1d):
-    """``nn.Conv1d``."""
-
-
-class BoraConv2d(_BoraConvNd, lora.Conv2d):
-    """``nn.Conv2d``."""
-
-
-class BoraConv3d(_BoraConvNd, lora.Conv3d):
-    """``nn.Conv3d``."""
 
 
 def _keep_unmerged(layer: BoraLayer, state: dict[str, Tensor], prefix: str, local_metadata: dict) -> None:

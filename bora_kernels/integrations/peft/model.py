@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -115,10 +117,36 @@ class BoraModel(LoraModel):
         )
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: BoraConfig, adapter_name: str, state_dict: dict[str, Tensor], **kwargs
+    ) -> dict[str, Tensor]:
+        """The adapter's tensors; of a model of diffusers with names of magnitudes that its LoRA loaders refuse.
+
+        They take every file for LoRA or DoRA and drop magnitudes with no more than a line in the log.
+        """
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **kwargs)
+        parts = [name for name, t in tensors.items() if ".lora_" in name and t.numel() == 0]
+        if parts:
+            warnings.warn(
+                f"{len(parts)} tensors of the adapter are empty, {parts[0]} for one: gather sharded parameters first, "
+                "and hand the state dict of the whole model to save_pretrained(state_dict=...)",
+                stacklevel=3,
+            )
+        if any(kind.__module__.partition(".")[0] == "diffusers" for kind in type(model).__mro__):
+            return {name.replace(".lora_magnitude_", ".bora_magnitude_"): t for name, t in tensors.items()}
+        return tensors
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: BoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Reads magnitudes by the names of earlier versions and of PEFT's DoRA, whose is the row magnitude."""
+        expert = next((name for name in state_dict if re.search(r"\.experts\.\d+\.", name)), None)
+        if expert is not None and coverage.expert_weights(model):
+            raise ValueError(
+                f"the adapter must fit the model, got {expert}: experts were layers in transformers 4 and are tensors "
+                "of 3 axes in this model, which BoRA does not adapt"
+            )
         renamed = {}
         for name, tensor in state_dict.items():
             present = present_name(name)

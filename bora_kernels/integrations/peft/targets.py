@@ -12,7 +12,8 @@ from ...adapters.conversion import matches
 from ...ops import validation
 from ...quantized import read
 from .config import BoraConfig
-from .layers import BoraConv1d, BoraConv2d, BoraConv3d, BoraEmbedding, BoraLayer, BoraLinear
+from .layers import BoraLayer, BoraLinear
+from .other_layers import BoraConv1d, BoraConv2d, BoraConv3d, BoraEmbedding
 from .quantized import BoraQuantizedLinear
 
 _LAYERS = {
@@ -75,7 +76,8 @@ def layer_class(module: nn.Module, config: BoraConfig, name: str, uncalled: str 
     if problem:
         kinds = ", ".join(kind.__name__ for kind in _LAYERS)
         raise ValueError(
-            f"Target module {name} ({type(base).__name__}) is not supported: {problem}. BoRA adapts {kinds}"
+            f"Target module {name} ({type(base).__name__}) is not supported: {problem}. BoRA adapts {kinds}; "
+            "exclude_modules leaves layers out"
         )
     return BoraQuantizedLinear if quantized else _LAYERS[kind]
 
@@ -98,8 +100,8 @@ def _problem(base: nn.Module, kind: type[nn.Module], quantized: bool, config: Bo
             return problem
     elif type(base).forward is not kind.forward and not scaled:
         return f"a {type(base).__name__} computes something else than a {kind.__name__}"
-    if is_parametrized(base, "weight"):
-        return "its weight is parametrized"
+    if is_parametrized(base, "weight") or "weight" not in base._parameters:
+        return "its weight is computed from others in each call (weight_norm, spectral_norm or pruning)"
     if kind in (nn.Linear, Conv1D):
         validation.check_weight(base.weight)
         if kind is Conv1D and init == "olora":
