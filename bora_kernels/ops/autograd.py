@@ -65,10 +65,11 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dA = dB = dm_row = dm_col = d_bias = None
     needs, layout = ctx.needs, ctx.layout
     if any(needs):
-        x, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, product, u, dropout, *stored = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        x, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, product, u, dropout, *stored = saved
         flat_dy, weight = _flat(dy), stored[0]
         adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
-        prepared = validation.prepare_backward(ctx.prepared, flat_dy, (*adapter, *stored))
+        prepared = validation.prepare_backward(ctx.prepared, flat_dy, saved)
         if layout is not None:
             weight = quantized.dense(layout, tuple(stored), dy.dtype, ctx.options.backend, "backward")
         gradients = operators.backward(

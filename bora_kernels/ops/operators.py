@@ -73,9 +73,9 @@ _library.define(
 # --- what runs --------------------------------------------------------------------------------------------------------
 
 
-def _contiguous(vector: Tensor | None) -> Tensor | None:
-    """Kernels read magnitudes and biases without a stride."""
-    return vector if vector is None or vector.is_contiguous() else vector.contiguous()
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    """Kernels read magnitudes, biases, scales and u without strides."""
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
 def _readable(adapter: Adapter) -> Adapter:
@@ -110,8 +110,9 @@ def _backward(dy, x, weight, adapter, flat_scales, product, u, dropout, options,
         return tuple(None if g is None else g.zero_() for g in gradients)
     with _context(options.backend, dy):
         gradients = _implementation(options.backend).backward(
-            dy, x, weight, _readable(adapter), flat_scales, product, u, dropout, options, needs, prepared=prepared
-        )
+            dy, x, weight, _readable(adapter), _contiguous(flat_scales), product, _contiguous(u), dropout, options,
+            needs, prepared=prepared,
+        )  # fmt: skip
     wanted = zip(gradients, (dy, *adapter), strict=True)
     return tuple(g if g is None or g.dtype == t.dtype else g.to(t.dtype) for g, t in wanted)
 

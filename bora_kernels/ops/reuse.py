@@ -93,4 +93,5 @@ def state_of(tensors: tuple[Tensor | None, ...], options: tuple) -> tuple | None
 def _in_checkpoint() -> bool:
     """Whether a non-reentrant checkpoint surrounds this forward: it packs what is saved for backward."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    # a hook may be any callable, and not all have a module
+    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import threading
 import warnings
 
 import torch
@@ -180,13 +181,21 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 class Prepared:
     """A call whose arguments were checked: its backend, and an identity for all that its kernels' plans depend on."""
 
-    def __init__(self, backend: str, places: list) -> None:
+    def __init__(self, backend: str, x: Tensor, weight: Tensor | Quantized, adapter: list[Tensor | None]) -> None:
         self.backend = backend
-        self.places = places  # of the factors, the magnitudes and what the weight is stored as
+        stored = weight.parts if type(weight) is Quantized else (weight,)
+        names = ("x", "lora_A", "lora_B", "magnitude_row", "magnitude_col", *_LEFT_OVER, *["weight"] * len(stored))
+        tensors = (x, *adapter, *[None] * len(_LEFT_OVER), *stored)
+        # of what a backward gets again, the name and the shape (None where the forward makes it)
+        self.saved = [(name, None if t is None else t.shape) for name, t in zip(names, tensors, strict=True)]
+        self.backwards: list[list] = []  # how dy and these lay in memory in backwards that were checked
 
 
 _prepared: dict[tuple, Prepared] = {}
-_MOST_PREPARED = 1024
+_MOST_PREPARED = 4096  # of some 2 KiB each
+_MOST_BACKWARDS = 8
+_LEFT_OVER = ("scales", "product", "u", "dropout")  # what a forward makes and leaves for its backward
+_lock = threading.Lock()
 
 
 def prepare(x: Tensor, tensors: tuple[Tensor | None, ...], backend: str | None) -> tuple[Tensor, str, Prepared | None]:
@@ -210,29 +219,42 @@ def prepare(x: Tensor, tensors: tuple[Tensor | None, ...], backend: str | None) 
     x = x if autocast is None else x.to(autocast)
     if signature is None or tensors[0].requires_grad:  # refused as soon as gradients are recorded
         return x, chosen, None
-    if len(_prepared) >= _MOST_PREPARED:
-        _prepared.clear()
     weight, *adapter, _ = tensors
-    stored = weight.parts if type(weight) is Quantized else (weight,)
-    known = _prepared[signature] = Prepared(chosen, _places((*adapter, *stored)))
+    known = Prepared(chosen, x, weight, adapter)
+    with _lock:
+        if len(_prepared) >= _MOST_PREPARED:
+            del _prepared[next(iter(_prepared))]  # the oldest, which is checked again if it is met again
+        _prepared[signature] = known
     return x, chosen, known
 
 
-def prepare_backward(prepared: Prepared | None, dy: Tensor, stored: tuple[Tensor | None, ...]) -> tuple | None:
-    """What stands for the tensors of a backward: its forward's, which are as they were, and the layout of dy.
+def prepare_backward(prepared: Prepared | None, dy: Tensor, saved: tuple[Tensor | None, ...]) -> object | None:
+    """What stands for the tensors of a backward in its kernels' plans, or None where they are to be looked at there.
 
-    None where parameters are not: ``.data`` may have been given other memory since. ``stored`` are those parameters.
+    They are dy and what was saved: x, factors, magnitudes, scales, product, u, dropout, and what the weight is stored
+    as. Since forward their ``.data`` may have been given other memory, and hooks may have handed back other tensors.
+    Raises ValueError that names the tensor if one is on another device now, or has another shape.
     """
     if prepared is None or type(dy) is not Tensor or torch.compiler.is_compiling():
         return None
-    if _places(stored) != prepared.places:
-        return None
-    return prepared, dy.shape, dy.stride(), dy.dtype, dy.data_ptr() & 15
-
-
-def _places(tensors: tuple[Tensor | None, ...]) -> list:
-    """How tensors lie in memory: what other ``.data`` of the same shape may change."""
-    return [None if t is None else (t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors]
+    if prepared.backend != "triton":
+        return prepared  # PyTorch's operations look for themselves
+    layouts = [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in (dy, *saved)]
+    for number, known in enumerate(prepared.backwards):
+        if known == layouts:
+            return prepared, number
+    for (name, shape), tensor in zip(prepared.saved, saved, strict=True):
+        if tensor is None:
+            continue
+        if tensor.device != dy.device:
+            raise ValueError(f"{name} must be on dy's device {dy.device} as in forward, got {tensor.device}")
+        if shape is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)} as in forward, got {list(tensor.shape)}")
+    with _lock:
+        if len(prepared.backwards) == _MOST_BACKWARDS:
+            return None
+        prepared.backwards.append(layouts)
+        return prepared, len(prepared.backwards) - 1
 
 
 def _layout(tensor: Tensor | Quantized) -> tuple:

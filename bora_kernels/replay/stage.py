@@ -27,6 +27,8 @@ from .compiled import hooked
 from .plan import Plan
 from .recording import extent, record
 
+_LOWEST_ADDRESS = 1 << 32  # tensors whose memory was freed lie at 0, or as far from it as in their storage
+
 
 def stage(function: Callable[..., tuple]) -> Callable[..., tuple]:
     """Decorate ``function(*tensors, **options)``; a tensor may be None, options are hashable.
@@ -38,9 +40,11 @@ def stage(function: Callable[..., tuple]) -> Callable[..., tuple]:
 
     @functools.wraps(function)
     def call(*tensors: Tensor | None, prepared: object = None, **options) -> tuple:
+        addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
+        if min(addresses) < _LOWEST_ADDRESS:
+            _check_memory(function, tensors)
         if switch.off or not tensors[0].is_cuda or hooked():
             return function(*tensors, **options)
-        addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
         if prepared is None:
             key = (*[None if tensor is None else _layout(tensor) for tensor in tensors], *options.values())
         else:
@@ -58,6 +62,13 @@ def stage(function: Callable[..., tuple]) -> Callable[..., tuple]:
         return function(*tensors, **options) if results is None else results
 
     return call
+
+
+def _check_memory(function: Callable, tensors: tuple) -> None:
+    """Raise ValueError for a tensor whose memory was freed: a kernel that reads it would end all use of the device."""
+    for name, tensor in zip(function.__code__.co_varnames, tensors, strict=False):
+        if tensor is not None and tensor.numel() and not tensor.untyped_storage().nbytes():
+            raise ValueError(f"{name} must hold {list(tensor.shape)} values, got a tensor whose memory was freed")
 
 
 def _record(function: Callable, plans: dict, key: tuple, tensors: tuple, options: dict) -> tuple:

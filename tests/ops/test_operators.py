@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from bora_kernels import FusedBoraLinear, FusedDoraLinear, bora_linear
-from bora_kernels.ops import operators
 
 SMALL = {"M": 5, "N": 20, "K": 24, "R": 2}
 
@@ -276,46 +275,6 @@ def test_output_may_be_changed_in_place(backend, shape, device):
     module = make_module(backend, device, bias=False)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         results_of(lambda x: module(x).mul_(2), module, x)
-
-
-# ---- layouts that backward takes for those of its forward ----
-
-
-def misaligned(tensor):
-    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
-
-
-MOVED = {
-    "elsewhere": (lambda t: t.clone(), True),
-    "transposed": (lambda t: t.T.contiguous().T, False),
-    "misaligned": (misaligned, False),
-}
-
-
-@pytest.mark.parametrize("name", ["weight", "lora_A"])
-@pytest.mark.parametrize("move, alike", MOVED.values(), ids=MOVED)
-def test_parameters_laid_out_anew_before_backward(name, move, alike, device, monkeypatch):
-    """Engines that shard or offload give ``.data`` other memory, which no version shows: its layout may be another."""
-    prepared, backward = [], operators.backward
-
-    def noting(*arguments, **options):
-        prepared.append(options["prepared"])
-        return backward(*arguments, **options)
-
-    monkeypatch.setattr(operators, "backward", noting)
-    module = make_module(None, device)
-
-    def call(x):
-        y = module(x)
-        parameter = getattr(module, name)
-        parameter.data = move(parameter.data)
-        return y
-
-    x = torch.randn(5, 24, device=device)
-    expected = results_of(module, module, x)
-    for a, b in zip(results_of(call, module, x), expected, strict=True):
-        torch.testing.assert_close(a, b)
-    assert prepared[0] is not None and (prepared[1] == prepared[0]) is alike
 
 
 # ---- second derivatives ----
