@@ -40,6 +40,12 @@ class Adapter(NamedTuple):
     def members(self) -> Members:
         return Members(self.magnitude_row is not None, self.magnitude_col is not None)
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Adapter:
+        """An adapter of what the function makes of each tensor that there is."""
+        lora_A, lora_B, row, col = self
+        row, col = None if row is None else function(row), None if col is None else function(col)
+        return Adapter(function(lora_A), function(lora_B), row, col)
+
 
 class Options(NamedTuple):
     """What a layer computes with besides tensors; see ``bora_linear``."""
@@ -151,6 +157,13 @@ class Needs(NamedTuple):
         """Whether S (rows) and D (columns), the sums behind the magnitude gradients, are needed."""
         paths = self.norm_paths(members, options)
         return members.row and (self.magnitude_row or paths), members.col and (self.magnitude_col or paths)
+
+
+def given(tensor: Tensor | None) -> Tensor:
+    """A tensor that is there wherever this is called, by the members or the needs, which its type does not say."""
+    if tensor is None:
+        raise RuntimeError("a tensor is missing that the call's members or needs ask for")
+    return tensor
 
 
 def zero_stand_in(dtype: torch.dtype) -> float:

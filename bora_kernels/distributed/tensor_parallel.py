@@ -44,7 +44,9 @@ class _BoraParallel(ParallelStyle):
             raise ValueError(
                 "module must not be merged when it is parallelized, got a merged one: call unmerge() first"
             )
-        return distribute_module(module, device_mesh, self._distribute, self._prepare_input, self._prepare_output)
+        # PyTorch types the hooks as without a result, for any module
+        hooks = self._prepare_input, self._prepare_output
+        return distribute_module(module, device_mesh, self._distribute, *hooks)  # type: ignore[arg-type]
 
     def _distribute(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from ...contract import Completion
+from ...contract import Adapter, Completion
 
 BY_ROWS = {
     "weight": Shard(0),
@@ -115,10 +115,8 @@ def as_dtensor(tensor: Tensor, mesh: DeviceMesh, placement: Placement, shape: Se
     return DTensor.from_local(tensor, mesh, [placement], run_check=False, shape=torch.Size(shape), stride=stride)
 
 
-def to_local(tensor: DTensor | None) -> Tensor | None:
-    """This rank's part, with a gradient placed as the tensor is."""
-    if tensor is None:
-        return None
+def to_local(tensor: Any) -> Tensor:
+    """This rank's part of a DTensor, with a gradient placed as the tensor is."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and tensor.requires_grad):  # a frozen one costs the host less
         return tensor.to_local(grad_placements=tensor.placements)
 
@@ -128,9 +126,9 @@ def finish(tensor: Tensor | _UnderWay) -> Tensor:
     return tensor.wait() if hasattr(tensor, "wait") else tensor
 
 
-def check_placements(parameters: dict[str, Tensor | None], x: Tensor | None = None) -> bool:
+def check_placements(weight: DTensor, adapter: Adapter, bias: Tensor | None = None, x: Tensor | None = None) -> bool:
     """Whether the weight is sharded by rows; raises unless all lies as ``BY_ROWS`` or ``BY_COLUMNS`` says."""
-    weight = parameters["weight"]
+    parameters: dict[str, Tensor | None] = {"weight": weight, **adapter._asdict(), "bias": bias}
     mesh, placements = weight.device_mesh, tuple(weight.placements)
     if placements not in ((Shard(0),), (Shard(1),)):
         raise TypeError(
@@ -139,10 +137,14 @@ def check_placements(parameters: dict[str, Tensor | None], x: Tensor | None = No
         )
     by_rows = placements == (Shard(0),)
     for name, expected in (BY_ROWS if by_rows else BY_COLUMNS).items():
-        tensor = parameters.get(name)
-        if tensor is None or (getattr(tensor, "placements", None) == (expected,) and tensor.device_mesh == mesh):
+        tensor = parameters[name]
+        if tensor is None:
             continue
-        got = f"{tensor.placements} on {tensor.device_mesh}" if isinstance(tensor, DTensor) else "a plain tensor"
+        got = "a plain tensor"
+        if isinstance(tensor, DTensor):
+            if tensor.placements == (expected,) and tensor.device_mesh == mesh:
+                continue
+            got = f"{tensor.placements} on {tensor.device_mesh}"
         raise TypeError(
             f"weight must be a plain dense tensor, got a DTensor (sharded), and beside {placements[0]!r} on {mesh} "
             f"{name} must be {expected!r}, got {got}"

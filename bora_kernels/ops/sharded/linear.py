@@ -34,6 +34,7 @@ from ...contract import (
     Options,
     accumulation_dtype,
     flatten_scales,
+    given,
     separate_product,
     split_scales,
 )
@@ -46,7 +47,7 @@ def _compute_scales(weight: DTensor, adapter: Adapter, layout: Layout, options: 
     """The flat scales of this rank's shard; the norms are those of the whole weight."""
     if not any(adapter.members):
         return None
-    local, local_adapter = to_local(weight), Adapter(*map(to_local, adapter))
+    local, local_adapter = to_local(weight), adapter.map(to_local)
 
     def state() -> tuple:  # the same on every rank: addresses are not, and a rank alone must not leave out a message
         versions = (None if t is None else (id(t), t._version) for t in (weight, *adapter))
@@ -122,9 +123,11 @@ class ShardedBoraLinearFunction(torch.autograd.Function):
         dy = dy.reshape(math.prod(tokens), dy.shape[-1])
         if any(ctx.needs):
             with torch.autocast(dy.device.type, enabled=False):
-                x, weight, lora_A, lora_B, magnitude_row, magnitude_col, *others = ctx.saved_tensors
-                adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
-                gradients = _backward(dy, tokens, x, weight, adapter, *others, ctx.needs, ctx.layout, ctx.options)
+                x, weight, *adapter, scales, product, u, dropout = ctx.saved_tensors
+                gradients = _backward(
+                    dy, tokens, x, weight, Adapter(*adapter), scales, product, u, dropout,
+                    ctx.needs, ctx.layout, ctx.options,
+                )  # fmt: skip
             dx, dA, dB, dm_row, dm_col = (
                 gradient if need else None for gradient, need in zip(gradients, ctx.needs, strict=True)
             )
@@ -146,20 +149,21 @@ def _backward(
     needs: Needs,
     layout: Layout,
     options: Options,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """The gradients of x, lora_A, lora_B, magnitude_row and magnitude_col, complete for the replicated ones."""
     members = adapter.members
     needs_S, needs_D = needs.sums(members, options)
-    wide = [None if t is None else t.to(accumulation_dtype(weight.dtype)) for t in adapter]  # partial sums are wide
+    wide = adapter.map(lambda t: t.to(accumulation_dtype(weight.dtype)))  # partial sums are wide
     asked = Needs(needs.x, needs.lora_A, needs.lora_B, needs_S, needs_D)
     gradients = operators.backward(
-        dy, x, weight, Adapter(*wide), flat_scales, product, u, dropout, options._replace(detach_norm=True), asked
+        dy, x, weight, wide, flat_scales, product, u, dropout, options._replace(detach_norm=True), asked
     )  # (3) to (7)
     dx, dA, dB, dm_row, dm_col = (g if need else None for g, need in zip(gradients, asked, strict=True))
+    sent = None
 
     def send_dx() -> None:  # behind the first small message and beside what is computed from it
-        nonlocal dx
-        dx = None if dx is None else layout.scatter(dx.view(*tokens, weight.shape[1]))
+        nonlocal sent
+        sent = None if dx is None else layout.scatter(dx.view(*tokens, weight.shape[1]))
 
     if not needs.norm_paths(members, options):
         if layout.by_rows:
@@ -172,24 +176,24 @@ def _backward(
         complete_first = None
         if rows_first != layout.by_rows:  # the axis normalized first is the replicated one
             complete_first = functools.partial(layout.all_reduce, between=send_dx)
-        elif not all(members):
-            send_dx()
-        elif layout.by_rows:
+        elif layout.by_rows and dm_col is not None:
             dm_col = layout.all_reduce(dm_col, between=send_dx)
-        else:
+        elif not layout.by_rows and dm_row is not None:
             dm_row = layout.all_reduce(dm_row, between=send_dx)
+        else:  # there is no second axis
+            send_dx()
         dm_row, dm_col, dA, dB = add_norm_paths(
             weight, adapter, scales, dm_row, dm_col, dA, dB, options, complete_first
         )  # (8) to (11)
-        if layout.by_rows and needs.lora_A:
+        if layout.by_rows and dA is not None:
             dA = layout.all_reduce(dA)
-        elif not layout.by_rows and needs.lora_B:
+        elif not layout.by_rows and dB is not None:
             dB = layout.all_reduce(dB)
     adapter_gradients = (
-        gradient.to(parameter.dtype) if need else None
+        given(gradient).to(given(parameter).dtype) if need else None
         for gradient, parameter, need in zip((dA, dB, dm_row, dm_col), adapter, needs[1:], strict=True)
     )
-    return None if dx is None else finish(dx), *adapter_gradients
+    return None if sent is None else finish(sent), *adapter_gradients
 
 
 def _draw_dropout(x: Tensor, layout: Layout, options: Options) -> Tensor:
@@ -205,7 +209,7 @@ def _draw_dropout(x: Tensor, layout: Layout, options: Options) -> Tensor:
 
 
 def bora_linear_sharded(
-    x: DTensor, weight: DTensor, adapter: Adapter, bias: DTensor | None, options: Options
+    x: DTensor, weight: DTensor, adapter: Adapter, bias: Tensor | None, options: Options
 ) -> DTensor:
     """``bora_linear`` over a weight that is sharded on a mesh of one dimension; ``bora_linear`` calls it for a DTensor.
 
@@ -221,12 +225,12 @@ def bora_linear_sharded(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came, before any communication.
     """
-    parameters = {"weight": weight, **adapter._asdict(), "bias": bias}
-    by_rows = check_placements(parameters, x)
-    validation.check_tensors(x, *parameters.values(), sharded=True)
+    by_rows = check_placements(weight, adapter, bias, x)
+    validation.check_tensors(x, weight, *adapter, bias, sharded=True)
     if options.backend == "reference":
         raise ValueError('backend must be "triton", "torch" or None for a sharded weight, got "reference"')
-    local, local_adapter, local_bias = to_local(weight), Adapter(*map(to_local, adapter)), to_local(bias)
+    local, local_adapter = to_local(weight), adapter.map(to_local)
+    local_bias = None if bias is None else to_local(bias)
     if weight.device_mesh.size() == 1:
         y = autograd.adapted_linear(x.to_local(), local, local_adapter, local_bias, options)
     else:
@@ -244,10 +248,10 @@ def bora_linear_sharded(
 
 def effective_weight_sharded(weight: DTensor, adapter: Adapter, options: Options) -> DTensor:
     """W' [N, K] as a DTensor that is sharded as ``weight`` is; see ``adapted_weight.effective_weight``."""
-    by_rows = check_placements({"weight": weight, **adapter._asdict()})
+    by_rows = check_placements(weight, adapter)
     layout = Layout(weight.device_mesh, by_rows, Replicate(), torch.Size())
     merged = adapted_weight.effective_weight(
-        to_local(weight), Adapter(*map(to_local, adapter)), options,
+        to_local(weight), adapter.map(to_local), options,
         complete=layout.completion(), offset=layout.offset(weight.shape),
     )  # fmt: skip
     return as_dtensor(merged, weight.device_mesh, weight.placements[0], weight.shape)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...contract import Adapter, Completion, Options, Scales
+from ...contract import Adapter, Completion, Options, Scales, given
 from .. import adapted_weight
 from ..adapted_weight import first_second
 
@@ -35,8 +35,9 @@ def norms_and_scales(weight: Tensor, adapter: Adapter, options: Options, complet
     m_first, m_second = magnitudes if rows_first else reversed(magnitudes)
     complete_first, complete_second = complete if rows_first else reversed(complete)
     squares, first_product = weighted_sums(W, P, Q, None, scaling=options.scaling)
-    first = _norm_and_scale(squares, m_first, complete_first, options.eps)
-    second, second_product = (None, None), None
+    first = _norm_and_scale(squares, given(m_first), complete_first, options.eps)
+    second: tuple[Tensor | None, Tensor | None] = (None, None)
+    second_product = None
     if m_second is not None:
         squares, second_product = weighted_sums(W.T, Q, P, first[1].square(), scaling=options.scaling)
         second = _norm_and_scale(squares, m_second, complete_second, options.eps)
@@ -79,11 +80,12 @@ def add_norm_paths(
     row = scales.row_norm, scales.row_scale, scales.row_product, dm_row
     col = scales.col_norm, scales.col_scale, scales.col_product, dm_col
     first, second = (row, col) if rows_first else (col, row)
-    first_norm, first_scale, first_product, dm_first = first
-    second_norm, second_scale, second_product, dm_second = second
+    first_norm, first_scale, first_product, dm_first = map(given, first)
+    *_, dm_second = second
     W, P, Q = first_second(weight, adapter, rows_first)
     first_ratio = first_scale / first_norm
     if dm_second is not None:
+        second_norm, second_scale, second_product, dm_second = map(given, second)
         kappa = torch.where(second_norm > eps, dm_second * (second_scale / second_norm), 0.0).neg_()
         squares, products = weighted_sums(W, P, Q, kappa, scaling=scaling)
         dm_first = torch.addcmul(dm_first, first_ratio, squares)  # (8)
