@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import quantized
 from .contract import Adapter, Options, accumulation_dtype
-from .ops import autograd, validation
+from .ops import autograd, transforms, validation
 from .ops.axis_scales import axis_scales
 
 
@@ -42,7 +42,7 @@ def bora_linear(
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64. Over a sharded weight (``distributed.sharded``) a DTensor,
-            as all tensors and the result are.
+            as all tensors and the result are. A nested tensor with layout ``torch.jagged`` is taken row by row.
         weight: [N, K], frozen, x's dtype (any of these dtypes under ``torch.autocast``); or what
             ``quantized.read(linear)`` makes of a quantized layer, which is dense in x's dtype only while it is used.
         lora_A: [R, K], any floating dtype; float32 keeps small updates.
@@ -72,6 +72,8 @@ def bora_linear(
     if not training:
         options = options._replace(dropout_p=0.0)
     adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
+    if isinstance(x, Tensor) and x.is_nested:
+        return transforms.over_nested(x, lambda rows: autograd.adapted_linear(rows, weight, adapter, bias, options))
     if type(weight) not in (Tensor, torch.nn.Parameter) and hasattr(weight, "device_mesh"):
         from .ops.sharded.linear import bora_linear_sharded  # torch.distributed is imported only when it is used
 
@@ -99,7 +101,7 @@ def bora_embedding(
     lora_A [R, K], lora_B [N, R], magnitude_row [N] or None, magnitude_col [K] or None -> y [..., N] in weight's dtype.
     lora_A gets no gradient at padding_idx.
     """
-    with torch.autocast(ids.device.type, enabled=False):
+    with transforms.without_autocast(ids.device):
         adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
         row_scale, col_scale = axis_scales(weight.T, adapter, Options(scaling, norm_order, detach_norm, eps=eps))
         acc = accumulation_dtype(weight.dtype)
@@ -139,7 +141,7 @@ def bora_conv(
     In half precision x⊙(g − 1) is convolved beside x, because rounding x⊙g would lose every g within half an ulp of 1.
     """
     x = x.to(validation.autocast_dtype(x) or x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with transforms.without_autocast(x.device):
         adapter, taps = Adapter(lora_A.flatten(1), lora_B, magnitude_row, magnitude_col), weight.shape[2:].numel()
         options = Options(scaling, norm_order, detach_norm, dropout_p, eps)
         row_scale, col_scale = axis_scales(weight.flatten(1), adapter, options, taps=taps)

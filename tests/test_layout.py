@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up: a module imports from its own line and those below, never from above.
 LEVELS = {
     "bora_kernels": (
-        ("_version", "contract", "reference", "rounding"),
+        ("_library", "_version", "contract", "reference", "rounding"),
         ("replay",),
         ("kernels",),
         ("quantized",),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import quantized, reference
 from ..contract import Adapter, Needs, Options, separate_product
-from . import operators, reuse, validation
+from . import operators, reuse, transforms, validation
 
 
 class BoraLinearFunction(torch.autograd.Function):
@@ -50,6 +52,7 @@ class BoraLinearFunction(torch.autograd.Function):
             *((weight,) if layout is None else parts),
         )
         ctx.needs, ctx.options, ctx.layout = needs, options, layout
+        ctx.output_is_saved = needs_S and not separate_product(x.dtype, bias)
         # what hooks hand back for a saved tensor may lie in memory otherwise
         hooked = prepared is not None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         ctx.prepared = None if hooked else prepared
@@ -58,20 +61,25 @@ class BoraLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         # grad mode is on for create_graph=True alone, and only then is there a second derivative to refuse
-        return (once_differentiable(_backward) if torch.is_grad_enabled() else _backward)(ctx, dy)
+        return (transforms.once_differentiable(_backward) if torch.is_grad_enabled() else _backward)(ctx, dy)
 
 
 def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dA = dB = dm_row = dm_col = d_bias = None
     needs, layout = ctx.needs, ctx.layout
     if any(needs):
-        saved = ctx.saved_tensors
+        saved = _saved(ctx)
         x, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, product, u, dropout, *stored = saved
         flat_dy, weight = _flat(dy), stored[0]
         adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
         prepared = validation.prepare_backward(ctx.prepared, flat_dy, saved)
         if layout is not None:
             weight = quantized.dense(layout, tuple(stored), dy.dtype, ctx.options.backend, "backward")
+        if product is None and ctx.output_is_saved:
+            prepared = None
+            product = operators.forward(
+                _flat(x), weight, adapter, flat_scales, None, dropout, ctx.options, products=False, save_product=False
+            )[0]
         gradients = operators.backward(
             flat_dy, _flat(x), weight, adapter, flat_scales, _flat(product), u, dropout, ctx.options, needs,
             prepared=prepared,
@@ -86,6 +94,35 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         d_bias = _flat(dy).sum(0)
     others = len(ctx.needs_input_grad) - 7
     return dx, None, dA, dB, dm_row, dm_col, d_bias, *[None] * others
+
+
+def _saved(ctx) -> tuple[Tensor | None, ...]:
+    """The saved tensors, without the product where it is the output and that was changed in place since.
+
+    Such a change is one that a plain linear layer admits; the product is then made again.
+    """
+    if torch.compiler.is_compiling() or not ctx.output_is_saved:
+        return ctx.saved_tensors
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        saved = ctx._raw_saved_tensors  # which raises for a graph that was freed
+        if not hasattr(saved[_PRODUCT], "unpack"):  # an older torch
+            raise RuntimeError(f"{_CHANGED}: {_INSTEAD}") from error
+        others = [each.unpack() if i != _PRODUCT else None for i, each in enumerate(saved)]  # raises for other changes
+        if others[0] is None:
+            raise RuntimeError(f"{_CHANGED}: {_INSTEAD}") from error
+    _warn_of_changed_output()
+    return tuple(others)
+
+
+_CHANGED = "the output of an adapted layer without a bias was changed in place before its backward, which reads it"
+_INSTEAD = "write out = out + … instead of out += …, or change a copy, layer(x).clone()"
+
+
+@functools.cache
+def _warn_of_changed_output() -> None:
+    warnings.warn(f"{_CHANGED}. It is computed again, in the time of a forward: {_INSTEAD}.", stacklevel=2)
 
 
 def _forward(
@@ -132,7 +169,9 @@ def _flat(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.ndim == 2 else t.reshape(-1, t.shape[-1])
 
 
+_PRODUCT = 6  # its place among the saved tensors
 _NO_NEEDS = Needs(False, False, False, False, False)
+_ALL_NEEDS = Needs(True, True, True, True, True)
 
 
 def adapted_linear(
@@ -147,8 +186,10 @@ def adapted_linear(
         keywords = options._asdict()
         del keywords["backend"]
         return reference.bora_linear_ref(x, weight, *adapter, bias, training=True, **keywords)
+    transforms.refuse(f'"{backend}"', 'backend must be "reference"', x, weight, *adapter, bias)
     options = options._replace(backend=backend)
     dropout = operators.draw_dropout(x, options) if options.dropout_p > 0.0 else None
-    if not torch.is_grad_enabled():
-        return _forward(_NO_NEEDS, x, weight, adapter, bias, dropout, options, prepared, layout, parts)[0]
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():  # an exported operator has its own derivative
+        needs = _ALL_NEEDS if torch.is_grad_enabled() else _NO_NEEDS
+        return _forward(needs, x, weight, adapter, bias, dropout, options, prepared, layout, parts)[0]
     return BoraLinearFunction.apply(x, weight, *adapter, bias, dropout, options, prepared, layout, *parts)

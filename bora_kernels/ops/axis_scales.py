@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..contract import Adapter, Options, Scales
-from . import adapted_weight, validation
+from . import adapted_weight, transforms, validation
 
 
 def axis_scales(
@@ -38,6 +37,7 @@ def axis_scales(
         raise ValueError("weight must be frozen (requires_grad=False): no gradient is computed for it")
     if not any(adapter.members):
         return None, None
+    transforms.refuse("an embedding or a convolution", "the layer must be linear", weight, *adapter)
     return _AxisScales.apply(weight, *adapter, options, taps)
 
 
@@ -60,12 +60,12 @@ class _AxisScales(torch.autograd.Function):
         return scales.row_scale, scales.col_scale
 
     @staticmethod
-    @once_differentiable
+    @transforms.once_differentiable
     def backward(ctx, d_row: Tensor | None, d_col: Tensor | None):
         weight, *tensors = ctx.saved_tensors
         adapter, scales = Adapter(*tensors[:4]), Scales(*tensors[4:])
         dA = dB = None
-        with torch.autocast(weight.device.type, enabled=False):
+        with transforms.without_autocast(weight.device):
             dm_row = None if scales.row_norm is None else d_row / scales.row_norm
             dm_col = None if scales.col_norm is None else d_col / scales.col_norm
             if not ctx.options.detach_norm:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .._library import define
 from ..contract import (
     Adapter,
+    Members,
     Needs,
     Options,
     accumulation_dtype,
@@ -25,7 +27,7 @@ from ..contract import (
     scales_size,
     separate_product,
 )
-from . import torch_backend
+from . import flops, torch_backend, transforms
 
 _NOTHING = nullcontext()
 
@@ -42,8 +44,7 @@ def _implementation(backend: str) -> ModuleType:
 def _context(backend: str, tensor: Tensor) -> AbstractContextManager:
     """What a backend runs in: PyTorch operations without autocast, kernels on the tensor's device."""
     if backend == "torch":
-        kind = tensor.device.type
-        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
+        return transforms.without_autocast(tensor.device)
     if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return _NOTHING
@@ -56,17 +57,14 @@ def draw_dropout(x: Tensor, options: Options) -> Tensor:
     return torch.rand((x.numel() // x.shape[-1], x.shape[-1]), device=x.device) >= options.dropout_p
 
 
-_library = torch.library.Library("bora_kernels", "DEF")
-_library.define(
+_library = define(
     "forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? magnitude_row, Tensor? magnitude_col,"
     " Tensor? flat_scales, Tensor? bias, Tensor? dropout, float scaling, str norm_order, bool detach_norm,"
-    " float dropout_p, float eps, str backend, bool products, bool save_product) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_library.define(
+    " float dropout_p, float eps, str backend, bool products, bool save_product) -> (Tensor, Tensor, Tensor, Tensor)",
     "backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? magnitude_row,"
     " Tensor? magnitude_col, Tensor? flat_scales, Tensor? product, Tensor? u, Tensor? dropout, float scaling,"
     " str norm_order, bool detach_norm, float dropout_p, float eps, str backend, bool[] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -177,14 +175,61 @@ _backward_operator = _register("backward", _of_backward(_backward), _of_backward
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
+# --- their derivative, for graphs that hold the operator and not ``BoraLinearFunction`` (torch.export) ----------------
+
+
+def _keep(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, weight, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, bias, dropout, *rest = inputs
+    y, product, u, made = output
+    ctx.options, (products, save_product) = Options(*rest[:6]), rest[6:]
+    members = Members(magnitude_row is not None, magnitude_col is not None)
+    ctx.needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
+    lacks = ctx.needs.sums(members, ctx.options)[0] and not save_product
+    ctx.complete = not lacks and (products or not ctx.needs.norm_paths(members, ctx.options))
+    kept = (product if separate_product(x.dtype, bias) else y) if members.row else None
+    scales = (made if flat_scales is None else flat_scales) if any(members) else None
+    ctx.save_for_backward(
+        x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, kept, u, dropout
+    )  # fmt: skip
+    ctx.mark_non_differentiable(product, u, made)
+
+
+@transforms.once_differentiable
+def _derivative(ctx, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if not ctx.complete:
+        raise RuntimeError(
+            "bora_kernels::forward must be traced under torch.enable_grad() to have gradients: "
+            "this graph keeps nothing for backward"
+        )
+    x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, dropout = ctx.saved_tensors
+    adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
+    gradients = backward(dy, x, weight, adapter, scales, product, u, dropout, ctx.options, ctx.needs)
+    dx, *rest = (gradient if need else None for gradient, need in zip(gradients, ctx.needs, strict=True))
+    d_bias = dy.sum(0) if ctx.needs_input_grad[7] else None
+    return dx, None, *rest, None, d_bias, *[None] * (len(ctx.needs_input_grad) - 8)
+
+
+torch.library.register_autograd("bora_kernels::forward", _derivative, setup_context=_keep, lib=_library)
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+
 def _plain(prepared: object, *tensors: Tensor | None) -> bool:
     """Whether the body may be called without the dispatcher, which costs less time: plain eager mode.
 
-    Tensor subclasses have rules of their own; ``prepared`` stands for plain tensors that were looked at before.
+    Tensor subclasses have rules of their own, the dispatcher knows what to do with meta tensors and views whose sign is
+    the other; ``prepared`` stands for plain tensors that were looked at before.
     """
-    if prepared is None and (torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors))):
+    if prepared is None:
+        if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors)):
+            return False
+        if tensors[0].is_meta or any(t is not None and t.is_neg() for t in tensors):
+            return False
+    if is_in_torch_dispatch_mode():
+        flops.teach_counters()
         return False
-    return not is_in_torch_dispatch_mode()
+    return True
 
 
 def forward(

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..contract import BACKENDS, NORM_ORDERS, Options
 from ..quantized import Quantized
-from . import watch
+from . import transforms, watch
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT_DTYPES = (*_TRITON_DTYPES, torch.float64)
@@ -33,6 +33,8 @@ def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it computes in float32, bfloat16 and float16, got {dtype}"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
+    if device.type == "meta":
+        return None  # shapes and dtypes alone
     if device.type != "cuda":
         return f"it needs a CUDA device (or TRITON_INTERPRET=1 for Triton's interpreter), got {device}"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
@@ -207,7 +209,11 @@ def prepare(x: Tensor, tensors: tuple[Tensor | None, ...], backend: str | None) 
     """
     signature = None
     autocast = autocast_dtype(x) if isinstance(x, Tensor) else None
-    if not torch.compiler.is_compiling() and _PLAIN_TYPES.issuperset(map(type, (x, *tensors))):
+    if (
+        not torch.compiler.is_compiling()
+        and _PLAIN_TYPES.issuperset(map(type, (x, *tensors)))
+        and not transforms.transforming()  # whose tensors have no memory to look at
+    ):
         signature = (backend, autocast, *[None if t is None else _layout(t) for t in (x, *tensors)])
         known = _prepared.get(signature)
         if known is not None:
@@ -218,6 +224,8 @@ def prepare(x: Tensor, tensors: tuple[Tensor | None, ...], backend: str | None) 
     chosen = choose_backend(backend, x.device, autocast or x.dtype, tensors[1].shape[0])
     x = x if autocast is None else x.to(autocast)
     if signature is None or tensors[0].requires_grad:  # refused as soon as gradients are recorded
+        return x, chosen, None
+    if x.is_meta or any(isinstance(t, Tensor) and t.is_neg() for t in (x, *tensors)):  # the dispatcher's affair
         return x, chosen, None
     weight, *adapter, _ = tensors
     known = Prepared(chosen, x, weight, adapter)
@@ -235,7 +243,7 @@ def prepare_backward(prepared: Prepared | None, dy: Tensor, saved: tuple[Tensor 
     as. Since forward their ``.data`` may have been given other memory, and hooks may have handed back other tensors.
     Raises ValueError that names the tensor if one is on another device now, or has another shape.
     """
-    if prepared is None or type(dy) is not Tensor or torch.compiler.is_compiling():
+    if prepared is None or type(dy) is not Tensor or torch.compiler.is_compiling() or dy.is_neg():
         return None
     if prepared.backend != "triton":
         return prepared  # PyTorch's operations look for themselves
@@ -262,7 +270,7 @@ def _layout(tensor: Tensor | Quantized) -> tuple:
     if type(tensor) is Quantized:
         return (tensor.layout, *map(_layout, tensor.parts))
     alignment = tensor.data_ptr() & 15
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad, alignment
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad, alignment, tensor.is_neg()
 
 
 def _describe(value: object) -> str:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._library import define
 from ..contract import CHUNK_ELEMENTS
 
 _FOUR_BIT = ("nf4", "fp4")
@@ -181,8 +182,7 @@ def _checked_shape(shape: torch.Size, linear: nn.Module) -> tuple[int, int]:
 
 # --- the operator ----------------------------------------------------------------------------------------------------
 
-_library = torch.library.Library("bora_kernels", "FRAGMENT")
-_library.define(
+_library = define(
     "dequantize(Tensor[] parts, str kind, int[] shape, int[] block_size, ScalarType own_dtype, ScalarType dtype,"
     " str stage, str backend) -> Tensor"
 )

@@ -290,5 +290,5 @@ def test_second_derivative(backend, device):
         dx.square().sum().backward()
         assert inputs["lora_B"].grad.abs().max() > 0
     else:
-        with pytest.raises(RuntimeError, match="once_differentiable"):
+        with pytest.raises(RuntimeError, match="no second derivative: backend=.reference. has"):
             dx.square().sum().backward()

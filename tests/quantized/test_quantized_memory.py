@@ -34,6 +34,7 @@ def saved_by(layer, x):
 @kinds
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_saves_what_the_weight_is_stored_as(kind, compiled, device):
+    torch.compiler.reset()  # each kind is another graph, of which the compiler keeps a few only
     layer, x = make_layer(kind, device), tokens(device)
     y, saved = saved_by(torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer, x)
     size = layer.in_features * layer.out_features
@@ -137,12 +138,14 @@ def test_a_checkpoint_does_not_repeat_norms(kind, backend, device, work):
 
 @kinds
 def test_compiles_without_a_break(kind, device):
+    torch.compiler.reset()
     layer, x = make_layer(kind, device), tokens(device)
     assert all_equal(results(torch.compile(layer, fullgraph=True, backend="aot_eager"), x), results(layer, x))
 
 
 @kinds
 def test_reading_a_live_layer_compiles(kind, device):
+    torch.compiler.reset()
     layer, x = make_layer(kind, device), tokens(device)
     case = Case(N=64, K=128, dtype=BF16).inputs(device)
     linear = quantized_linear(kind, case["weight"])
