@@ -31,6 +31,7 @@ LEVELS = {
         ("verify",),
         ("harness", "sharding"),
         ("conftest", "distributed", "test_layer", "test_model"),
+        ("quality",),
     ),
 }
 each_package = pytest.mark.parametrize("package", LEVELS)

@@ -109,6 +109,7 @@ def extract(archive: Path, package: Package, target: Path) -> None:
         nested = io.BytesIO(_read_tar(archive.open("rb"), [outer])[0])
         contents = dict(zip(package.files, _read_tar(nested, [f"{inner}/{n}" for n in package.files]), strict=True))
     for name, content in contents.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
         (target / name).write_bytes(content)
 
 

@@ -1,0 +1,72 @@
+"""The engine against the package: the same losses and gradients through ``bora_kernels.bora_linear``, run by run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bora_kernels import bora_linear
+
+from .methods import METHODS, Layers, Parameters, full_precision
+from .tasks import Task
+from .training import RANK, SCALING, start
+
+_SEEDS, _BATCH = (3, 8), 4
+LIMIT = 1e-3  # of a difference over the size of what is compared; float32's rounding gives about 1e-5
+
+
+class PackageLayers(Layers):
+    """The layers of one run as the package computes them."""
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        method, weight = self.method, self.weights[name]
+        if not method.is_adapter:
+            return super().__call__(name, x)
+        A, B, row, col = (None if (t := self.parameter(name, p)) is None else t[0] for p in ("A", "B", "row", "col"))
+        if A is None:  # magnitudes alone: an update that stays zero
+            A, B = weight.new_zeros(1, weight.shape[1]), weight.new_zeros(weight.shape[0], 1)
+        options = {"scaling": self.scaling, "norm_order": method.order, "detach_norm": method.detached}
+        return bora_linear(x[0], weight, A, B, row, col, self.biases.get(name), **options)[None]
+
+
+def check(model, task: Task) -> dict[str, float]:
+    """The largest relative difference of losses and of gradients between the engine and the package, by method.
+
+    A batch of two runs off their start, in full float32, is compared with each run alone in the package. Raises
+    RuntimeError for a difference over LIMIT.
+    """
+    found = {}
+    for name, method in METHODS.items():
+        if not method.is_adapter:
+            continue
+        layers = start(model, task, method, list(_SEEDS), RANK, SCALING)
+        _move(layers.parameters)
+        with full_precision():
+            loss, gradients = _loss_and_gradients(model, task, layers, list(_SEEDS))
+            differences = []
+            for i, seed in enumerate(_SEEDS):
+                one = {key: t[i : i + 1].detach().requires_grad_() for key, t in layers.parameters.items()}
+                alone = PackageLayers(method, model.weights, model.biases, one, SCALING)
+                expected, wanted = _loss_and_gradients(model, task, alone, [seed])
+                differences.append(abs(loss[i] - expected[0]) / abs(expected[0]))
+                differences += [(gradients[key][i] - g[0]).norm() / g[0].norm() for key, g in wanted.items()]
+        found[name] = max(float(difference) for difference in differences)
+        if not found[name] < LIMIT:
+            raise RuntimeError(f"{name}: the engine must agree with the package to {LIMIT}, got {found[name]:.1e}")
+    return found
+
+
+@torch.no_grad()
+def _move(parameters: Parameters) -> None:
+    """Move parameters off their start, where B is zero and A has no gradient."""
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in parameters.items():
+        noise = torch.randn(tensor.shape, generator=generator).to(tensor.device)
+        tensor += 0.05 * (noise * tensor if name.endswith((".row", ".col")) else noise)
+
+
+def _loss_and_gradients(model, task: Task, layers: Layers, seeds: list[int]) -> tuple[Tensor, Parameters]:
+    rows = torch.stack([task.batch_order(seed)[0][:_BATCH] for seed in seeds]).to(task.device)
+    loss = task.loss_and_hits(model, layers, [column[rows] for column in task.parts["train"]])[0].mean(1)
+    gradients = torch.autograd.grad(loss.sum(), list(layers.parameters.values()))
+    return loss.detach(), dict(zip(layers.parameters, gradients, strict=True))

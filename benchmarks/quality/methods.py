@@ -1,0 +1,184 @@
+"""The methods that are compared, and a linear layer under each of them, for many runs at once.
+
+A *run* is one training; R runs with seeds and learning rates of their own are trained together, over one W0 that they
+share. W' is never made. For x [R, T, K], factors A [R, r, K] and B [R, N, r], magnitudes [R, N] and [R, K]:
+
+    y = a⊙[(x⊙g)·W0ᵀ + s·((x⊙g)·Aᵀ)·Bᵀ] + bias        a = m_r / ρ, g = m_c / γ, 1 without the magnitude
+
+and the norms of V = W0 + s·B·A, weighted by the square q of the scale that comes first, follow from products of W0 with
+thin matrices:
+
+    ‖V_n·√q‖² = Σ_k q_k·W0²_nk + 2s·Σ_r B_nr·(W0·diag(q)·Aᵀ)_nr + s²·(B·(A·diag(q)·Aᵀ)·Bᵀ)_nn
+
+All is differentiated by autograd; a detached norm is a constant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Parameters = dict[
+    str, Tensor
+]  # "<layer>.A", ".B", ".row", ".col", or ".weight" and ".bias"; stacked over runs [R, ...]
+_TINY = 1e-24  # of a squared norm, the square of the layers' eps
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained of a linear layer."""
+
+    label: str
+    factors: bool = False  # A and B
+    extra_rank: int = 0
+    row: bool = False  # magnitudes and norms of rows (output features)
+    col: bool = False
+    detached: bool = False
+    order: str = "row_col"
+    full: bool = False  # the weight itself, and biases and norms
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.factors or self.row or self.col
+
+
+METHODS = {
+    "bora": Method("BoRA", factors=True, row=True, col=True),
+    "lora_r1": Method("LoRA, rank r + 1", factors=True, extra_rank=1),
+    "dora": Method("DoRA (detached)", factors=True, row=True, detached=True),
+    "lora": Method("LoRA", factors=True),
+    "full": Method("full fine-tuning", full=True),
+    "dora_exact": Method("DoRA, exact", factors=True, row=True),
+    "bora_cr": Method("BoRA, columns first", factors=True, row=True, col=True, order="col_row"),
+    "bora_detached": Method("BoRA, detached", factors=True, row=True, col=True, detached=True),
+    "columns": Method("columns only", factors=True, col=True),
+    "scales": Method("scales only", row=True, col=True),
+    "head": Method("head only"),
+}
+PRIMARY = ("bora", "lora_r1", "dora")
+CONTRASTS = (("bora", "lora_r1"), ("bora", "dora"))  # the primary ones
+OTHER_CONTRASTS = (
+    ("bora", "lora"), ("bora", "dora_exact"), ("dora", "lora"), ("dora", "lora_r1"), ("dora_exact", "dora"),
+    ("bora_cr", "bora"), ("bora_detached", "bora"), ("columns", "dora"), ("columns", "lora"), ("bora", "full"),
+)  # fmt: skip
+
+
+def initial_parameters(method: Method, weights: Mapping[str, Tensor], seeds: list[int], rank: int) -> Parameters:
+    """The trained tensors at their start; equal for equal seeds in all methods, whatever else is in the batch."""
+    parameters, R = {}, len(seeds)
+    rank += method.extra_rank
+    for index, (name, weight) in enumerate(weights.items()):
+        N, K = weight.shape
+        if method.full:
+            parameters[f"{name}.weight"] = weight.expand(R, N, K).clone()
+        if method.factors:
+            draws = {seed: uniform(1000 * seed + index, rank, K) / math.sqrt(K) for seed in set(seeds)}
+            parameters[f"{name}.A"] = torch.stack([draws[seed] for seed in seeds]).to(weight.device)
+            parameters[f"{name}.B"] = weight.new_zeros(R, N, rank)
+        if method.row:
+            parameters[f"{name}.row"] = weight.norm(dim=1).expand(R, N).clone()
+        if method.col:
+            parameters[f"{name}.col"] = weight.norm(dim=0).expand(R, K).clone()
+    return parameters
+
+
+def uniform(seed: int, *shape: int) -> Tensor:
+    """Numbers in [-1, 1), on the CPU, from the seed alone."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+class Layers:
+    """All adapted linear layers of a model in one batch of runs."""
+
+    def __init__(
+        self,
+        method: Method,
+        weights: Mapping[str, Tensor],
+        biases: Mapping[str, Tensor],
+        parameters: Parameters,
+        scaling: float,
+    ) -> None:
+        self.method, self.weights, self.biases, self.scaling = method, weights, biases, scaling
+        self.parameters = parameters
+
+    def parameter(self, name: str, part: str) -> Tensor | None:
+        return self.parameters.get(f"{name}.{part}")
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        """x [R, T, K] -> y [R, T, N]."""
+        weight, bias = self.weights[name], self.biases.get(name)
+        if self.method.full:
+            y = x @ self.parameter(name, "weight").mT
+            return y if bias is None else y + self.parameter(name, "bias")
+        if not self.method.is_adapter:
+            return F.linear(x, weight, bias)
+        A, B = self.parameter(name, "A"), self.parameter(name, "B")
+        row_scale, col_scale = self.scales(name)
+        x = x if col_scale is None else x * col_scale[:, None]
+        y = F.linear(x, weight)
+        if A is not None:
+            y = torch.baddbmm(y, x @ A.mT, B.mT, alpha=self.scaling)
+        y = y if row_scale is None else y * row_scale[:, None]
+        return y if bias is None else y + bias
+
+    def effective_weight(self, name: str) -> Tensor:
+        """W' [R, N, K] of one layer, dense: to look at, not to train with."""
+        if self.method.full:
+            return self.parameter(name, "weight")
+        weight, A = self.weights[name], self.parameter(name, "A")
+        if not self.method.is_adapter:
+            return weight[None]
+        row_scale, col_scale = self.scales(name)
+        with full_precision():
+            weight = weight if A is None else torch.baddbmm(weight, self.parameter(name, "B"), A, alpha=self.scaling)
+        weight = weight if row_scale is None else weight * row_scale[..., None]
+        return weight if col_scale is None else weight * col_scale[:, None]
+
+    def scales(self, name: str) -> tuple[Tensor | None, Tensor | None]:
+        """a [R, N] and g [R, K]; None without the magnitude. In full float32: a scale near 1 is what is learned."""
+        method, A = self.method, self.parameter(name, "A")
+        first, second = ("row", "col") if method.order == "row_col" else ("col", "row")
+        found: dict[str, Tensor] = {}
+        for axis in (first, second):
+            if not getattr(method, axis):
+                continue
+            weight, P, Q = self.weights[name], self.parameter(name, "B"), None if A is None else A.mT
+            if axis == "col":
+                weight, P, Q = weight.T, Q, P
+            before = found.get(first)
+            with full_precision():
+                squares = squared_norms(weight, P, Q, self.scaling, None if before is None else before.square())
+            norms = squares.clamp_min(_TINY).sqrt()
+            found[axis] = self.parameter(name, axis) / (norms.detach() if method.detached else norms)
+        return found.get("row"), found.get("col")
+
+
+def squared_norms(weight: Tensor, P: Tensor | None, Q: Tensor | None, scaling: float, q: Tensor | None) -> Tensor:
+    """Of the rows of (weight + scaling·P·Qᵀ)·diag(√q), for each run [R, N] (without P and q: [1, N]).
+
+    Shapes: weight [N, K], P [R, N, r], Q [R, K, r], q [R, K]; None of P and Q for no update, of q for ones.
+    """
+    base = weight.square().sum(1)[None] if q is None else q @ weight.square().T
+    if P is None:
+        return base
+    Q_weighted = Q if q is None else q[..., None] * Q
+    cross = Q_weighted.mT.flatten(0, 1) @ weight.T  # one product with all runs' factors
+    cross = (cross.view(len(P), -1, len(weight)).mT * P).sum(-1)
+    return base + 2 * scaling * cross + scaling**2 * ((P @ (Q.mT @ Q_weighted)) * P).sum(-1)
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Matrix products without TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,283 @@
+"""The study's code: its engine against the package, its pieces end to end on made-up data, its data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.quality import check, stages, synthetic, teachers, texts
+from benchmarks.quality.__main__ import main
+from benchmarks.quality.encoder import Encoder
+from benchmarks.quality.language import LanguageModel, dequantize
+from benchmarks.quality.methods import METHODS, Layers, initial_parameters
+from benchmarks.quality.tasks import Sizes, make_task
+from benchmarks.quality.training import Run, train
+from bora_kernels.reference import bora_weight_ref
+
+SIZES = Sizes(steps=5, batch=4, train=40, length=12, validation=30, test=31, runs_at_once=40, eval_tokens=1000)
+CPU = torch.device("cpu")
+adapters = pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.is_adapter])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On tensors this small a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return synthetic.arrays(examples=240)
+
+
+@pytest.fixture(scope="module")
+def encoder(data):
+    return Encoder(data, CPU)
+
+
+# ---- the engine ----
+
+
+@adapters
+def test_the_layer_is_the_references(method):
+    """y and W' of each run are those of the dense reference, off the start, in float64."""
+    N, K, seeds, spec = 11, 7, [1, 5, 9], METHODS[method]
+    weight = torch.randn(N, K, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    parameters = initial_parameters(spec, {"l": weight}, seeds, 3)
+    generator = torch.Generator().manual_seed(3)
+    parameters = {
+        n: t.double() + 0.2 * torch.randn(t.shape, generator=generator, dtype=torch.float64)
+        for n, t in parameters.items()
+    }
+    bias = torch.arange(N).double()
+    layers = Layers(spec, {"l": weight}, {"l": bias}, parameters, 1.7)
+    x = torch.randn(len(seeds), 6, K, dtype=torch.float64, generator=generator)
+    y, effective = layers("l", x), layers.effective_weight("l")
+    for i in range(len(seeds)):
+        A, B, row, col = (parameters[f"l.{p}"][i] if f"l.{p}" in parameters else None for p in ("A", "B", "row", "col"))
+        if A is None:
+            A, B = weight.new_zeros(1, K), weight.new_zeros(N, 1)
+        expected = bora_weight_ref(weight, A, B, row, col, scaling=1.7, norm_order=spec.order)
+        torch.testing.assert_close(effective[i], expected, rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(y[i], x[i] @ expected.T + bias, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["movies", "bbc_lm", "addition"])
+def test_the_engine_agrees_with_the_package(name, data, encoder):
+    model = encoder if name == "movies" else LanguageModel(data, CPU)
+    found = check.check(model, make_task(data, name, SIZES, CPU))
+    assert found.keys() == {name for name, method in METHODS.items() if method.is_adapter}
+    assert max(found.values()) < 1e-4
+
+
+def test_the_check_notices_another_formula(data, encoder, monkeypatch):
+    monkeypatch.setattr(check.PackageLayers, "__call__", lambda self, *a: 1.01 * Layers.__call__(self, *a))
+    with pytest.raises(RuntimeError, match="bora: the engine must agree with the package"):
+        check.check(encoder, make_task(data, "movies", SIZES, CPU))
+
+
+@pytest.mark.parametrize(
+    ("task", "method"), [("movies", "bora"), ("tweets_r", "full"), ("swap", "head"), ("bbc_lm", "dora")]
+)
+def test_a_run_does_not_depend_on_its_batch(task, method, data, encoder):
+    """Of three runs at once each is what it is alone, and equal seeds start equal."""
+    model = encoder if task != "bbc_lm" else LanguageModel(data, CPU)
+    task = make_task(data, task, SIZES, CPU)
+    runs = [Run(1, 1e-3), Run(2, 1e-3), Run(1, 4e-3, magnitude_factor=4.0)]
+    together = train(model, task, method, runs)
+    for run, record in zip(runs, together, strict=True):
+        (alone,) = train(model, task, method, [run])
+        for key in ("validation", "test", "validation_loss", "test_loss", "train_loss"):
+            assert record[key] == pytest.approx(alone[key], rel=1e-4)
+    assert together[0]["test_loss"] != together[2]["test_loss"] != together[1]["test_loss"]
+
+
+def test_methods_share_subsets_heads_and_factors(data, encoder):
+    task = make_task(data, "movies", SIZES, CPU)
+    few, more = (initial_parameters(METHODS[m], encoder.weights, [4, 7], 3) for m in ("lora", "lora_r1"))
+    name = encoder.queries[0]
+    assert torch.equal(few[f"{name}.A"], more[f"{name}.A"][:, :3])
+    assert not torch.equal(few[f"{name}.A"][0], few[f"{name}.A"][1])
+    assert torch.equal(task.batch_order(4), task.batch_order(4)) and not torch.equal(
+        task.batch_order(4), task.batch_order(7)
+    )
+    assert set(task.batch_order(4)[:, 0].tolist()) <= set(range(task.pool))
+
+
+def test_parameter_counts(data, encoder):
+    task = make_task(data, "movies", SIZES, CPU)
+    counts = {m: train(encoder, task, m, [Run(1, 1e-3)])[0]["parameters"] for m in ("bora", "lora_r1", "lora", "dora")}
+    assert counts["bora"] == counts["lora_r1"] > counts["dora"] > counts["lora"]
+
+
+def test_a_diverged_run_is_recorded_at_the_floor(data, encoder):
+    for name, model in (("movies", encoder), ("tweets_r", encoder), ("bbc_lm", LanguageModel(data, CPU))):
+        task = make_task(data, name, SIZES, CPU)
+        bad, good = train(model, task, "full", [Run(1, 1e30), Run(2, 1e-4)])
+        assert bad["diverged"] and not good["diverged"]
+        assert np.isfinite([bad["validation"], bad["test"], bad["test_loss"]]).all()
+        json.dumps(bad, allow_nan=False)
+    assert bad["test"] == pytest.approx(-100 * bad["test_loss"])
+
+
+def test_teachers_are_learned_by_the_methods_that_hold_them():
+    for teacher, good, bad in (
+        ("low rank", "lora", "scales"),
+        ("rows", "dora", "lora"),
+        ("rows and columns", "bora", "dora"),
+    ):
+        runs = [Run(seed, 1.6e-2) for seed in (1, 2)]
+        (a, b), (c, d) = (teachers.train(teacher, m, runs, CPU, steps=150) for m in (good, bad))
+        assert min(a["test"], b["test"]) > 90 > 85 > max(c["test"], d["test"])
+
+
+# ---- stages ----
+
+
+def test_the_grid_is_widened_until_the_best_lies_inside():
+    grid = [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert stages.widened(grid, 2) is None
+    assert stages.widened(grid, 4) == [*grid, 32.0]
+    assert stages.widened(grid, 0) == [0.5, *grid]
+    assert stages.widened([2.0**i for i in range(9)], 8) is None  # four were added
+
+
+def record(lr, validation, seed=1, **other):
+    return {"stage": "stage1", "task": "t", "method": "m", "lr": lr, "seed": seed, "validation": validation, **other}
+
+
+def test_the_rate_is_chosen_by_the_mean_over_seeds_of_a_complete_stage():
+    scores = {0.5: (1, 1), 1.0: (9, 0), 2.0: (5, 5), 4.0: (0, 0), 8.0: (0, 9.5)}
+    records = [record(lr, v, seed) for lr, values in scores.items() for seed, v in enumerate(values)]
+    assert stages.chosen_rate(records, "t", "m", (0, 1)) == 2.0
+    assert stages.chosen_rate(records[:-1], "t", "m", (0, 1)) is None
+    rising = [record(lr, lr, seed) for lr in (1.0, 2.0, 4.0, 8.0, 16.0) for seed in (0, 1)]
+    assert stages.chosen_rate(rising, "t", "m", (0, 1)) is None  # its grid is yet to be widened
+
+
+@pytest.fixture
+def fewer(monkeypatch):
+    """An even smaller ``--small``."""
+    few = synthetic.arrays(examples=150)
+    monkeypatch.setattr(synthetic, "arrays", lambda: few)
+    small = dataclasses.replace(SIZES, steps=4, validation=20, test=20)
+    monkeypatch.setattr("benchmarks.quality.__main__._small", lambda task: small)
+
+
+def run(tmp_path, command, *options):
+    return main([command, "--small", "--out", str(tmp_path / "runs.json"), "--device", "cpu", *options])
+
+
+def read(tmp_path):
+    return json.loads((tmp_path / "runs.json").read_text())
+
+
+def test_the_study_from_start_to_end(tmp_path, fewer, capsys):
+    """Stages 1 and 2 over all primary tasks, everything else once; what is done is not done again."""
+    primary = ("--methods", "bora", "lora_r1", "dora", "lora")
+    assert run(tmp_path, "stage1", *primary) == 0
+    first = read(tmp_path)["records"]
+    assert {r["stage"] for r in first} == {"stage1"} and {r["seed"] for r in first} == {1001, 1002}
+    for command in ("stage2", "bbc_lm"):
+        assert run(tmp_path, command, *primary) == 0
+    assert run(tmp_path, "sensitivity", "--tasks", "movies", *primary) == 0
+    assert run(tmp_path, "mechanism", "--tasks", "movies", *primary) == 0
+    done = read(tmp_path)["records"]
+    assert done[: len(first)] == first
+    for command in ("stage1", "stage2", "bbc_lm"):
+        assert run(tmp_path, command, *primary) == 0
+    assert read(tmp_path)["records"] == done
+    session = read(tmp_path)["sessions"][0]
+    assert session["commit"] and session["device"] and session["versions"]["torch"] == torch.__version__
+    assert session["checks"]["encoder"].keys() >= {"bora", "columns"}
+
+    main(["report", "--out", str(tmp_path / "runs.json"), "--folder", str(tmp_path / "report")])
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "## Finding: incomplete" in text and "made-up data" in text
+    for title in ("## bbc_lm (primary", "## Sensitivity", "rank 16", "own rate of magnitudes, × 16", "## Correlation"):
+        assert title in text
+    pictures = {path.name for path in (tmp_path / "report").glob("*.png")}
+    assert pictures in ({"contrasts.png", "learning_rates.png", "figure2.png", "figure3.png"}, set())
+
+
+def test_a_session_without_time_keeps_what_is_done(tmp_path, fewer, capsys):
+    options = ("--methods", "lora", "--tasks", "movies", "nyt")
+    assert run(tmp_path, "stage1", *options, "--minutes", "0") == 3
+    assert "out of time, 2 of 2 left" in capsys.readouterr().out
+    assert read(tmp_path)["records"] == []
+    assert run(tmp_path, "stage1", *options) == 0 and read(tmp_path)["records"]
+
+
+def test_stage_2_waits_for_stage_1(tmp_path, fewer, capsys):
+    assert run(tmp_path, "stage2", "--methods", "lora", "--tasks", "movies") == 0
+    assert "stage 1 of lora on movies is not complete" in capsys.readouterr().out
+    assert read(tmp_path)["records"] == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["prepare", "--help"], ["stage1", "--help"], ["report", "--help"]])
+def test_help(arguments, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(arguments)
+    assert "usage: python -m benchmarks.quality" in capsys.readouterr().out
+
+
+# ---- data ----
+
+
+def test_parts_hold_groups_together_and_have_their_shares():
+    found = texts.parts(f"document {i}" for i in range(6400))
+    assert np.abs(np.bincount(found) / 6400 - np.array([15, 6, 11]) / 32).max() < 0.02
+    assert texts.part_of("a") == texts.part_of("a")
+
+
+def test_swaps():
+    sentences = [f"the quick brown fox number {w} jumps over a lazy dog." for w in ("one", "two", "three", "four")]
+    documents = [" ".join(sentences), "Too short.", "1 2 3 4 5 6 7 8 9."]
+    found = texts.swaps(documents)
+    assert len(found) == 4 and {e.group for e in found} == {documents[0]}
+    for example in found:
+        moved = example.text not in sentences
+        assert moved == bool(example.label)
+        if moved:
+            original = next(s for s in sentences if sorted(s.split()) == sorted(example.text.split()))
+            places = [i for i, (a, b) in enumerate(zip(original.split(), example.text.split(), strict=True)) if a != b]
+            assert len(places) == 2 and places[1] - places[0] == 1 and places[0] > 0
+    many = texts.swaps(
+        [f"the quick brown fox named {'abcdefgh'[i % 8]} {chr(97 + i // 8)} jumps over dogs." for i in range(200)]
+    )
+    assert 70 < sum(e.label for e in many) < 130
+
+
+def test_ratings_signs_and_classes():
+    ratings = texts.rated(b"1\t-2.5\tbad\n2\t0\tso so\n3\t1.5\tgood \n4\t1\tgood\nbroken line\n")
+    assert ratings == {"bad": -2.5, "so so": 0.0, "good": 1.0}
+    assert [(e.text, e.label) for e in texts.signs(ratings)] == [("bad", 0.0), ("good", 1.0)]
+    found = texts.classes(b'sentiment,confidence,text\npositive,1,fine\nnegative,1,"so, so"\n')
+    assert [(e.text, e.label) for e in found] == [("fine", 1.0), ("so, so", 0.0)]
+
+
+def test_sums_are_right_and_distinct():
+    found = texts.sums(50)
+    assert len({question for question, _ in found}) == 50
+    for question, answer in found:
+        a, b = (int(word.strip("?")) for word in question.split() if word.strip("?").isdigit())
+        assert answer == f" {a + b}."
+
+
+def test_blocks_of_weights_are_decoded():
+    """Q4_1: scale, minimum, 16 bytes whose low nibbles come first. Q8_0: scale, 32 signed bytes."""
+    scale, minimum = np.array([0.5], np.float16).tobytes(), np.array([-2.0], np.float16).tobytes()
+    nibbles = np.arange(32) % 16
+    packed = (nibbles[:16] | nibbles[16:] << 4).astype(np.uint8).tobytes()
+    raw = np.frombuffer(scale + minimum + packed, np.uint8)[None]
+    assert dequantize(raw, 20).tolist() == [(0.5 * nibbles - 2).tolist()]
+    values = np.arange(-16, 16).astype(np.int8)
+    raw = np.frombuffer(scale + values.tobytes(), np.uint8)[None]
+    assert dequantize(raw, 34).tolist() == [(0.5 * values).tolist()]
