@@ -30,8 +30,8 @@ class View(NamedTuple):
         """W' [N, K] of these parameters, not rounded to half precision."""
         if "weight" in parameters:
             return parameters["weight"]
-        base = self.base()
-        return bora_weight_ref(base.to(torch.promote_types(base.dtype, torch.float32)), **parameters, **self.options)
+        base, arguments = self.base(), {**parameters, **self.options}
+        return bora_weight_ref(base.to(torch.promote_types(base.dtype, torch.float32)), **arguments)
 
 
 def weight_name(name: str) -> str:
@@ -52,7 +52,7 @@ def find_layers(model: nn.Module, is_trained: Callable[[str, nn.Module], bool]) 
     return found
 
 
-def _is_peft_linear(module: nn.Module) -> bool:
+def _is_peft_linear(module: Any) -> bool:
     """A linear layer with PEFT's LoRA, DoRA or BoRA; told by its parts, so that PEFT need not be installed."""
     return isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and _is_linear(module.base_layer)
 
@@ -65,7 +65,7 @@ def _is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
-def view(layer: nn.Module, name: str) -> View:
+def view(layer: Any, name: str) -> View:
     """A layer that ``find_layers`` found, as it is now. Raises as ``from_start`` does."""
     if isinstance(layer, FusedBoraLinear):
         options = {"scaling": layer.scaling, "norm_order": layer.norm_order}
@@ -80,7 +80,7 @@ def view(layer: nn.Module, name: str) -> View:
     return seen
 
 
-def _peft_view(layer: nn.Module, name: str) -> View:
+def _peft_view(layer: Any, name: str) -> View:
     active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     if len(active) != 1:
         raise ValueError(f"{name} must have one active adapter, got {active}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ def from_start(model: nn.Module, start: Mapping[str, Tensor] | None = None) -> l
             ``start``).
         TypeError: for sharded weights.
     """
-    kept, changes = start or {}, []
+    kept: Mapping[str, Tensor] = start or {}
+    changes = []
     for name, layer in find_layers(model, lambda name, _: weight_name(name) in kept).items():
         seen, before = view(layer, name), kept.get(weight_name(name))
         if before is None:
@@ -61,11 +63,13 @@ class StepRecorder:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, every: int = 50) -> None:
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be an integer of at least 1, got {every!r}")
-        self.every, self.changes = every, []
-        self._layers = find_layers(model, lambda _, layer: layer.weight.requires_grad)
+        self.every = every
+        self.changes: list[Change] = []
+        self._layers = find_layers(model, _is_trained)
         for name, layer in self._layers.items():
             view(layer, name)  # refuses now what it would refuse at the first record
-        self._step, self._before = 0, None
+        self._step = 0
+        self._before: dict[str, dict[str, Tensor]] | None = None  # what was trained, before a step that is recorded
         self._hooks = [optimizer.register_step_pre_hook(self._pre), optimizer.register_step_post_hook(self._post)]
 
     def close(self) -> None:
@@ -89,3 +93,7 @@ class StepRecorder:
             before, after = seen.weight(self._before.pop(name)), seen.weight(seen.parameters)
             self.changes.append(weight_change(before, after, name, self._step))
         self._before = None
+
+
+def _is_trained(name: str, linear: Any) -> bool:
+    return linear.weight.requires_grad

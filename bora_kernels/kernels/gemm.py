@@ -203,7 +203,8 @@ def scaled_gemm(
     stored_w = W if rows_are_outputs else W.T
     descriptors_fit = W.dtype == t.dtype and all(map(_fits_descriptor, (t, stored_w, out)))
     grid, config = gemm_config(M, O, C, t.dtype, W.get_device(), descriptors_fit, is_aligned(t), seed is not None)
-    operands, tail = (t, W, None, None, out, product), 0
+    operands: tuple = (t, W, None, None, out, product)
+    tail = 0
     if config["USE_DESCRIPTORS"]:
         t_tail = w_tail = None
         if seed is None:

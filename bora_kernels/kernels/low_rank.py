@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import projection_parts
+from ..contract import given, projection_parts
 from ..replay.recording import empty, launch
 from .common import dot_split, keep_mask, live_magnitude, load_matrix, load_projection, load_vector, round_with_dither
 from .config import cdiv, combine_config, is_aligned, is_packed, parts_in_use, project_config, reduce_config, target
@@ -235,7 +235,7 @@ def combine(
 
     Returns −total / norm² [C], the coefficient that the norm paths start from, and d_magnitude [C].
     """
-    parts = factor_parts if factor_parts is not None else total_parts
+    parts = given(total_parts if factor_parts is None else factor_parts)
     splits, C = parts.shape[:2]
     R = 1 if factor_parts is None else factor_parts.shape[2]
     coefficient = d_magnitude = None

@@ -84,7 +84,7 @@ def _adapter(layer: nn.Module, kind: str = "") -> list[nn.Parameter]:
     return [p for n, p in layer.named_parameters() if n.startswith(("lora_", "magnitude_")) and kind in n]
 
 
-def _is_narrowed(layer: nn.Module) -> bool:
+def _is_narrowed(layer: Any) -> bool:
     """Whether a magnitude is narrower than float32 and than what was chosen."""
     chosen = min(4, layer.adapter_dtype.itemsize)
     return any(p.dtype.itemsize < chosen for p in _adapter(layer, "magnitude"))

@@ -6,6 +6,8 @@ import itertools
 import threading
 from operator import attrgetter
 
+from .driver import Graph
+
 ticks = itertools.count(1)  # what use is counted in
 
 
@@ -13,7 +15,7 @@ class Entry:
     """What a stage keeps for one key. As it is, it stands for "this cannot be replayed"."""
 
     nbytes = 1024  # about, with its key
-    graph = None  # with ``nbytes`` of its own
+    graph: Graph | None = None  # with ``nbytes`` of its own
     last_used = replays = 0
 
     def replay(self, bases: list[int]) -> tuple | None:
@@ -79,7 +81,7 @@ class PlanCache:
             self._bytes += entry.nbytes
             self._trim()
 
-    def add_graph(self, entry: Entry, graph: object) -> None:
+    def add_graph(self, entry: Entry, graph: Graph) -> None:
         """Hand an entry its graph, which counts from here on."""
         with self._lock:
             entry.graph = graph

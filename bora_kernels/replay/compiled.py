@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .switch import Unsupported
 
@@ -25,7 +25,7 @@ def hooked() -> bool:
 class Kernel(NamedTuple):
     """A compiled kernel, as the driver takes it."""
 
-    compiled: object  # kept alive: it owns the function
+    compiled: Any  # kept alive: it owns the function
     function: int
     threads: int  # of a block
     shared: int  # bytes of shared memory
@@ -34,7 +34,7 @@ class Kernel(NamedTuple):
     maps: tuple[dict, ...]  # of each tensor descriptor among them: block_size and swizzle
 
 
-def kernel_of(compiled: object) -> Kernel:
+def kernel_of(compiled: Any) -> Kernel:
     """The parts of what a launch returned; Unsupported where they are not as expected."""
     if compiled is None:
         raise Unsupported("Triton's interpreter runs the kernels (TRITON_INTERPRET=1)")

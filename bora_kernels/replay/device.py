@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 try:  # what the code that torch.compile generates allocates with: a third of the time of torch.empty
-    from torch._C._dynamo.guards import _empty_strided_cuda as allocate
+    from torch._C._dynamo.guards import _empty_strided_cuda as allocate  # type: ignore[attr-defined] # the stub leaves it out
 except ImportError:
 
     def allocate(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -79,7 +79,8 @@ def _primary_context(device: int) -> int | None:
 
 def parameter_sizes(function: int) -> list[int]:
     """Bytes of each of a kernel's parameters."""
-    sizes, offset, size = [], ctypes.c_size_t(), ctypes.c_size_t()
+    sizes: list[int] = []
+    offset, size = ctypes.c_size_t(), ctypes.c_size_t()
     while cuda().cuFuncGetParamInfo(function, len(sizes), ctypes.byref(offset), ctypes.byref(size)) == 0:
         sizes.append(size.value)
     return sizes
@@ -118,7 +119,7 @@ class Graph:
             cuda().cuGraphDestroy(graph)
             raise
         finalizer = weakref.finalize(self, _destroy, graph.value, self._executable.value)
-        finalizer.atexit = False  # the driver is gone by then
+        finalizer.atexit = False  # type: ignore[misc] # a property; the driver is gone by then
 
     def update(self) -> None:
         """Take the parameters as they are now, for launches to come. Where it raises, some are taken and some not."""
@@ -145,6 +146,6 @@ def _add_nodes(graph: ctypes.c_void_p, launches: list) -> list[tuple]:
     return nodes
 
 
-def _destroy(graph: int, executable: int) -> None:
+def _destroy(graph: int | None, executable: int | None) -> None:
     cuda().cuGraphExecDestroy(ctypes.c_void_p(executable))
     cuda().cuGraphDestroy(ctypes.c_void_p(graph))

@@ -42,9 +42,10 @@ class Parameters:
         found, sizes = [], []
         for name, kind in kernel.kinds.items():
             if isinstance(kind, str) and (kind.startswith("*") or kind.startswith("tensordesc")):
-                reference, layout = places[name]
-                if reference is None:
+                operand = places[name]
+                if operand is None or operand.reference is None:
                     raise Unsupported("a stage launched a kernel on memory that is neither its input nor from `empty`")
+                reference, layout = operand.reference, operand.layout
                 if layout is None:
                     found.append(("address", self._address(reference)))
                     sizes.append(8)

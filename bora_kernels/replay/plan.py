@@ -45,7 +45,7 @@ class Plan(Entry):
         self.bases: list[int] | None = None  # what ``host`` was written for
         self.replays = 0
         self.makes_graph = True  # until the driver refused one
-        self.graph: driver.Graph | None = None  # made when the plan has proved to be in use, outside of a capture
+        self.graph = None  # made when the plan has proved to be in use, outside of a capture
         self.graph_is_current = False  # whether the graph has taken what ``host`` holds
         self.nbytes = Entry.nbytes + host.nbytes + _LAUNCH_BYTES * len(launches)
 

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ class Operand(NamedTuple):
 class Launch(NamedTuple):
     """A recorded launch."""
 
-    compiled: object  # the kernel
-    grid: tuple[int, int, int]
+    compiled: Any  # the kernel
+    grid: tuple[int, ...]  # of three
     operands: tuple[Operand | None, ...]  # its leading arguments
     arguments: dict  # the others, by name
     beside: int | None  # the number of the launch that it runs beside, if any
@@ -78,7 +78,7 @@ class Recording:
                 return owner, address - start
         return None
 
-    def note(self, compiled: object, grid: tuple[int, ...], tensors: tuple, arguments: dict) -> None:
+    def note(self, compiled: Any, grid: tuple[int, ...], tensors: tuple, arguments: dict) -> None:
         operands = []
         for tensor in tensors:
             if tensor is None or isinstance(tensor, Tensor):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def stage(function: Callable[..., tuple]) -> Callable[..., tuple]:
     plans: dict[tuple, Entry] = {}
 
     @functools.wraps(function)
-    def call(*tensors: Tensor | None, prepared: object = None, **options) -> tuple:
+    def call(*tensors: Any, prepared: object = None, **options) -> tuple:
         addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
         if min(addresses) < _LOWEST_ADDRESS:
             _check_memory(function, tensors)
