@@ -10,7 +10,7 @@ from typing import Any
 from peft import LoraConfig
 
 from ...adapters import files
-from ...contract import NORM_ORDERS, Members
+from ...contract import NORM_ORDERS, Members, NormOrder
 
 
 class _PeftType(str):
@@ -61,7 +61,7 @@ class BoraConfig(LoraConfig):
     Source: BoRA, arXiv 2412.06441, section 3; DoRA, arXiv 2402.09353, sections 4.1 and 4.3.
     """
 
-    norm_order: str = field(
+    norm_order: NormOrder = field(
         default="row_col", metadata={"help": "Which norms are taken first: 'row_col' (of rows) or 'col_row'."}
     )
     detach_norm: bool | None = field(

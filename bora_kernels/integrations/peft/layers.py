@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora import layer as lora
@@ -11,7 +12,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...contract import Adapter, Members, Options, accumulation_dtype
+from ...contract import Adapter, Backend, Members, NormOrder, Options, accumulation_dtype
 from ...functional import bora_linear
 from ...ops import adapted_weight, watch
 from ...rounding import round_weight
@@ -26,7 +27,13 @@ class Magnitude(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
 
 
-class BoraLayer:
+if TYPE_CHECKING:
+    _PeftLayer = Any  # what comes after it among a layer's bases
+else:
+    _PeftLayer = object
+
+
+class BoraLayer(_PeftLayer):
     """What BoRA's layers have in common; comes before one of PEFT's LoRA layers among the bases.
 
     A subclass tells how it sees its weights as matrices (``_matrices``) and how it runs one adapter (``_adapted``).
@@ -37,6 +44,7 @@ class BoraLayer:
         "lora_magnitude_vector_row",
         "lora_magnitude_vector_col",
     )
+    base_layer: Any
     adapter_dtype = torch.float32  # narrower where that was asked for
     place: str | None = None  # its name in the model, for messages
     other_param_names = (*lora.LoraLayer.other_param_names, "norm_order", "detach_norm", "full_scaling")
@@ -47,14 +55,14 @@ class BoraLayer:
             raise TypeError(f"config must be a BoraConfig for a layer with BoRA adapters, got {type(config).__name__}")
         if not hasattr(self, "lora_magnitude_vector_row"):  # first called from the constructor of PEFT's layer
             self.lora_magnitude_vector_row, self.lora_magnitude_vector_col = nn.ModuleDict(), nn.ModuleDict()
-            self.norm_order: dict[str, str] = {}
+            self.norm_order: dict[str, NormOrder] = {}
             self.detach_norm: dict[str, bool] = {}
             self.full_scaling: dict[str, float] = {}
             watch.watch(self)
             self.register_state_dict_post_hook(_keep_unmerged)
             self.register_buffer("unmerged_weight", None, persistent=False)  # W0 while the base layer holds W'
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-        self.norm_order[adapter_name], self.detach_norm[adapter_name] = config.norm_order, config.detach_norm
+        self.norm_order[adapter_name], self.detach_norm[adapter_name] = config.norm_order, bool(config.detach_norm)
         self.full_scaling[adapter_name] = self.scaling[adapter_name]
         self._reset_magnitudes(adapter_name, config.members)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -72,7 +80,7 @@ class BoraLayer:
         weight, A, B = self._matrices(adapter_name)
         taps, dtype = self._taps(), torch.promote_types(weight.dtype, torch.float32)
         loaded_later = A.device.type == "meta" or weight.device.type == "meta"
-        norms = None, None
+        norms: tuple[Tensor | None, ...] = (None, None)
         if not loaded_later:
             norms = adapted_weight.norms(weight, Adapter(A, B), scaling=self.scaling[adapter_name], taps=taps)
         dicts, sizes = (
@@ -102,7 +110,7 @@ class BoraLayer:
             col[adapter_name].weight if adapter_name in col else None,
         )
 
-    def _options(self, adapter_name: str) -> dict:
+    def _options(self, adapter_name: str) -> dict[str, Any]:
         return {
             "scaling": self.full_scaling[adapter_name],
             "norm_order": self.norm_order[adapter_name],
@@ -117,7 +125,7 @@ class BoraLayer:
         scaling, full = self.scaling[adapter_name], self.full_scaling[adapter_name]
         return 1.0 if math.isclose(scaling, full, rel_tol=1e-6) else scaling / full
 
-    def _dropout(self, adapter_name: str) -> dict:
+    def _dropout(self, adapter_name: str) -> dict[str, Any]:
         dropout = self._modules["lora_dropout"][adapter_name]
         return {"dropout_p": dropout.p if isinstance(dropout, nn.Dropout) else 0.0, "training": dropout.training}
 
@@ -231,10 +239,11 @@ class BoraLayer:
             return super().register_parameter(name, param)
         factors = next(((self.lora_A[n].weight, B.weight) for n, B in self.lora_B.items()), None)
         sizes = None if factors is None else sorted((factors[0].shape[1], factors[1].shape[0]))
-        if param is not self.base_layer.weight or (sizes and param.ndim == 2 and sorted(param.shape) != sizes):
+        shape = None if param is None else list(param.shape)
+        if param is not self.base_layer.weight or (sizes and shape and len(shape) == 2 and sorted(shape) != sizes):
             raise ValueError(
                 f"weight of {self.place or type(self).__name__} must stay as it was adapted, of the sizes {sizes}, got "
-                f"{list(param.shape)}: resize and tie embeddings before the model is adapted"
+                f"{shape}: resize and tie embeddings before the model is adapted"
             )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -252,7 +261,7 @@ class BoraLayer:
 class BoraLinear(BoraLayer, lora.Linear):
     """``nn.Linear`` or transformers' ``Conv1D`` (a linear layer with a transposed weight) on the fused layer."""
 
-    backend: str | None = None  # as in ``bora_linear``; None picks by device
+    backend: Backend | None = None  # as in ``bora_linear``; None picks by device
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: BoraConfig, **kwargs) -> None:
         self.fan_in_fan_out = isinstance(self.base_layer, Conv1D)
@@ -273,12 +282,14 @@ class BoraLinear(BoraLayer, lora.Linear):
         modules = self._modules
         base = modules["base_layer"]
         weight = base.weight
+        row, col = self._magnitudes(adapter_name)
         return bora_linear(
             x,
             weight.T if self.fan_in_fan_out else weight,
             modules["lora_A"][adapter_name].weight,
             modules["lora_B"][adapter_name].weight,
-            *self._magnitudes(adapter_name),
+            row,
+            col,
             base.bias,
             **self._options(adapter_name),
             **self._dropout(adapter_name),

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from peft import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -40,7 +41,7 @@ class BoraModel(LoraModel):
             )
         choose_targets(peft_config, model)
         uncalled = coverage.never_called(model)
-        inside = ()  # of layers that have adapters already
+        inside: tuple[str, ...] = ()  # of layers that have adapters already
         for name, module in model.named_modules():
             if not name or name.startswith(inside):
                 continue
@@ -103,9 +104,9 @@ class BoraModel(LoraModel):
         for layer in quantized:
             layer.merged_dtype = unquantized.running_dtype(self.model)
         model = super()._unload_and_optionally_merge(*args, adapter_names=adapter_names, **kwargs)
-        for parent, name, layer in layers:  # PEFT knows the first place of each
-            if getattr(parent, name) is layer:
-                setattr(parent, name, layer.get_base_layer())
+        for parent, name, child in layers:  # PEFT knows the first place of each
+            if getattr(parent, name) is child:
+                setattr(parent, name, child.get_base_layer())
         if any(layer.merged for layer in quantized):
             unquantized.unmark(model)
         return model
@@ -160,7 +161,7 @@ class BoraModel(LoraModel):
         )
 
 
-def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     """Every place in a model: the module around it, its name there, and what stands in it."""
     for parent in model.modules():
         for name, child in parent._modules.items():

@@ -49,12 +49,14 @@ class _BoraConvNd(BoraLayer):
 
     def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
         base = self.base_layer
+        row, col = self._magnitudes(adapter_name)
         return bora_conv(
             x,
             base.weight,
             self.lora_A[adapter_name].weight,
             self.lora_B[adapter_name].weight.flatten(1),
-            *self._magnitudes(adapter_name),
+            row,
+            col,
             base.bias,
             lambda t, kernel: base._conv_forward(t, kernel, None),
             **self._options(adapter_name),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ...functional import bora_linear
-from ...quantized import read
+from ...quantized import Quantized, read
 from ...rounding import round_weight
 from .layers import BoraLinear
 
@@ -26,19 +28,23 @@ class BoraQuantizedLinear(BoraLinear):
             return super().forward(x.to(self.base_layer.weight.dtype), *args, **kwargs).to(x.dtype)
         return super().forward(x, *args, **kwargs)
 
-    def _quantized(self) -> nn.Module:
+    def _quantized(self) -> Any:
         return self.__dict__.get("quantized_layer") or self.base_layer
+
+    def _stored(self) -> Quantized:
+        stored = read(self._quantized())
+        if stored is None:
+            raise TypeError(f"base_layer must be quantized, got a {type(self._quantized()).__name__} that is not")
+        return stored
 
     def _weight(self) -> Tensor:
         """W0 made dense, for the caller alone, not rounded further than in forward."""
-        base = self._quantized()
-        stored = read(base)
-        return stored.dense(getattr(base, "compute_dtype", None) or stored.layout.exact_dtype)
+        stored = self._stored()
+        return stored.dense(getattr(self._quantized(), "compute_dtype", None) or stored.layout.exact_dtype)
 
     def effective_weight(self, adapter_name: str) -> Tensor:
         """W', dense in ``merged_dtype`` or else the dtype that the layer computes in or stands for; no gradient."""
-        base = self._quantized()
-        dtype = self.merged_dtype or getattr(base, "compute_dtype", None) or read(base).dtype
+        dtype = self.merged_dtype or getattr(self._quantized(), "compute_dtype", None) or self._stored().dtype
         return round_weight(super().effective_weight(adapter_name), dtype)
 
     def narrow_magnitudes(self, adapter_name: str) -> None:
@@ -46,12 +52,14 @@ class BoraQuantizedLinear(BoraLinear):
 
     def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
         base = self._quantized()
+        row, col = self._magnitudes(adapter_name)
         y = bora_linear(
             x.to(getattr(base, "compute_dtype", None) or x.dtype),
-            read(base),
+            self._stored(),
             self.lora_A[adapter_name].weight,
             self.lora_B[adapter_name].weight,
-            *self._magnitudes(adapter_name),
+            row,
+            col,
             base.bias,
             **self._options(adapter_name),
             **self._dropout(adapter_name),

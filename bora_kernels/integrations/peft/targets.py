@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -87,7 +89,7 @@ def changes_base(config: BoraConfig) -> bool:
     return str(config.init_lora_weights).startswith(("pissa", "olora"))
 
 
-def _problem(base: nn.Module, kind: type[nn.Module], quantized: bool, config: BoraConfig) -> str | None:
+def _problem(base: Any, kind: type[nn.Module], quantized: bool, config: BoraConfig) -> str | None:
     """What keeps a layer of a known type from being adapted."""
     init = config.init_lora_weights
     if quantized:
