@@ -77,7 +77,10 @@ class Session:
             model, task = self.model(cell.task, base_dtype), self.task(cell.task)
             return train(model, task, cell.method, runs, rank=cell.rank, watch=watch)
 
-        return self.run_with(cell, train_runs, self.sizes(cell.task).runs_at_once)
+        at_once = self.sizes(cell.task).runs_at_once
+        if cell.task in LANGUAGE_TASKS and cell.method == "full":  # weights, gradients and moments of every run
+            at_once = max(1, at_once // 2)
+        return self.run_with(cell, train_runs, at_once)
 
     def run_with(self, cell: Cell, train_runs: Callable[[list[Run]], list[dict]], at_once: int = 100) -> list[dict]:
         """``run`` with a training of one's own."""
