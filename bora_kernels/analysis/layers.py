@@ -96,7 +96,8 @@ def _peft_view(layer: Any, name: str) -> View:
     for parameter, attribute in (("magnitude_row", rows), ("magnitude_col", "lora_magnitude_vector_col")):
         if adapter in (magnitudes := getattr(layer, attribute, {})):
             parameters[parameter] = magnitudes[adapter].weight
-    options = {"scaling": layer.scaling[adapter]} | ({"norm_order": layer.norm_order[adapter]} if is_bora else {})
+    options = {"scaling": (layer.full_scaling if is_bora else layer.scaling)[adapter]}
+    options |= {"norm_order": layer.norm_order[adapter]} if is_bora else {}
 
     def base() -> Tensor:
         if is_bora:

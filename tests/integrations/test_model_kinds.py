@@ -193,6 +193,39 @@ def test_a_head_whose_weight_a_fused_loss_reads_is_named(way):
         optimizer.step()
 
 
+class Tokens(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        ids = (torch.arange(6) + index) % 30
+        return {"input_ids": ids, "labels": ids}
+
+
+@ways
+def test_the_trainer_warns_of_layers_without_a_part_and_only_once(way, tmp_path):
+    """Its optimizer is one that accelerate wraps."""
+    import transformers
+
+    class Fused(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            inner = model if way == "convert" else model.get_base_model()
+            hidden = inner.model(input_ids=inputs["input_ids"]).last_hidden_state
+            loss = torch.nn.functional.cross_entropy(
+                (hidden @ inner.lm_head.weight.T).flatten(0, 1), inputs["labels"].flatten()
+            )
+            return (loss, hidden) if return_outputs else loss
+
+    model = adapt(make("mixtral"), way, ["k_proj", "lm_head"])
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, use_cpu=True, report_to=[],
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    _, said = warned(lambda: Fused(model=model, args=arguments, train_dataset=Tokens()).train())
+    said = [text for text in said if "adapted layers" in text]
+    assert len(said) == 1 and "1 of 3 adapted layers took no part" in said[0] and ": lm_head. " in said[0]
+
+
 @ways
 def test_a_magnitude_that_was_narrowed_is_warned_of(way):
     model = adapt(make("t5").bfloat16(), way)

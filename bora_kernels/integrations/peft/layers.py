@@ -123,7 +123,7 @@ class BoraLayer(_PeftLayer):
         They change ``scaling``. s stays, for which magnitudes were trained; W0 + share·(W' − W0) is W0 at 0.
         """
         scaling, full = self.scaling[adapter_name], self.full_scaling[adapter_name]
-        return 1.0 if math.isclose(scaling, full, rel_tol=1e-6) else scaling / full
+        return 1.0 if scaling == full or math.isclose(scaling, full, rel_tol=1e-6) else scaling / full
 
     def _dropout(self, adapter_name: str) -> dict[str, Any]:
         dropout = self._modules["lora_dropout"][adapter_name]
