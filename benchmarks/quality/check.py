@@ -18,10 +18,10 @@ LIMIT = 1e-3  # of a difference over the size of what is compared; float32's rou
 class PackageLayers(Layers):
     """The layers of one run as the package computes them."""
 
-    def __call__(self, name: str, x: Tensor) -> Tensor:
+    def __call__(self, name: str, x: Tensor, scales: tuple | None = None) -> Tensor:
         method, weight = self.method, self.weights[name]
         if not method.is_adapter:
-            return super().__call__(name, x)
+            return super().__call__(name, x, scales)
         A, B, row, col = (None if (t := self.parameter(name, p)) is None else t[0] for p in ("A", "B", "row", "col"))
         if A is None:  # magnitudes alone: an update that stays zero
             A, B = weight.new_zeros(1, weight.shape[1]), weight.new_zeros(weight.shape[0], 1)

@@ -60,16 +60,34 @@ class LanguageModel:
         angles = torch.cat([angles, angles], -1)
         arguments = (layers, (R * B, L, head_dim), angles.cos(), angles.sin())
         for i in range(self.layers):
+            scales = self._scales(i, layers)
             if torch.is_grad_enabled():  # activations of one layer at a time: 24 runs fit a device
-                x = checkpoint(self._layer, i, x, *arguments, use_reentrant=False)
+                options = {"use_reentrant": False, "preserve_rng_state": False}
+                x = checkpoint(self._layer, i, x, scales, *arguments, **options)
             else:
-                x = self._layer(i, x, *arguments)
+                x = self._layer(i, x, scales, *arguments)
         return self._norm(x, "norm", layers).view(R, B, L, -1)
 
+    def _scales(self, i: int, layers: Layers) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+        """Scales of one layer's parts: small, and made outside what is computed twice."""
+        names = [f"layers.{i}.self_attn.{part}_proj" for part in "qkvo"]
+        names += [f"layers.{i}.mlp.{part}_proj" for part in ("gate", "up", "down")]
+        return {name: layers.scales(name) for name in names}
+
     def _layer(
-        self, i: int, x: Tensor, layers: Layers, shape: tuple[int, int, int], cos: Tensor, sin: Tensor
+        self,
+        i: int,
+        x: Tensor,
+        scales: dict[str, tuple[Tensor | None, Tensor | None]],
+        layers: Layers,
+        shape: tuple[int, int, int],
+        cos: Tensor,
+        sin: Tensor,
     ) -> Tensor:
         base, (sequences, L, head_dim) = f"layers.{i}.", shape
+
+        def linear(part: str, x: Tensor) -> Tensor:
+            return layers(base + part, x, scales[base + part])
 
         def rotated(z: Tensor) -> Tensor:
             first, second = z.chunk(2, -1)
@@ -77,16 +95,16 @@ class LanguageModel:
 
         h = self._norm(x, f"{base}input_layernorm", layers)
         query, key, value = (
-            layers(f"{base}self_attn.{part}_proj", h).view(sequences, L, -1, head_dim).transpose(1, 2) for part in "qkv"
+            linear(f"self_attn.{part}_proj", h).view(sequences, L, -1, head_dim).transpose(1, 2) for part in "qkv"
         )
         query, key = rotated(query), rotated(key)
         key, value = (z.repeat_interleave(self.heads // self.kv_heads, dim=1) for z in (key, value))
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         attended = attended.transpose(1, 2).reshape(x.shape)
-        x = x + layers(f"{base}self_attn.o_proj", attended)
+        x = x + linear("self_attn.o_proj", attended)
         h = self._norm(x, f"{base}post_attention_layernorm", layers)
-        gated = F.silu(layers(f"{base}mlp.gate_proj", h)) * layers(f"{base}mlp.up_proj", h)
-        return x + layers(f"{base}mlp.down_proj", gated)
+        gated = F.silu(linear("mlp.gate_proj", h)) * linear("mlp.up_proj", h)
+        return x + linear("mlp.down_proj", gated)
 
     def _norm(self, x: Tensor, name: str, layers: Layers) -> Tensor:
         own = layers.parameter(name, "weight")

@@ -27,7 +27,6 @@ from torch import Tensor
 Parameters = dict[
     str, Tensor
 ]  # "<layer>.A", ".B", ".row", ".col", or ".weight" and ".bias"; stacked over runs [R, ...]
-_TINY = 1e-24  # of a squared norm, the square of the layers' eps
 
 
 @dataclass(frozen=True)
@@ -105,13 +104,13 @@ class Layers:
         scaling: float,
     ) -> None:
         self.method, self.weights, self.biases, self.scaling = method, weights, biases, scaling
-        self.parameters = parameters
+        self.parameters, self._squares = parameters, {}
 
     def parameter(self, name: str, part: str) -> Tensor | None:
         return self.parameters.get(f"{name}.{part}")
 
-    def __call__(self, name: str, x: Tensor) -> Tensor:
-        """x [R, T, K] -> y [R, T, N]."""
+    def __call__(self, name: str, x: Tensor, scales: tuple[Tensor | None, Tensor | None] | None = None) -> Tensor:
+        """x [R, T, K] -> y [R, T, N]. ``scales`` are those of the layer where they are known already."""
         weight, bias = self.weights[name], self.biases.get(name)
         if self.method.full:
             y = x @ self.parameter(name, "weight").mT
@@ -119,7 +118,7 @@ class Layers:
         if not self.method.is_adapter:
             return F.linear(x, weight, bias)
         A, B = self.parameter(name, "A"), self.parameter(name, "B")
-        row_scale, col_scale = self.scales(name)
+        row_scale, col_scale = self.scales(name) if scales is None else scales
         x = x if col_scale is None else x * col_scale[:, None]
         y = F.linear(x, weight)
         if A is not None:
@@ -142,35 +141,41 @@ class Layers:
 
     def scales(self, name: str) -> tuple[Tensor | None, Tensor | None]:
         """a [R, N] and g [R, K]; None without the magnitude. In full float32: a scale near 1 is what is learned."""
-        method, A = self.method, self.parameter(name, "A")
-        first, second = ("row", "col") if method.order == "row_col" else ("col", "row")
-        found: dict[str, Tensor] = {}
-        for axis in (first, second):
+        method, A, P = self.method, self.parameter(name, "A"), self.parameter(name, "B")
+        Q, found, before = None if A is None else A.mT, {}, None
+        for axis in method.order.split("_"):
             if not getattr(method, axis):
                 continue
-            weight, P, Q = self.weights[name], self.parameter(name, "B"), None if A is None else A.mT
-            if axis == "col":
-                weight, P, Q = weight.T, Q, P
-            before = found.get(first)
+            weight, square = self.weights[name], self._square(name)
+            sides = (weight, square, P, Q) if axis == "row" else (weight.T, square.T, Q, P)
             with full_precision():
-                squares = squared_norms(weight, P, Q, self.scaling, None if before is None else before.square())
-            norms = squares.clamp_min(_TINY).sqrt()
-            found[axis] = self.parameter(name, axis) / (norms.detach() if method.detached else norms)
+                squares = squared_norms(*sides, self.scaling, before)
+            inverse = squares.rsqrt()  # no row and no column of these models is zero
+            found[axis] = self.parameter(name, axis) * (inverse.detach() if method.detached else inverse)
+            before = found[axis].square() if method.row and method.col else None
         return found.get("row"), found.get("col")
 
+    def _square(self, name: str) -> Tensor:
+        if name not in self._squares:
+            self._squares[name] = self.weights[name].square()
+        return self._squares[name]
 
-def squared_norms(weight: Tensor, P: Tensor | None, Q: Tensor | None, scaling: float, q: Tensor | None) -> Tensor:
+
+def squared_norms(
+    weight: Tensor, square: Tensor, P: Tensor | None, Q: Tensor | None, scaling: float, q: Tensor | None
+) -> Tensor:
     """Of the rows of (weight + scaling·P·Qᵀ)·diag(√q), for each run [R, N] (without P and q: [1, N]).
 
-    Shapes: weight [N, K], P [R, N, r], Q [R, K, r], q [R, K]; None of P and Q for no update, of q for ones.
+    Shapes: weight and its square [N, K], P [R, N, r], Q [R, K, r], q [R, K]; None of P and Q for no update, of q for
+    ones.
     """
-    base = weight.square().sum(1)[None] if q is None else q @ weight.square().T
+    base = square.sum(1)[None] if q is None else q @ square.T
     if P is None:
         return base
     Q_weighted = Q if q is None else q[..., None] * Q
-    cross = Q_weighted.mT.flatten(0, 1) @ weight.T  # one product with all runs' factors
-    cross = (cross.view(len(P), -1, len(weight)).mT * P).sum(-1)
-    return base + 2 * scaling * cross + scaling**2 * ((P @ (Q.mT @ Q_weighted)) * P).sum(-1)
+    cross = (Q_weighted.mT.flatten(0, 1) @ weight.T).view(len(P), -1, len(weight)).mT  # one product for all runs
+    update = torch.baddbmm(cross, P, Q.mT @ Q_weighted, beta=2 * scaling, alpha=scaling**2)
+    return base + (update * P).sum(-1)
 
 
 @contextlib.contextmanager
