@@ -31,7 +31,7 @@ try:  # what PyTorch's products follow, whichever of its settings was used; the 
     from torch._C import _get_fp32_precision_getter as _matmul_precision
 except ImportError:
 
-    def _matmul_precision(backend: str, operation: str) -> str:
+    def _matmul_precision(backend: str, op: str) -> str:
         return torch.backends.cuda.matmul.fp32_precision
 
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..contract import BACKENDS, NORM_ORDERS, Options
 from ..quantized import Quantized
 from . import transforms, watch
+from .layouts import Layouts
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT_DTYPES = (*_TRITON_DTYPES, torch.float64)
@@ -190,7 +191,7 @@ class Prepared:
         tensors = (x, *adapter, *[None] * len(_LEFT_OVER), *stored)
         # of what a backward gets again, the name and the shape (None where the forward makes it)
         self.saved = [(name, None if t is None else t.shape) for name, t in zip(names, tensors, strict=True)]
-        self.backwards: list[list] = []  # how dy and these lay in memory in backwards that were checked
+        self.backwards: list[Layouts] = []  # how dy and these lay in memory in backwards that were checked
 
 
 _prepared: dict[tuple, Prepared] = {}
@@ -247,9 +248,9 @@ def prepare_backward(prepared: Prepared | None, dy: Tensor, saved: tuple[Tensor 
         return None
     if prepared.backend != "triton":
         return prepared  # PyTorch's operations look for themselves
-    layouts = [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in (dy, *saved)]
+    tensors = (dy, *saved)
     for number, known in enumerate(prepared.backwards):
-        if known == layouts:
+        if known.hold(tensors):
             return prepared, number
     for (name, shape), tensor in zip(prepared.saved, saved, strict=True):
         if tensor is None:
@@ -261,7 +262,7 @@ def prepare_backward(prepared: Prepared | None, dy: Tensor, saved: tuple[Tensor 
     with _lock:
         if len(prepared.backwards) == _MOST_BACKWARDS:
             return None
-        prepared.backwards.append(layouts)
+        prepared.backwards.append(Layouts(tensors))
         return prepared, len(prepared.backwards) - 1
 
 

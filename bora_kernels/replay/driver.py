@@ -123,12 +123,14 @@ class Graph:
 
     def update(self) -> None:
         """Take the parameters as they are now, for launches to come. Where it raises, some are taken and some not."""
-        set_parameters = cuda().cuGraphExecKernelNodeSetParams_v2
+        set_parameters, executable = cuda().cuGraphExecKernelNodeSetParams_v2, self._executable
         for node, kernel, _, _ in self._nodes:
-            check(set_parameters(self._executable, node, kernel), "cuGraphExecKernelNodeSetParams")
+            if status := set_parameters(executable, node, kernel):
+                check(status, "cuGraphExecKernelNodeSetParams")
 
     def launch(self, stream: int) -> None:
-        check(cuda().cuGraphLaunch(self._executable, stream), "cuGraphLaunch")
+        if status := cuda().cuGraphLaunch(self._executable, stream):
+            check(status, "cuGraphLaunch")
 
 
 def _add_nodes(graph: ctypes.c_void_p, launches: list) -> list[tuple]:

@@ -133,7 +133,8 @@ class Plan(Entry):
     def _launch_kernels(self, stream: int) -> None:
         launch_kernel = driver.cuda().cuLaunchKernel
         for geometry, pointers, *_ in self.launches:
-            driver.check(launch_kernel(*geometry, stream, pointers, None), "cuLaunchKernel")
+            if status := launch_kernel(*geometry, stream, pointers, None):
+                driver.check(status, "cuLaunchKernel")
 
     def _launch_graph(self, stream: int) -> None:
         graph = self.graph  # the cache may take it away at any time

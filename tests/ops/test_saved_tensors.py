@@ -10,7 +10,7 @@ from helpers.cases import SCALING, Case, backends, require
 from torch import nn
 
 from bora_kernels import FusedBoraLinear, bora_linear
-from bora_kernels.ops import operators, validation
+from bora_kernels.ops import layouts, operators, validation
 
 NAMES = ("lora_A", "lora_B", "magnitude_row", "magnitude_col")
 
@@ -245,3 +245,52 @@ def test_any_callable_is_a_hook(pack, backend, device):
             y = bora_linear(**inputs, scaling=SCALING, backend=backend)
         results.append(torch.autograd.grad(y, inputs["x"], dy)[0])
     assert torch.equal(*results)
+
+
+# ---- layouts, recognized again ----
+
+
+OTHERS = {
+    "shape": lambda t: t[:3],
+    "strides": lambda t: t.T.contiguous().T,
+    "dtype": lambda t: t.half(),
+    "device": lambda t: t.to("meta"),
+    "alignment": shifted,
+    "same address, other strides": lambda t: t.as_strided(t.shape, (1, t.shape[0])),
+    "same address, other shape": lambda t: t.as_strided((t.shape[0] // 2, t.shape[1] * 2), t.stride()),
+    "absent": lambda t: None,
+}
+
+
+@pytest.mark.parametrize("guards", [True, False], ids=["guards", "plain"])
+def test_layouts_are_told_apart(guards, device, monkeypatch):
+    if not guards:
+        monkeypatch.setattr(layouts, "TensorGuards", None)
+    tensors = [
+        torch.randn(7, 8, device=device)[:6],
+        None,
+        torch.randn(5, device=device),
+        nn.Parameter(torch.ones(2, 3)),
+    ]
+    known = layouts.Layouts(tensors)
+    assert known.hold(tensors) and known.hold([None if t is None else t.detach().clone() for t in tensors])
+    assert known.hold([tensors[0], None, tensors[2], tensors[3].detach()])
+    for name, change in OTHERS.items():
+        assert not known.hold([change(tensors[0]), *tensors[1:]]), name
+    assert not known.hold([tensors[0], tensors[2], tensors[2], tensors[3]])
+    assert not known.hold(tensors[:3])
+
+
+def test_most_backwards_are_recognized_by_the_guards(device, monkeypatch):
+    """The slower comparison is for what the guards do not know; where PyTorch has none, for all."""
+    if layouts.TensorGuards is None:
+        pytest.skip("this version of PyTorch has no such guards")
+    module = layer(device)
+    x, dy = torch.randn(7, 24, device=device, requires_grad=True), torch.randn(7, 20, device=device)
+    expected = step(module, x, dy)
+
+    def slow(tensors):
+        raise AssertionError("compared in Python")
+
+    monkeypatch.setattr(layouts, "_layouts", slow)
+    torch.testing.assert_close(step(module, x, dy), expected)
