@@ -83,11 +83,15 @@ def test_every_byte_of_the_tensors_is_told_from_another(tmp_path):
 
 
 def test_a_file_without_a_checksum_is_read(tmp_path):
-    """As are those that PEFT wrote, and of versions before."""
+    """As are those that PEFT wrote, and of versions before; the present one always writes it."""
     expected = adapter_state_dict(saved(tmp_path))
     with safe_open(tmp_path / TENSORS, "pt") as file:
         header = {key: value for key, value in file.metadata().items() if key != "sha256"}
-    save_file(load_file(tmp_path / TENSORS), tmp_path / TENSORS, metadata=header)
+    tensors = load_file(tmp_path / TENSORS)
+    save_file(tensors, tmp_path / TENSORS, metadata=header)
+    with pytest.raises(ValueError, match="must have the checksum in its header"):
+        load_adapter(base(), tmp_path)
+    save_file(tensors, tmp_path / TENSORS, metadata={**header, "format_version": "1.0"})
     held = adapter_state_dict(load_adapter(base(), tmp_path))
     assert all(torch.equal(held[key], tensor) for key, tensor in expected.items())
 
@@ -129,6 +133,6 @@ def test_two_names_of_one_tensor_are_refused(tmp_path):
     tensors["base_model.model.block.up.lora_magnitude_row.weight"] = torch.ones(12)
     with safe_open(tmp_path / TENSORS, "pt") as file:
         header = {key: value for key, value in file.metadata().items() if key != "sha256"}
-    save_file(tensors, tmp_path / TENSORS, metadata=header)
+    save_file(tensors, tmp_path / TENSORS, metadata={**header, "format_version": "1.0"})
     with pytest.raises(ValueError, match="must have one tensor of each name"):
         load_adapter(base(), tmp_path)

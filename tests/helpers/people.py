@@ -78,7 +78,7 @@ KINDS = {
         transformers.T5ForConditionalGeneration,
     ),
     "falcon": (
-        _config("Falcon", hidden_size=WIDTH, parallel_attn=False, bias=True, **HEADS),
+        _config("Falcon", hidden_size=WIDTH, **HEADS),
         transformers.FalconForCausalLM,
     ),
     "mixtral": (
