@@ -97,8 +97,9 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--minutes", type=float, help="start nothing that would end later; the rest is for next time")
         one.add_argument("--device", help="default: cuda where there is one")
         one.add_argument("--commit", help="the commit that is measured (default: what git says)")
-        methods = {"nargs": "+", "choices": list(METHODS), "default": list(METHODS), "metavar": "METHOD"}
-        one.add_argument("--methods", **methods, help=f"of {', '.join(METHODS)} (default: all)")
+        known = list(METHODS)
+        text = f"of {', '.join(known)} (default: all)"
+        one.add_argument("--methods", nargs="+", choices=known, default=known, metavar="METHOD", help=text)
         if tasks:
             known = [*PRIMARY_TASKS, *SECONDARY_TASKS]
             one.add_argument("--tasks", nargs="+", choices=known, metavar="TASK", help=f"default: {', '.join(tasks)}")

@@ -22,11 +22,14 @@ class PackageLayers(Layers):
         method, weight = self.method, self.weights[name]
         if not method.is_adapter:
             return super().__call__(name, x, scales)
-        A, B, row, col = (None if (t := self.parameter(name, p)) is None else t[0] for p in ("A", "B", "row", "col"))
-        if A is None:  # magnitudes alone: an update that stays zero
+        own = [self.parameters.get(f"{name}.{part}") for part in ("A", "B", "row", "col")]
+        A, B, row, col = (None if t is None else t[0] for t in own)
+        if A is None or B is None:  # magnitudes alone: an update that stays zero
             A, B = weight.new_zeros(1, weight.shape[1]), weight.new_zeros(weight.shape[0], 1)
-        options = {"scaling": self.scaling, "norm_order": method.order, "detach_norm": method.detached}
-        return bora_linear(x[0], weight, A, B, row, col, self.biases.get(name), **options)[None]
+        return bora_linear(
+            x[0], weight, A, B, row, col, self.biases.get(name),
+            scaling=self.scaling, norm_order=method.order, detach_norm=method.detached,
+        )[None]  # fmt: skip
 
 
 def check(model, task: Task) -> dict[str, float]:

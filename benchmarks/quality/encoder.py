@@ -70,8 +70,7 @@ class Encoder:
 
     def _norm(self, x: Tensor, name: str, layers: Layers) -> Tensor:
         weight, bias = (
-            self.tensors[f"{name}.{part}"] if (own := layers.parameter(name, part)) is None else own
-            for part in ("weight", "bias")
+            layers.parameters.get(f"{name}.{part}", self.tensors[f"{name}.{part}"]) for part in ("weight", "bias")
         )
         if weight.dim() == 1:
             return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)

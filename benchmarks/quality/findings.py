@@ -38,8 +38,8 @@ def scores(
     found: dict[str, dict[str, Scores]] = {}
     for task, method in sorted({(r["task"], r["method"]) for r in records if r["stage"] == "stage1"}):
         rate = chosen_rate(records, task, method, seeds1)
-        final = [runs.get(("stage2", task, method, rate, seed)) for seed in seeds2]
-        if rate is None or None in final:
+        final = [run for seed in seeds2 if (run := runs.get(("stage2", task, method, rate, seed))) is not None]
+        if rate is None or len(final) < len(seeds2):
             continue
         rates = tuple(sorted({key[3] for key in runs if key[:3] == ("stage1", task, method)}))
         first = [[runs["stage1", task, method, lr, seed] for seed in seeds1] for lr in rates]

@@ -62,8 +62,8 @@ class LanguageModel:
         for i in range(self.layers):
             scales = self._scales(i, layers)
             if torch.is_grad_enabled():  # activations of one layer at a time: 24 runs fit a device
-                options = {"use_reentrant": False, "preserve_rng_state": False}
-                x = checkpoint(self._layer, i, x, scales, *arguments, **options)
+                inputs = (self._layer, i, x, scales, *arguments)
+                x = checkpoint(*inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = self._layer(i, x, scales, *arguments)
         return self._norm(x, "norm", layers).view(R, B, L, -1)
@@ -107,8 +107,7 @@ class LanguageModel:
         return x + linear("mlp.down_proj", gated)
 
     def _norm(self, x: Tensor, name: str, layers: Layers) -> Tensor:
-        own = layers.parameter(name, "weight")
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * (self.tensors[name] if own is None else own)
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * layers.parameters.get(f"{name}.weight", self.tensors[name])
 
 
 def dequantize(raw: np.ndarray, block: int) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -71,7 +72,7 @@ def jobs(plan: Plan, tasks: Sequence[str], seeds: Sequence[int] = SEEDS) -> Jobs
         session.save()
 
     return [
-        (f"{method} on {task}", lambda t=task, m=method: watched(t, m))
+        (f"{method} on {task}", partial(watched, task, method))
         for task in tasks
         for method in METHODS
         if method in plan.methods

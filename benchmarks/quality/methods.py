@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bora_kernels.contract import NormOrder
+
 Parameters = dict[
     str, Tensor
 ]  # "<layer>.A", ".B", ".row", ".col", or ".weight" and ".bias"; stacked over runs [R, ...]
@@ -39,7 +41,7 @@ class Method:
     row: bool = False  # magnitudes and norms of rows (output features)
     col: bool = False
     detached: bool = False
-    order: str = "row_col"
+    order: NormOrder = "row_col"
     full: bool = False  # the weight itself, and biases and norms
 
     @property
@@ -104,10 +106,15 @@ class Layers:
         scaling: float,
     ) -> None:
         self.method, self.weights, self.biases, self.scaling = method, weights, biases, scaling
-        self.parameters, self._squares = parameters, {}
+        self.parameters = parameters
+        self._squares: dict[str, Tensor] = {}
 
-    def parameter(self, name: str, part: str) -> Tensor | None:
-        return self.parameters.get(f"{name}.{part}")
+    def parameter(self, name: str, part: str) -> Tensor:
+        return self.parameters[f"{name}.{part}"]
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """A [R, r, K] and B [R, N, r], or None for a method without."""
+        return (self.parameter(name, "A"), self.parameter(name, "B")) if self.method.factors else None
 
     def __call__(self, name: str, x: Tensor, scales: tuple[Tensor | None, Tensor | None] | None = None) -> Tensor:
         """x [R, T, K] -> y [R, T, N]. ``scales`` are those of the layer where they are known already."""
@@ -117,11 +124,12 @@ class Layers:
             return y if bias is None else y + self.parameter(name, "bias")
         if not self.method.is_adapter:
             return F.linear(x, weight, bias)
-        A, B = self.parameter(name, "A"), self.parameter(name, "B")
+        factors = self.factors(name)
         row_scale, col_scale = self.scales(name) if scales is None else scales
         x = x if col_scale is None else x * col_scale[:, None]
         y = F.linear(x, weight)
-        if A is not None:
+        if factors is not None:
+            A, B = factors
             y = torch.baddbmm(y, x @ A.mT, B.mT, alpha=self.scaling)
         y = y if row_scale is None else y * row_scale[:, None]
         return y if bias is None else y + bias
@@ -130,19 +138,21 @@ class Layers:
         """W' [R, N, K] of one layer, dense: to look at, not to train with."""
         if self.method.full:
             return self.parameter(name, "weight")
-        weight, A = self.weights[name], self.parameter(name, "A")
+        weight, factors = self.weights[name], self.factors(name)
         if not self.method.is_adapter:
             return weight[None]
         row_scale, col_scale = self.scales(name)
-        with full_precision():
-            weight = weight if A is None else torch.baddbmm(weight, self.parameter(name, "B"), A, alpha=self.scaling)
+        if factors is not None:
+            A, B = factors
+            with full_precision():
+                weight = torch.baddbmm(weight, B, A, alpha=self.scaling)
         weight = weight if row_scale is None else weight * row_scale[..., None]
         return weight if col_scale is None else weight * col_scale[:, None]
 
     def scales(self, name: str) -> tuple[Tensor | None, Tensor | None]:
         """a [R, N] and g [R, K]; None without the magnitude. In full float32: a scale near 1 is what is learned."""
-        method, A, P = self.method, self.parameter(name, "A"), self.parameter(name, "B")
-        Q, found, before = None if A is None else A.mT, {}, None
+        method, factors, found, before = self.method, self.factors(name), {}, None
+        P, Q = (None, None) if factors is None else (factors[1], factors[0].mT)
         for axis in method.order.split("_"):
             if not getattr(method, axis):
                 continue
@@ -170,7 +180,7 @@ def squared_norms(
     ones.
     """
     base = square.sum(1)[None] if q is None else q @ square.T
-    if P is None:
+    if P is None or Q is None:
         return base
     Q_weighted = Q if q is None else q[..., None] * Q
     cross = (Q_weighted.mT.flatten(0, 1) @ weight.T).view(len(P), -1, len(weight)).mT  # one product for all runs

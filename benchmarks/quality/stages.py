@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ class Plan:
 
     def sensitivity(self, tasks: Sequence[str]) -> Jobs:
         adapters = [method for method in self.methods if METHODS[method].is_adapter]
-        parts = [
+        parts: list[tuple[str, Sequence[str], dict[str, Any]]] = [
             ("LoRA's learning rate", [m for m in adapters if m != "lora"], {"rate_of": "lora"}),
             ("own rate of magnitudes", ["dora", "bora"], {"magnitudes": MAGNITUDE_FACTORS}),
             ("bfloat16 base", PRIMARY, {"base_dtype": torch.bfloat16}),

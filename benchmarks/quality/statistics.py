@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Key = TypeVar("Key")
 FLIPS, RESAMPLES, LEVEL = 100_000, 10_000, 0.95
 _EXACT = 14  # pairs up to which all signs are tried
 
@@ -50,9 +52,10 @@ def sign_flip_p(differences: Sequence[float] | Array, flips: int = FLIPS, seed: 
     return float((extreme + 1) / (flips + 1))  # the observed signs are one of the flips
 
 
-def holm(p: Mapping[str, float]) -> dict[str, float]:
+def holm(p: Mapping[Key, float]) -> dict[Key, float]:
     """Holm's adjusted p: the k-th smallest of m times m − k + 1, at least as large as the one before, at most 1."""
-    adjusted, worst = {}, 0.0
+    adjusted: dict[Key, float] = {}
+    worst = 0.0
     for rank, key in enumerate(sorted(p, key=p.__getitem__)):
         worst = max(worst, min(1.0, p[key] * (len(p) - rank)))
         adjusted[key] = worst

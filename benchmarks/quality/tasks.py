@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,6 +75,22 @@ class Task:
         epochs = -(-sizes.steps * sizes.batch // len(subset))
         rows = np.concatenate([rng.permutation(subset) for _ in range(epochs)])[: sizes.steps * sizes.batch]
         return torch.as_tensor(rows.reshape(sizes.steps, sizes.batch))
+
+    def head(self, seeds: list[int], model: Any) -> Parameters:
+        """What is trained on top of the model."""
+        raise NotImplementedError
+
+    def floor(self, part: str) -> dict[str, float] | None:
+        """Score and loss of a model that learned nothing; None where that is the one before training."""
+        raise NotImplementedError
+
+    def loss_and_hits(self, model: Any, layers: Layers, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """batch of [R, B, ...] -> the loss, and whether it is right, of each example [R, B]."""
+        raise NotImplementedError
+
+    def score(self, part: str, loss: Tensor, hits: Tensor) -> Tensor:
+        """What is reported [R], from the means over the part."""
+        raise NotImplementedError
 
 
 class TextTask(Task):

@@ -63,7 +63,8 @@ def swaps(documents: Iterable[str], seed: int = 2412) -> list[Example]:
 
     A sentence belongs to the part of its document.
     """
-    rng, found = random.Random(seed), {}
+    rng = random.Random(seed)
+    found: dict[str, Example] = {}
     for document in documents:
         for sentence in _SENTENCE_END.split(document):
             words = sentence.split()
@@ -87,7 +88,8 @@ def _can_swap(first: str, second: str) -> bool:
 
 def sums(count: int, seed: int = 7) -> list[tuple[str, str]]:
     """Questions "What is a + b? Answer:" of numbers of three digits, each once, with their answers."""
-    rng, found = random.Random(seed), {}
+    rng = random.Random(seed)
+    found: dict[str, str] = {}
     while len(found) < count:
         a, b = rng.randint(100, 999), rng.randint(100, 999)
         found[f"What is {a} + {b}? Answer:"] = f" {a + b}."

@@ -41,7 +41,7 @@ class Adam:
         self.common_rate = runs[0].lr if all(run == Run(run.seed, runs[0].lr) for run in runs) else None
 
     @torch.no_grad()
-    def step(self, gradients: list[Tensor], factor: float) -> None:
+    def step(self, gradients: tuple[Tensor, ...], factor: float) -> None:
         """One step at ``factor`` times the learning rates."""
         self.t += 1
         torch._foreach_lerp_(self.first, gradients, 0.1)

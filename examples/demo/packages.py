@@ -114,8 +114,14 @@ def extract(archive: Path, package: Package, target: Path) -> None:
 
 
 def _read_tar(file: io.BufferedIOBase, names: list[str]) -> list[bytes]:
+    contents = []
     with file, tarfile.open(fileobj=file) as tar:
-        return [tar.extractfile(name).read() for name in names]
+        for name in names:
+            member = tar.extractfile(name)
+            if member is None:
+                raise KeyError(f"{name} is no file in the archive")
+            contents.append(member.read())
+    return contents
 
 
 def _download(package: Package, staging: Path) -> Path:
