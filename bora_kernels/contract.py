@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ NormOrder = Literal["row_col", "col_row"]
 Backend = Literal["triton", "torch", "reference"]
 NORM_ORDERS: tuple[NormOrder, ...] = get_args(NormOrder)
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
+T = TypeVar("T")
 EPS = 1e-12  # norms are clamped here, as in torch.nn.functional.normalize
 CHUNK_ELEMENTS = 1 << 22  # dense weights are made in blocks of at most this many elements: 16 MiB in float32
 
@@ -45,6 +46,11 @@ class Adapter(NamedTuple):
         lora_A, lora_B, row, col = self
         row, col = None if row is None else function(row), None if col is None else function(col)
         return Adapter(function(lora_A), function(lora_B), row, col)
+
+    def magnitudes(self, rows_first: bool) -> tuple[Tensor, Tensor | None]:
+        """That of the axis normalized first, which there is, and that of the other one."""
+        row, col = self.magnitude_row, self.magnitude_col
+        return (given(row), col) if rows_first else (given(col), row)
 
 
 class Options(NamedTuple):
@@ -159,11 +165,11 @@ class Needs(NamedTuple):
         return members.row and (self.magnitude_row or paths), members.col and (self.magnitude_col or paths)
 
 
-def given(tensor: Tensor | None) -> Tensor:
-    """A tensor that is there wherever this is called, by the members or the needs, which its type does not say."""
-    if tensor is None:
-        raise RuntimeError("a tensor is missing that the call's members or needs ask for")
-    return tensor
+def given(value: T | None) -> T:
+    """What is there wherever this is called, by a layer's members or a call's needs, which its type does not say."""
+    if value is None:
+        raise RuntimeError("a tensor or an option is missing that the layer's members or the call's needs ask for")
+    return value
 
 
 def zero_stand_in(dtype: torch.dtype) -> float:

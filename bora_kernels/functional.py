@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import quantized
-from .contract import Adapter, Options, accumulation_dtype
+from .contract import Adapter, Backend, NormOrder, Options, accumulation_dtype
 from .ops import autograd, transforms, validation
 from .ops.axis_scales import axis_scales
 
@@ -24,12 +24,12 @@ def bora_linear(
     bias: Tensor | None = None,
     *,
     scaling: float,
-    norm_order: str = "row_col",
+    norm_order: NormOrder = "row_col",
     detach_norm: bool = False,
     dropout_p: float = 0.0,
     training: bool = False,
     eps: float = 1e-12,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """A linear layer whose frozen weight is adapted by BoRA, DoRA or LoRA.
 
@@ -77,7 +77,7 @@ def bora_linear(
     if type(weight) not in (Tensor, torch.nn.Parameter) and hasattr(weight, "device_mesh"):
         from .ops.sharded.linear import bora_linear_sharded  # torch.distributed is imported only when it is used
 
-        return bora_linear_sharded(x, weight, adapter, bias, options)
+        return bora_linear_sharded(x, weight, adapter, bias, options)  # type: ignore[arg-type] # it asks for DTensors
     return autograd.adapted_linear(x, weight, adapter, bias, options)
 
 
@@ -90,7 +90,7 @@ def bora_embedding(
     magnitude_col: Tensor | None,
     *,
     scaling: float,
-    norm_order: str = "row_col",
+    norm_order: NormOrder = "row_col",
     detach_norm: bool = False,
     eps: float = 1e-12,
     padding_idx: int | None = None,
@@ -125,7 +125,7 @@ def bora_conv(
     convolve: Callable[[Tensor, Tensor], Tensor],
     *,
     scaling: float,
-    norm_order: str = "row_col",
+    norm_order: NormOrder = "row_col",
     detach_norm: bool = False,
     dropout_p: float = 0.0,
     training: bool = False,

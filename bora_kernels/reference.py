@@ -16,12 +16,14 @@ both LoRA.
 from __future__ import annotations
 
 from functools import reduce
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NORM_ORDERS = ("row_col", "col_row")
+NormOrder = Literal["row_col", "col_row"]
+NORM_ORDERS: tuple[NormOrder, ...] = get_args(NormOrder)
 
 
 def bora_weight_ref(
@@ -32,7 +34,7 @@ def bora_weight_ref(
     magnitude_col: Tensor | None = None,
     *,
     scaling: float,
-    norm_order: str = "row_col",
+    norm_order: NormOrder = "row_col",
     detach_norm: bool = False,
     eps: float = 1e-12,
 ) -> Tensor:
@@ -66,7 +68,7 @@ def bora_linear_ref(
     bias: Tensor | None = None,
     *,
     scaling: float,
-    norm_order: str = "row_col",
+    norm_order: NormOrder = "row_col",
     detach_norm: bool = False,
     dropout_p: float = 0.0,
     training: bool = False,
@@ -120,7 +122,7 @@ def _effective_weight(
     magnitude_row: Tensor | None,
     magnitude_col: Tensor | None,
     scaling: float,
-    norm_order: str,
+    norm_order: NormOrder,
     detach_norm: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .._version import __version__
-from ..contract import EPS, NORM_ORDERS
+from ..contract import EPS, NORM_ORDERS, NormOrder
 
 FORMAT_VERSION = "2.0"  # a reader refuses a newer major version; a newer minor one only adds what it may ignore
 CHECKSUM = "sha256"  # in the header
@@ -60,7 +60,7 @@ class AdapterDescription:
     method: str
     rank: int
     alpha: float
-    norm_order: str
+    norm_order: NormOrder
     detach_norm: bool = False
     rslora: bool = False
     dropout: float = 0.0

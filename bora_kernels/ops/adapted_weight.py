@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..contract import CHUNK_ELEMENTS, COMPLETE, Adapter, Completion, Options, Scales, accumulation_dtype
+from ..contract import CHUNK_ELEMENTS, COMPLETE, Adapter, Completion, Options, Scales, accumulation_dtype, given
 from ..rounding import round_weight
 
 _CACHED_ELEMENTS = 1 << 18  # of a block on a CPU that is passed over several times: it stays in the cache
@@ -51,8 +51,7 @@ def norms_and_scales(
     scaling, eps, dtype = options.scaling, options.eps, accumulation_dtype(weight.dtype)
     rows_first = adapter.members.rows_first(options.norm_order)
     V, P, Q = first_second(weight, adapter, rows_first)
-    magnitudes = adapter.magnitude_row, adapter.magnitude_col
-    m_first, m_second = magnitudes if rows_first else reversed(magnitudes)
+    m_first, m_second = adapter.magnitudes(rows_first)
     complete_first, complete_second = complete if rows_first else reversed(complete)
     taps_first, taps_second = (1, taps) if rows_first else (taps, 1)
     first_norm = torch.empty(V.shape[0] // taps_first, dtype=dtype, device=weight.device)
@@ -124,15 +123,16 @@ def norm_paths(
     """
     rows_first = scales.members.rows_first(options.norm_order)
     row, col = (scales.row_norm, scales.row_scale, dm_row), (scales.col_norm, scales.col_scale, dm_col)
-    (first_norm, first_scale, dm_first), (second_norm, second_scale, dm_second) = (
-        (row, col) if rows_first else (col, row)
-    )
+    first, second = (row, col) if rows_first else (col, row)
+    first_norm, first_scale, dm_first = map(given, first)
+    *_, dm_second = second
     taps_first, taps_second = (1, taps) if rows_first else (taps, 1)
     W, P, Q = first_second(weight, adapter, rows_first)
     scaling, eps, acc = options.scaling, options.eps, first_norm.dtype
     P, Q, dm_first = P.to(acc), Q.to(acc), dm_first.clone()
     kappa = None
     if dm_second is not None:
+        second_norm, second_scale, _ = map(given, second)
         kappa = torch.where(second_norm > eps, -dm_second * (second_scale / second_norm), 0.0)
         kappa = _apart(kappa, taps_second)
     ratio = first_scale / first_norm

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from .. import quantized, reference
-from ..contract import Adapter, Needs, Options, separate_product
+from ..contract import Adapter, Needs, Options, given, separate_product
 from . import operators, reuse, transforms, validation
 
 
@@ -24,7 +25,6 @@ class BoraLinearFunction(torch.autograd.Function):
     def forward(
         ctx,
         x: Tensor,  # [..., K]
-        weight: Tensor | None,  # [N, K]; None for a quantized one
         lora_A: Tensor,  # [R, K]
         lora_B: Tensor,  # [N, R]
         magnitude_row: Tensor | None,  # [N]
@@ -34,13 +34,13 @@ class BoraLinearFunction(torch.autograd.Function):
         options: Options,
         prepared: validation.Prepared | None,
         layout: quantized.Layout | None,  # of a quantized weight
-        *parts: Tensor,  # what a quantized weight is stored as
+        *stored: Tensor,  # the weight [N, K], or what a quantized one is stored as
     ) -> Tensor:
         requested = ctx.needs_input_grad
-        needs = Needs(requested[0], *requested[2:6])
+        needs = Needs(*requested[:5])
         adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
         y, product, u, flat_scales, needs_S, needs_D = _forward(
-            needs, x, weight, adapter, bias, dropout, options, prepared, layout, parts
+            needs, x, adapter, bias, dropout, options, prepared, layout, stored
         )
         ctx.save_for_backward(
             x if needs.lora_A or needs_D else None,
@@ -49,7 +49,7 @@ class BoraLinearFunction(torch.autograd.Function):
             (product if separate_product(x.dtype, bias) else y) if needs_S else None,
             u if needs.lora_B else None,
             dropout,
-            *((weight,) if layout is None else parts),
+            *stored,
         )
         ctx.needs, ctx.options, ctx.layout = needs, options, layout
         ctx.output_is_saved = needs_S and not separate_product(x.dtype, bias)
@@ -90,13 +90,13 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         )
         if dx is not None and dy.ndim != 2:
             dx = dx.view(*dy.shape[:-1], weight.shape[1])
-    if ctx.needs_input_grad[6]:
+    if ctx.needs_input_grad[5]:
         d_bias = _flat(dy).sum(0)
-    others = len(ctx.needs_input_grad) - 7
-    return dx, None, dA, dB, dm_row, dm_col, d_bias, *[None] * others
+    others = len(ctx.needs_input_grad) - 6
+    return dx, dA, dB, dm_row, dm_col, d_bias, *[None] * others
 
 
-def _saved(ctx) -> tuple[Tensor | None, ...]:
+def _saved(ctx) -> tuple[Any, ...]:
     """The saved tensors, without the product where it is the output and that was changed in place since.
 
     Such a change is one that a plain linear layer admits; the product is then made again.
@@ -128,22 +128,21 @@ def _warn_of_changed_output() -> None:
 def _forward(
     needs: Needs,
     x: Tensor,
-    weight: Tensor | None,
     adapter: Adapter,
     bias: Tensor | None,
     dropout: Tensor | None,
     options: Options,
     prepared: validation.Prepared | None,
     layout: quantized.Layout | None,
-    parts: tuple[Tensor, ...],
+    stored: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, bool, bool]:
     """The output, and what a backward with these needs uses again: the product before the bias, u, the scales.
 
-    And whether it needs S and D. A quantized weight (its layout and parts) is dense as long as this call runs.
+    And whether it needs S and D. A quantized weight (its layout and what is stored) is dense as long as this call runs.
     """
-    backend, stored = options.backend, (weight,)
+    backend, weight = options.backend, stored[0]
     if layout is not None:
-        stored, weight = parts, quantized.dense(layout, parts, x.dtype, backend, "forward")
+        weight = quantized.dense(layout, stored, x.dtype, given(backend), "forward")
     members = adapter.members
     paths = needs.norm_paths(members, options)
     needs_S, needs_D = needs.sums(members, options)
@@ -157,13 +156,17 @@ def _forward(
     )  # fmt: skip
     if flat_scales is None and any(members):
         flat_scales = made
-        if remember is not None:
+        if remember is not None and made is not None:
             remember(made)
     if x.ndim != 2:  # not as a view, so that the output may be changed in place
         y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
     return y, product, u, flat_scales, needs_S, needs_D
 
 
+@overload
+def _flat(t: Tensor) -> Tensor: ...
+@overload
+def _flat(t: None) -> None: ...
 def _flat(t: Tensor | None) -> Tensor | None:
     """[..., C] -> [M, C]"""
     return t if t is None or t.ndim == 2 else t.reshape(-1, t.shape[-1])
@@ -179,17 +182,16 @@ def adapted_linear(
 ) -> Tensor:
     """``bora_linear`` on one device: checks the tensors, chooses the backend and runs it."""
     x, backend, prepared = validation.prepare(x, (weight, *adapter, bias), options.backend)
-    layout, parts = None, ()
-    if isinstance(weight, quantized.Quantized):
-        (layout, parts), weight = weight, weight.dense(x.dtype) if backend == "reference" else None
     if backend == "reference":
         keywords = options._asdict()
         del keywords["backend"]
-        return reference.bora_linear_ref(x, weight, *adapter, bias, training=True, **keywords)
-    transforms.refuse(f'"{backend}"', 'backend must be "reference"', x, weight, *adapter, bias)
+        dense = weight.dense(x.dtype) if isinstance(weight, quantized.Quantized) else weight
+        return reference.bora_linear_ref(x, dense, *adapter, bias, training=True, **keywords)
+    layout, stored = weight if isinstance(weight, quantized.Quantized) else (None, (weight,))
+    transforms.refuse(f'"{backend}"', 'backend must be "reference"', x, *stored, *adapter, bias)
     options = options._replace(backend=backend)
     dropout = operators.draw_dropout(x, options) if options.dropout_p > 0.0 else None
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():  # an exported operator has its own derivative
         needs = _ALL_NEEDS if torch.is_grad_enabled() else _NO_NEEDS
-        return _forward(needs, x, weight, adapter, bias, dropout, options, prepared, layout, parts)[0]
-    return BoraLinearFunction.apply(x, weight, *adapter, bias, dropout, options, prepared, layout, *parts)
+        return _forward(needs, x, adapter, bias, dropout, options, prepared, layout, stored)[0]
+    return BoraLinearFunction.apply(x, *adapter, bias, dropout, options, prepared, layout, *stored)

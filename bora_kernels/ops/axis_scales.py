@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..contract import Adapter, Options, Scales
+from ..contract import Adapter, Options, Scales, given
 from . import adapted_weight, transforms, validation
 
 
@@ -66,11 +66,11 @@ class _AxisScales(torch.autograd.Function):
         adapter, scales = Adapter(*tensors[:4]), Scales(*tensors[4:])
         dA = dB = None
         with transforms.without_autocast(weight.device):
-            dm_row = None if scales.row_norm is None else d_row / scales.row_norm
-            dm_col = None if scales.col_norm is None else d_col / scales.col_norm
+            dm_row = None if scales.row_norm is None else given(d_row) / scales.row_norm
+            dm_col = None if scales.col_norm is None else given(d_col) / scales.col_norm
             if not ctx.options.detach_norm:
                 dm_row, dm_col, dA, dB = adapted_weight.norm_paths(
                     weight, adapter, scales, dm_row, dm_col, ctx.options, taps=ctx.taps
                 )
         gradients = zip((dA, dB, dm_row, dm_col), adapter, strict=True)
-        return None, *(None if g is None else g.to(t.dtype) for g, t in gradients), None, None
+        return None, *(None if g is None else g.to(given(t).dtype) for g, t in gradients), None, None

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,7 +216,7 @@ torch.library.register_autograd("bora_kernels::forward", _derivative, setup_cont
 # --- calls ------------------------------------------------------------------------------------------------------------
 
 
-def _plain(prepared: object, *tensors: Tensor | None) -> bool:
+def _plain(prepared: object, *tensors: Any) -> bool:
     """Whether the body may be called without the dispatcher, which costs less time: plain eager mode.
 
     Tensor subclasses have rules of their own, the dispatcher knows what to do with meta tensors and views whose sign is

@@ -35,6 +35,7 @@ from ..contract import (
     Options,
     accumulation_dtype,
     flatten_scales,
+    given,
     separate_product,
     split_scales,
     zero_stand_in,
@@ -111,27 +112,27 @@ def backward(
             inner += _dropped(_split_matmul(v.to(dy.dtype), lora_A), mask, dropout_p)
         live = _live(scales.col_scale, stand_in)
         if needs_D:
-            D = _times(_token_sums(inner, x), live)  # (5)
+            D = _times(_token_sums(inner, given(x)), live)  # (5)
         dx = _times_(inner, scales.col_scale if separate_product(dy.dtype, None) else live).to(dy.dtype)  # (4)
-    S = _token_sums(dy, product) if needs_S else None  # (5)
+    S = _token_sums(dy, given(product)) if needs_S else None  # (5)
 
     dA = dB = None
     if needs.lora_B:
-        dB = _times((u.to(dy.dtype).T @ dy).to(acc), scales.row_scale).T  # (6)
+        dB = _times((given(u).to(dy.dtype).T @ dy).to(acc), scales.row_scale).T  # (6)
     if needs.lora_A:
-        dA = _times((v.to(dy.dtype).T @ _dropped(x, mask, dropout_p)).to(acc), scales.col_scale)  # (6)
+        dA = _times((v.to(dy.dtype).T @ _dropped(given(x), mask, dropout_p)).to(acc), scales.col_scale)  # (6)
 
-    dm_row = S / live_magnitude(magnitude_row, scales.row_norm, scales.row_scale, stand_in) if needs_S else None  # (7)
-    dm_col = D / live_magnitude(magnitude_col, scales.col_norm, scales.col_scale, stand_in) if needs_D else None  # (7)
+    dm_row = _magnitude_gradient(S, magnitude_row, scales.row_norm, scales.row_scale, stand_in=stand_in)  # (7)
+    dm_col = _magnitude_gradient(D, magnitude_col, scales.col_norm, scales.col_scale, stand_in=stand_in)  # (7)
     if needs.norm_paths(adapter.members, options):
         dm_row, dm_col, dA_norm, dB_norm = norm_paths(weight, adapter, scales, dm_row, dm_col, options)
-        dA = dA + dA_norm if needs.lora_A else None
-        dB = dB_norm + dB if needs.lora_B else None
+        dA = None if dA is None else dA + dA_norm
+        dB = None if dB is None else dB_norm + dB
 
     return (
         dx if needs.x else None,
-        dA.contiguous() if needs.lora_A else None,
-        dB.contiguous() if needs.lora_B else None,
+        None if dA is None else dA.contiguous(),
+        None if dB is None else dB.contiguous(),
         dm_row if needs.magnitude_row else None,
         dm_col if needs.magnitude_col else None,
     )
@@ -146,9 +147,12 @@ def _token_sums(s: Tensor, t: Tensor) -> Tensor:
     return sums
 
 
-def live_magnitude(magnitude: Tensor, norm: Tensor, scale: Tensor, stand_in: float) -> Tensor:
-    """The magnitude that S or D was made with: that of the stand-in where the scale is zero."""
-    return torch.where(scale == 0, stand_in * norm, magnitude.to(norm.dtype))
+def _magnitude_gradient(sums: Tensor | None, *axis: Tensor | None, stand_in: float) -> Tensor | None:
+    """S or D over the magnitude that it was made with: that of the stand-in where the scale is zero."""
+    if sums is None:
+        return None
+    magnitude, norm, scale = map(given, axis)
+    return sums / torch.where(scale == 0, stand_in * norm, magnitude.to(norm.dtype))
 
 
 def _live(scale: Tensor | None, stand_in: float) -> Tensor | None:

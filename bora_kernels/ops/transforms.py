@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False)
 
 
-def over_nested(x: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
+def over_nested(x: Any, layer: Callable[[Tensor], Tensor]) -> Tensor:
     """The layer on the rows of a nested tensor [batch, ragged, K], as ``torch.nn.functional.linear`` takes it.
 
     Raises ValueError for another layout than ``torch.jagged``, or where another dimension is the ragged one.

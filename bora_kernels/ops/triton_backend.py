@@ -14,7 +14,6 @@ from ..contract import (
     Adapter,
     Needs,
     Options,
-    Scales,
     projection_parts,
     scales_size,
     separate_product,
@@ -91,7 +90,7 @@ def _forward(
     return y, product if save_product else None, u, made
 
 
-def _compute_scales(weight, adapter: Adapter, scales: Scales, *, norm_order, scaling, eps, precision) -> None:
+def _compute_scales(weight, adapter, scales, *, norm_order, scaling, eps, precision) -> None:
     lora_A, lora_B, magnitude_row, magnitude_col = adapter
     row = (weight, lora_B, lora_A.T, magnitude_row), (scales.row_norm, scales.row_scale, scales.row_product)
     col = (weight.T, lora_A.T, lora_B, magnitude_col), (scales.col_norm, scales.col_scale, scales.col_product)
@@ -139,7 +138,7 @@ def _backward(
     scales = split_scales(flat_scales, weight.shape, lora_A.shape[0], members)
     dtype, device = dy.dtype, dy.device
     stand_in = zero_stand_in(dtype)
-    dx = dA = dB = dm_row = dm_col = row_coefficient = col_coefficient = dx_product = v = None
+    dx = dA = dB = dm_row = dm_col = row_coefficient = col_coefficient = dx_product = None
 
     if needs.x or needs.lora_A or needs_D:
         dy_scaled, v = project(

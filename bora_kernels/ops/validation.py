@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..contract import BACKENDS, NORM_ORDERS, Options
+from ..contract import BACKENDS, NORM_ORDERS, Backend, Options
 from ..quantized import Quantized
 from . import transforms, watch
 from .layouts import Layouts
@@ -44,7 +44,7 @@ def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 # What torch.compiler.assume_constant_result sets; the decorator would import the compiler, and Triton with it.
-triton_problem._dynamo_marked_constant = True
+vars(triton_problem)["_dynamo_marked_constant"] = True
 
 
 def rank_problem(rank: int) -> str | None:
@@ -63,10 +63,10 @@ def _warn_once(problem: str) -> None:
 
 
 _warned: set[str] = set()
-_warn_once._dynamo_marked_constant = True  # warns while the compiler traces
+vars(_warn_once)["_dynamo_marked_constant"] = True  # warns while the compiler traces
 
 
-def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype, rank: int) -> str:
+def choose_backend(backend: Backend | None, device: torch.device, dtype: torch.dtype, rank: int) -> Backend:
     """``backend`` if it can run, or the default: "triton" on CUDA devices that it supports, else "torch"."""
     if backend is None:
         if device.type != "cuda":
@@ -100,7 +100,7 @@ def check_options(options: Options) -> None:
         raise ValueError(f"eps must be positive and finite, got {eps}")
 
 
-def check_weight(weight: Tensor, name: str = "weight", *, sharded: bool = False) -> None:
+def check_weight(weight: object, name: str = "weight", *, sharded: bool = False) -> None:
     """Raise TypeError or ValueError for a base weight that the layer cannot read: quantized, sharded, not 2-D.
 
     ``sharded`` admits a DTensor.
@@ -165,9 +165,9 @@ def check_tensors(
             raise ValueError(f"{name} must be {list(shape)}, got {_describe(tensor)}")
         if tensor.dtype not in _FLOAT_DTYPES:
             raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-    for name, (tensor, _) in {"weight": (weight, None), **expected}.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+    for name, argument in {"weight": weight, **{name: tensor for name, (tensor, _) in expected.items()}}.items():
+        if argument is not None and argument.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {argument.device}")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -184,7 +184,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 class Prepared:
     """A call whose arguments were checked: its backend, and an identity for all that its kernels' plans depend on."""
 
-    def __init__(self, backend: str, x: Tensor, weight: Tensor | Quantized, adapter: list[Tensor | None]) -> None:
+    def __init__(self, backend: Backend, x: Tensor, weight: Tensor | Quantized, adapter: list[Tensor | None]) -> None:
         self.backend = backend
         stored = weight.parts if type(weight) is Quantized else (weight,)
         names = ("x", "lora_A", "lora_B", "magnitude_row", "magnitude_col", *_LEFT_OVER, *["weight"] * len(stored))
@@ -194,6 +194,7 @@ class Prepared:
         self.backwards: list[Layouts] = []  # how dy and these lay in memory in backwards that were checked
 
 
+Arguments = tuple[Tensor | Quantized, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 _prepared: dict[tuple, Prepared] = {}
 _MOST_PREPARED = 4096  # of some 2 KiB each
 _MOST_BACKWARDS = 8
@@ -201,7 +202,7 @@ _LEFT_OVER = ("scales", "product", "u", "dropout")  # what a forward makes and l
 _lock = threading.Lock()
 
 
-def prepare(x: Tensor, tensors: tuple[Tensor | None, ...], backend: str | None) -> tuple[Tensor, str, Prepared | None]:
+def prepare(x: Tensor, tensors: Arguments, backend: Backend | None) -> tuple[Tensor, Backend, Prepared | None]:
     """Check the tensors of a call (after x: weight, factors, magnitudes, bias) and choose its backend.
 
     Returns x as autocast makes it, the backend, and what stands for the tensors in operators. Outside of

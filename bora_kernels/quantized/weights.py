@@ -14,7 +14,7 @@ Sources: QLoRA, arXiv 2305.14314, section 3 (NF4, double quantization); LLM.int8
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -46,14 +46,20 @@ class Layout(NamedTuple):
         return torch.float32 if self.kind == "int8" else self.dtype
 
 
+@final
 class Quantized(NamedTuple):
     """A quantized weight: its layout and its stored tensors. ``bora_linear`` takes one in place of a dense weight."""
 
     layout: Layout
     parts: tuple[Tensor, ...]
 
-    requires_grad = False
-    ndim = 2
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    @property
+    def ndim(self) -> int:
+        return 2
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -93,7 +99,7 @@ def read(linear: nn.Module) -> Quantized | None:
 
     Shares the layer's tensors. Raises ValueError or TypeError for a layout that is known but cannot be read.
     """
-    weight = linear.weight
+    weight: Any = linear.weight
     name = type(weight).__name__
     state = getattr(weight, "quant_state", None)
     if state is None:  # sharding engines replace the parameter; the layer still knows
@@ -107,7 +113,7 @@ def read(linear: nn.Module) -> Quantized | None:
     return None
 
 
-def _read_4bit(linear: nn.Module, weight: Tensor, state) -> Quantized:
+def _read_4bit(linear: Any, weight: Tensor, state: Any) -> Quantized:
     if state is None:
         raise ValueError("linear.weight must be quantized, got a Linear4bit before its move to a device")
     if state.quant_type not in _FOUR_BIT:
@@ -130,14 +136,15 @@ def _read_4bit(linear: nn.Module, weight: Tensor, state) -> Quantized:
         raise ValueError(
             f"linear.weight must hold {(N * K + 1) // 2} bytes for [{N}, {K}], got {packed.numel()} (sharded)"
         )
-    parts, block_size = (packed, state.code, state.absmax), (state.blocksize,)
+    parts: tuple[Tensor, ...] = (packed, state.code, state.absmax)
+    block_size: tuple[int, ...] = (state.blocksize,)
     if state.nested:
         parts += (state.state2.absmax, state.state2.code, state.offset)
         block_size += (state.state2.blocksize,)
     return Quantized(Layout(state.quant_type, (N, K), state.dtype, block_size), parts)
 
 
-def _read_int8(linear: nn.Module, weight: Tensor) -> Quantized:
+def _read_int8(linear: Any, weight: Any) -> Quantized:
     if weight.dtype != torch.int8:
         raise ValueError(
             f"linear.weight must be int8, got {weight.dtype}: a Linear8bitLt needs has_fp16_weights=False and a move "
@@ -151,7 +158,7 @@ def _read_int8(linear: nn.Module, weight: Tensor) -> Quantized:
     return Quantized(Layout("int8", (N, K), torch.float16, (1, K)), (_plain(weight), scale))
 
 
-def _read_affine(weight: Tensor, name: str) -> Quantized:
+def _read_affine(weight: Any, name: str) -> Quantized:
     for attribute in ("act_quant_kwargs", "act_pre_scale"):
         if getattr(weight, attribute, None) is not None:
             raise ValueError(f"linear.weight must be weight-only quantized, got {name} with {attribute}")
@@ -173,7 +180,7 @@ def _plain(weight: Tensor) -> Tensor:
         return weight.detach()
 
 
-def _checked_shape(shape: torch.Size, linear: nn.Module) -> tuple[int, int]:
+def _checked_shape(shape: torch.Size, linear: Any) -> tuple[int, int]:
     if tuple(shape) != (linear.out_features, linear.in_features):
         expected = [linear.out_features, linear.in_features]
         raise ValueError(f"linear.weight must be {expected}, got {list(shape)}")
@@ -273,4 +280,4 @@ def quantize_like(weight: Tensor, layout: Layout, parts: tuple[Tensor, ...]) -> 
     linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     integers = parts[0].dtype == torch.int8
     quantize_(linear, Int8WeightOnlyConfig() if integers else Float8WeightOnlyConfig(weight_dtype=parts[0].dtype))
-    return read(linear)
+    return _read_affine(linear.weight, type(linear.weight).__name__)

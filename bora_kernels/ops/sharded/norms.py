@@ -31,11 +31,10 @@ def norms_and_scales(weight: Tensor, adapter: Adapter, options: Options, complet
 
     rows_first = adapter.members.rows_first(options.norm_order)
     W, P, Q = first_second(weight, adapter, rows_first)
-    magnitudes = adapter.magnitude_row, adapter.magnitude_col
-    m_first, m_second = magnitudes if rows_first else reversed(magnitudes)
+    m_first, m_second = adapter.magnitudes(rows_first)
     complete_first, complete_second = complete if rows_first else reversed(complete)
     squares, first_product = weighted_sums(W, P, Q, None, scaling=options.scaling)
-    first = _norm_and_scale(squares, given(m_first), complete_first, options.eps)
+    first = _norm_and_scale(squares, m_first, complete_first, options.eps)
     second: tuple[Tensor | None, Tensor | None] = (None, None)
     second_product = None
     if m_second is not None:
