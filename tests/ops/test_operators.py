@@ -267,14 +267,11 @@ def test_saved_for_backward_by_lora_with_dropout(backend, device):
 @backends
 @pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 3, 24)], ids=str)
 def test_output_may_be_changed_in_place(backend, shape, device):
-    """It is no view, whose history an in-place operation would rewrite; without a bias autograd refuses it."""
+    """It is no view, whose history an in-place operation would rewrite; test_transforms has layers without a bias."""
     x = torch.randn(shape, device=device)
     module = make_module(backend, device)
     assert not module(x.requires_grad_())._is_view()
     assert_bitwise(results_of(lambda x: module(x).mul_(2), module, x), results_of(lambda x: module(x) * 2, module, x))
-    module = make_module(backend, device, bias=False)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        results_of(lambda x: module(x).mul_(2), module, x)
 
 
 # ---- second derivatives ----
