@@ -44,11 +44,11 @@ $(VENV)-oldest/.installed: pyproject.toml setup.py constraints-oldest.txt
 test-gpu: ## run the tests marked gpu with the current python (PYTHON=...), on a CUDA machine
 	$(PYTHON) -m pytest -m gpu $(ARGS)
 
-lint: venv ## check style and formatting
+lint: types ## check style, formatting and types
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 
-types: venv ## check types
+types: venv ## check types alone
 	$(VENV)/bin/python -m mypy
 
 benchmark: venv ## run the benchmarks, on a CUDA machine; with a python of your own: python -m pytest benchmarks
@@ -59,5 +59,5 @@ dist: venv ## build the sdist and the wheel in dist/
 	$(VENV)/bin/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
 
 clean: ## remove the environments, builds and caches
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
