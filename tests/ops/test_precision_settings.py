@@ -17,7 +17,9 @@ def _settings():
     matmul = torch.backends.cuda.matmul
     before = torch.backends.fp32_precision, matmul.fp32_precision
     yield
+    torch.set_float32_matmul_precision("highest")
     torch.backends.fp32_precision, matmul.fp32_precision = before
+    assert not matmul.allow_tf32
 
 
 def allow_tf32():
