@@ -34,7 +34,7 @@ def write(path: Path, folder: Path) -> str:
     found = primary_contrasts(table)
     verdict = INCOMPLETE if small else finding(found)
     parts = [
-        "# The study's results\n\nThe plan, with every term: [PLAN.md](PLAN.md).",
+        "# The study's results\n\nEvery term is explained in `benchmarks/quality/PLAN.md`.",
         _finding(verdict, found, small),
         *(_scores(table, task) for task in (*PRIMARY_TASKS, *SECONDARY_TASKS) if task in table),
         _others(table),
