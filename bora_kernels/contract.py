@@ -15,6 +15,7 @@ NORM_ORDERS: tuple[NormOrder, ...] = get_args(NormOrder)
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 T = TypeVar("T")
 EPS = 1e-12  # norms are clamped here, as in torch.nn.functional.normalize
+SHORT_AXIS = 16  # a weight with so few rows or columns is no larger than a pair of factors: see ``evaluation``
 CHUNK_ELEMENTS = 1 << 22  # dense weights are made in blocks of at most this many elements: 16 MiB in float32
 
 
@@ -61,7 +62,15 @@ class Options(NamedTuple):
     detach_norm: bool = False
     dropout_p: float = 0.0  # 0 outside of training
     eps: float = EPS
-    backend: Backend | None = None  # None until it is chosen
+    backend: str | None = None  # None until it is chosen; then what ``evaluation`` says
+
+
+def evaluation(backend: str, shape: Sequence[int]) -> str:
+    """How a backend evaluates a layer with a weight [N, K]: as itself, or as "dense" where an axis is short.
+
+    There whole rows or columns of W0 and s·B·A cancel, which only V itself survives: ``ops.dense_backend``.
+    """
+    return "dense" if min(shape) <= SHORT_AXIS else backend
 
 
 class Scales(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import quantized, reference
-from ..contract import Adapter, Needs, Options, given, separate_product
+from ..contract import Adapter, Needs, Options, evaluation, given, separate_product
 from . import operators, reuse, transforms, validation
 
 
@@ -138,7 +138,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, bool, bool]:
     """The output, and what a backward with these needs uses again: the product before the bias, u, the scales.
 
-    And whether it needs S and D. A quantized weight (its layout and what is stored) is dense as long as this call runs.
+    And whether it needs that product and, for D, x. A quantized weight (its layout and what is stored) is dense as long
+    as this call runs.
     """
     backend, weight = options.backend, stored[0]
     if layout is not None:
@@ -160,6 +161,8 @@ def _forward(
             remember(made)
     if x.ndim != 2:  # not as a view, so that the output may be changed in place
         y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
+    if backend == "dense":  # has all from x and the parameters
+        needs_S, needs_D = False, any(needs[1:])
     return y, product, u, flat_scales, needs_S, needs_D
 
 
@@ -189,7 +192,7 @@ def adapted_linear(
         return reference.bora_linear_ref(x, dense, *adapter, bias, training=True, **keywords)
     layout, stored = weight if isinstance(weight, quantized.Quantized) else (None, (weight,))
     transforms.refuse(f'"{backend}"', 'backend must be "reference"', x, *stored, *adapter, bias)
-    options = options._replace(backend=backend)
+    options = options._replace(backend=evaluation(backend, (adapter.lora_B.shape[0], adapter.lora_A.shape[1])))
     dropout = operators.draw_dropout(x, options) if options.dropout_p > 0.0 else None
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():  # an exported operator has its own derivative
         needs = _ALL_NEEDS if torch.is_grad_enabled() else _NO_NEEDS

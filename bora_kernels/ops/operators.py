@@ -28,15 +28,15 @@ from ..contract import (
     scales_size,
     separate_product,
 )
-from . import flops, torch_backend, transforms
+from . import dense_backend, flops, torch_backend, transforms
 
 _NOTHING = nullcontext()
 
 
 @functools.cache
 def _implementation(backend: str) -> ModuleType:
-    if backend == "torch":
-        return torch_backend
+    if backend != "triton":
+        return dense_backend if backend == "dense" else torch_backend
     from . import triton_backend  # Triton is imported only when it is used
 
     return triton_backend
@@ -44,7 +44,7 @@ def _implementation(backend: str) -> ModuleType:
 
 def _context(backend: str, tensor: Tensor) -> AbstractContextManager:
     """What a backend runs in: PyTorch operations without autocast, kernels on the tensor's device."""
-    if backend == "torch":
+    if backend != "triton":
         return transforms.without_autocast(tensor.device)
     if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
@@ -52,7 +52,7 @@ def _context(backend: str, tensor: Tensor) -> AbstractContextManager:
 
 
 def draw_dropout(x: Tensor, options: Options) -> Tensor:
-    """What the backend's dropout is a function of: a seed [1] for "triton", a mask [M, K] of what stays for "torch"."""
+    """What the backend's dropout is a function of: a seed [1] for "triton", else a mask [M, K] of what stays."""
     if options.backend == "triton":
         return torch.randint(0, 2**31 - 1, (1,), device=x.device)
     return torch.rand((x.numel() // x.shape[-1], x.shape[-1]), device=x.device) >= options.dropout_p
@@ -92,10 +92,10 @@ def _forward(x, weight, adapter, flat_scales, bias, dropout, options, products, 
 
 def _forward_fake(x, weight, adapter, flat_scales, bias, dropout, options, products, save_product):
     y = x.new_empty(x.shape[0], weight.shape[0])
-    product = torch.empty_like(y) if save_product and separate_product(x.dtype, bias) else None
-    rank, columns = adapter.lora_A.shape
-    triton = options.backend == "triton"
-    u = x.new_empty(*[projection_parts(columns, rank)] * triton, x.shape[0], rank, dtype=accumulation_dtype(x.dtype))
+    (rank, columns), triton, dense = adapter.lora_A.shape, options.backend == "triton", options.backend == "dense"
+    product = torch.empty_like(y) if save_product and separate_product(x.dtype, bias) and not dense else None
+    u_shape = (*[projection_parts(columns, rank)] * triton, x.shape[0], rank)
+    u = x.new_empty(0) if dense else x.new_empty(u_shape, dtype=accumulation_dtype(x.dtype))
     made = None
     if flat_scales is None and any(adapter.members):
         size = scales_size(weight.shape, rank, adapter.members, products and triton)

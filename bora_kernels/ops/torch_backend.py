@@ -67,7 +67,7 @@ def forward(
         flat_scales = made = flatten_scales(norms_and_scales(weight, adapter, options), weight.shape, R)
     scales, dropout_p = split_scales(flat_scales, weight.shape, R, adapter.members), options.dropout_p
     u = _project(_dropped(x, mask, dropout_p), adapter.lora_A, scales.col_scale, options.scaling)  # (1)
-    product = _wide_matmul(fold(x, scales.col_scale), weight.T)
+    product = wide_matmul(fold(x, scales.col_scale), weight.T)
     _add_split_matmul(product, u.to(x.dtype), adapter.lora_B.T)  # (2)
     live = _live(scales.row_scale, zero_stand_in(x.dtype))
     apart = separate_product(x.dtype, bias)
@@ -105,11 +105,11 @@ def backward(
 
     dx = D = None
     if needs.x or needs_D:
-        inner = _wide_matmul(fold(dy, scales.row_scale), weight)
+        inner = wide_matmul(fold(dy, scales.row_scale), weight)
         if mask is None:
             _add_split_matmul(inner, v.to(dy.dtype), lora_A)
         else:
-            inner += _dropped(_split_matmul(v.to(dy.dtype), lora_A), mask, dropout_p)
+            inner += _dropped(split_matmul(v.to(dy.dtype), lora_A), mask, dropout_p)
         live = _live(scales.col_scale, stand_in)
         if needs_D:
             D = _times(_token_sums(inner, given(x)), live)  # (5)
@@ -178,28 +178,34 @@ def _project(t: Tensor, factor: Tensor, scale: Tensor | None, scaling: float) ->
     """s·(t⊙scale)·factorᵀ for t [M, C] and factor [R, C], accumulated in float32."""
     acc = accumulation_dtype(t.dtype)
     factor = factor.to(acc)
-    return scaling * _split_matmul(t, (factor if scale is None else factor * scale).T)
+    return scaling * split_matmul(t, (factor if scale is None else factor * scale).T)
 
 
-def _split_matmul(t: Tensor, f: Tensor) -> Tensor:
-    """t·f in the accumulation dtype, with f as two half-precision terms, so that no small update of f is lost."""
+def split_matmul(t: Tensor, f: Tensor) -> Tensor:
+    """t·f in the accumulation dtype, with f wide or as two half-precision terms, so that no small update is lost."""
     acc = accumulation_dtype(t.dtype)
     if t.dtype not in HALF_PRECISION:
         return t @ f.to(acc)
+    if not _has_wide_products(t):
+        return wide_matmul(t, f)
     high = f.to(t.dtype)
     low = (f.to(acc) - high.to(acc)).to(t.dtype)
-    return _wide_matmul(t, high) + _wide_matmul(t, low)
+    return wide_matmul(t, high) + wide_matmul(t, low)
 
 
 def _add_split_matmul(out: Tensor, t: Tensor, f: Tensor) -> None:
-    """out += t·f, as ``_split_matmul`` makes it."""
+    """out += t·f, as ``split_matmul`` makes it."""
     if t.dtype in HALF_PRECISION:
-        out += _split_matmul(t, f)
+        out += split_matmul(t, f)
     else:
         out.addmm_(t, f.to(t.dtype))
 
 
-def _wide_matmul(t: Tensor, matrix: Tensor) -> Tensor:
+def _has_wide_products(t: Tensor) -> bool:
+    return t.is_cuda and "dtype" in torch.ops.aten.mm.overloads()
+
+
+def wide_matmul(t: Tensor, matrix: Tensor) -> Tensor:
     """t [M, C] · matrix [C, O] in the accumulation dtype: rounded to half precision it would lose small updates.
 
     CUDA has half-precision products with a float32 result. Elsewhere the matrix is widened in blocks of rows.
@@ -207,7 +213,7 @@ def _wide_matmul(t: Tensor, matrix: Tensor) -> Tensor:
     acc = accumulation_dtype(t.dtype)
     if t.dtype not in HALF_PRECISION:
         return t @ matrix.to(acc)
-    if t.is_cuda and "dtype" in torch.ops.aten.mm.overloads():
+    if _has_wide_products(t):
         return torch.mm(t, matrix.to(t.dtype), out_dtype=acc)
     out = t.new_zeros(t.shape[0], matrix.shape[1], dtype=acc)
     step = max(1, CHUNK_ELEMENTS // matrix.shape[1])

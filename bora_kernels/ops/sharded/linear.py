@@ -34,6 +34,7 @@ from ...contract import (
     Needs,
     Options,
     accumulation_dtype,
+    evaluation,
     flatten_scales,
     given,
     separate_product,
@@ -103,6 +104,8 @@ class ShardedBoraLinearFunction(torch.autograd.Function):
         )
         if not separate_product(flat.dtype, bias):
             product = y
+        if options.backend == "dense":  # has all from x and the parameters
+            needs_S, needs_D = False, any(needs[1:])
         ctx.save_for_backward(
             flat if needs.lora_A or needs_D else None,
             weight,
@@ -239,7 +242,7 @@ def bora_linear_sharded(
         backend: Backend | None = "torch" if 0 in local.shape else options.backend  # more ranks than rows or columns
         backend = validation.choose_backend(backend, x.device, dtype, adapter.lora_A.shape[0])
         layout = Layout(weight.device_mesh, by_rows, x.placements[0], x.shape)
-        options = options._replace(backend=backend)
+        options = options._replace(backend=evaluation(backend, local.shape))
         compute_scales = functools.partial(_compute_scales, weight, adapter, layout, options)
         x_local = x.to_local(grad_placements=[layout.dx_placement]).to(dtype)
         y = ShardedBoraLinearFunction.apply(x_local, local, *local_adapter, local_bias, compute_scales, layout, options)
