@@ -11,6 +11,7 @@ from torch import Tensor
 
 NormOrder = Literal["row_col", "col_row"]
 Backend = Literal["triton", "torch", "reference"]
+Evaluation = Literal[Backend, "dense"]
 NORM_ORDERS: tuple[NormOrder, ...] = get_args(NormOrder)
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 T = TypeVar("T")
@@ -62,10 +63,10 @@ class Options(NamedTuple):
     detach_norm: bool = False
     dropout_p: float = 0.0  # 0 outside of training
     eps: float = EPS
-    backend: str | None = None  # None until it is chosen; then what ``evaluation`` says
+    backend: Evaluation | None = None  # None until it is chosen; then what ``evaluation`` says
 
 
-def evaluation(backend: str, shape: Sequence[int]) -> str:
+def evaluation(backend: Backend, shape: Sequence[int]) -> Evaluation:
     """How a backend evaluates a layer with a weight [N, K]: as itself, or as "dense" where an axis is short.
 
     There whole rows or columns of W0 and s·B·A cancel, which only V itself survives: ``ops.dense_backend``.

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..contract import Adapter, Needs, Options, Scales, accumulation_dtype, flatten_scales, split_scales
+from ..contract import Adapter, Needs, Options, Scales, accumulation_dtype, flatten_scales, given, split_scales
 from .torch_backend import split_matmul, wide_matmul
 
 
@@ -78,6 +78,7 @@ def backward(
             dx += torch.where(mask, _kept(split_matmul(dy, _scaled(update, scales)), options), 0)
         dx = dx.to(dy.dtype)
     if any(needs[1:]):
+        x = given(x)
         G = wide_matmul(dy.T, x).to(base.dtype)
         apart = None
         if mask is not None:
@@ -119,6 +120,7 @@ def _through_norms(
     dm_first = dm_second = None
     dH = full_dH = G
     if second_norm is not None:
+        first_scale, second_scale = given(first_scale), given(second_scale)
         Y = V * first_scale[:, None] / second_norm
         dm_second = Y * G if apart is None else Y * G + apart * (first_scale[:, None] / second_norm)
         dm_second = dm_second.sum(0)
@@ -126,7 +128,7 @@ def _through_norms(
         if exact:
             full_dH = second_scale * (G - Y * torch.where(second_norm > eps, dm_second, 0))
     if first_norm is not None:
-        U, scale = V / first_norm[:, None], first_scale[:, None]
+        U, scale = V / first_norm[:, None], given(first_scale)[:, None]
         dm_first = U * full_dH
         if apart is not None:
             dm_first += apart / first_norm[:, None] * (1 if second_scale is None else second_scale)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..contract import BACKENDS, NORM_ORDERS, Backend, Options
+from ..contract import BACKENDS, NORM_ORDERS, Backend, Evaluation, Options
 from ..quantized import Quantized
 from . import transforms, watch
 from .layouts import Layouts
@@ -66,7 +66,7 @@ _warned: set[str] = set()
 vars(_warn_once)["_dynamo_marked_constant"] = True  # warns while the compiler traces
 
 
-def choose_backend(backend: Backend | None, device: torch.device, dtype: torch.dtype, rank: int) -> Backend:
+def choose_backend(backend: Evaluation | None, device: torch.device, dtype: torch.dtype, rank: int) -> Backend:
     """``backend`` if it can run, or the default: "triton" on CUDA devices that it supports, else "torch"."""
     if backend is None:
         if device.type != "cuda":
@@ -202,7 +202,7 @@ _LEFT_OVER = ("scales", "product", "u", "dropout")  # what a forward makes and l
 _lock = threading.Lock()
 
 
-def prepare(x: Tensor, tensors: Arguments, backend: Backend | None) -> tuple[Tensor, Backend, Prepared | None]:
+def prepare(x: Tensor, tensors: Arguments, backend: Evaluation | None) -> tuple[Tensor, Backend, Prepared | None]:
     """Check the tensors of a call (after x: weight, factors, magnitudes, bias) and choose its backend.
 
     Returns x as autocast makes it, the backend, and what stands for the tensors in operators. Outside of

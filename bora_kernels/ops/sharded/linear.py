@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from ...contract import (
     Adapter,
-    Backend,
+    Evaluation,
     Needs,
     Options,
     accumulation_dtype,
@@ -239,7 +239,7 @@ def bora_linear_sharded(
         y = autograd.adapted_linear(x.to_local(), local, local_adapter, local_bias, options)
     else:
         dtype = validation.autocast_dtype(x) or x.dtype
-        backend: Backend | None = "torch" if 0 in local.shape else options.backend  # more ranks than rows or columns
+        backend: Evaluation | None = "torch" if 0 in local.shape else options.backend  # more ranks than rows or columns
         backend = validation.choose_backend(backend, x.device, dtype, adapter.lora_A.shape[0])
         layout = Layout(weight.device_mesh, by_rows, x.placements[0], x.shape)
         options = options._replace(backend=evaluation(backend, local.shape))
