@@ -47,7 +47,15 @@ def test_links_are_found_where_they_are():
 
 
 @pytest.mark.parametrize(
-    "name", ["CONTRIBUTING.md", "README.md", "docs/guide.md", "docs/distributed.md", "docs/tensor_parallel.md"]
+    "name",
+    [
+        "CONTRIBUTING.md",
+        "README.md",
+        "docs/guide.md",
+        "docs/distributed.md",
+        "docs/tensor_parallel.md",
+        "docs/compatibility.md",
+    ],
 )
 def test_named_files_are_there(name):
     """Paths in code marks, such as ``tests/helpers/accuracy.py``, are those of the repository."""
