@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import quantized
 from .contract import EPS, Adapter, Backend, Members, NormOrder, Options
 from .functional import bora_linear
-from .ops import adapted_weight, reuse, validation, watch
+from .ops import adapted_weight, elsewhere, reuse, validation, watch
 from .quantized.module import QuantizedWeight, StoredWeight
 from .rounding import round_weight
 
@@ -108,8 +108,14 @@ class FusedBoraLinear(nn.Module):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        if elsewhere.is_offloaded(linear):
+            raise ValueError(
+                "linear must hold its weight, got one whose forward was replaced, as accelerate does to offload it: "
+                "adapt the model before it is offloaded, or adapt it through PEFT"
+            )
         self = cls.__new__(cls)
-        self._setup(linear, r, alpha, dropout, norm_order, detach_norm, rslora, adapter_dtype)
+        with elsewhere.gathered(linear.weight, linear.bias):
+            self._setup(linear, r, alpha, dropout, norm_order, detach_norm, rslora, adapter_dtype)
         self.train(linear.training)
         return self
 

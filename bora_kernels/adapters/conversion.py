@@ -12,6 +12,7 @@ from torch import nn
 
 from ..contract import NormOrder
 from ..modules import FusedBoraLinear, FusedColumnLinear, FusedDoraLinear
+from ..ops import elsewhere
 from . import coverage
 
 if TYPE_CHECKING:
@@ -128,6 +129,8 @@ def adapt(model: nn.Module, layers: Mapping[nn.Linear, Callable[[nn.Linear], Fus
         for parameter in trainable:  # from_linear freezes
             parameter.requires_grad_()
         raise
+    for linear, layer in built.items():
+        elsewhere.hand_over_hooks(linear, layer)
     replace(model, built)
     for name, layer in adapted_layers(model).items():
         layer.place = name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from ...contract import Adapter, Backend, Members, NormOrder, Options, accumulat
 from ...functional import bora_linear
 from ...ops import adapted_weight, watch
 from ...rounding import round_weight
+from . import through
 from .config import BoraConfig
 
 
@@ -36,7 +38,8 @@ else:
 class BoraLayer(_PeftLayer):
     """What BoRA's layers have in common; comes before one of PEFT's LoRA layers among the bases.
 
-    A subclass tells how it sees its weights as matrices (``_matrices``) and how it runs one adapter (``_adapted``).
+    A subclass tells how it sees its weights as matrices (``_matrices``) and what it computes with one adapter instead
+    of the base layer's product (``_product``).
     """
 
     adapter_layer_names = (
@@ -58,13 +61,15 @@ class BoraLayer(_PeftLayer):
             self.norm_order: dict[str, NormOrder] = {}
             self.detach_norm: dict[str, bool] = {}
             self.full_scaling: dict[str, float] = {}
+            self.base_class = type(self.base_layer)
             watch.watch(self)
             self.register_state_dict_post_hook(_keep_unmerged)
             self.register_buffer("unmerged_weight", None, persistent=False)  # W0 while the base layer holds W'
-        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-        self.norm_order[adapter_name], self.detach_norm[adapter_name] = config.norm_order, bool(config.detach_norm)
-        self.full_scaling[adapter_name] = self.scaling[adapter_name]
-        self._reset_magnitudes(adapter_name, config.members)
+        with through.whole(self):  # PEFT puts new parameters where the base layer's weight is
+            super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+            self.norm_order[adapter_name], self.detach_norm[adapter_name] = config.norm_order, bool(config.detach_norm)
+            self.full_scaling[adapter_name] = self.scaling[adapter_name]
+            self._reset_magnitudes(adapter_name, config.members)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def resolve_lora_variant(self, *, config: BoraConfig, **kwargs) -> None:
@@ -145,8 +150,21 @@ class BoraLayer(_PeftLayer):
         """A [N, K·taps] in the layout of the base layer's weight."""
         raise NotImplementedError
 
-    def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
+    def _product(self, x: Tensor, adapter_name: str) -> Tensor:
         raise NotImplementedError
+
+    def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
+        base = self._modules["base_layer"]
+        factor = self._modules["lora_B"]._modules.get(adapter_name) or self._modules["lora_embedding_B"]
+        acted_on = type(base) is not self.base_class or through.is_acted_on(base)
+        if not acted_on and "forward" not in factor.__dict__:
+            return self._product(x, adapter_name)
+        dicts = [self._modules.get(name) for name in self.adapter_layer_names]
+        adapter = [d[adapter_name] for d in dicts if isinstance(d, nn.ModuleDict) and adapter_name in d]
+        adapter += [d for d in dicts if isinstance(d, nn.ParameterDict)]
+        with through.fetched(*adapter):
+            product = functools.partial(self._product, adapter_name=adapter_name)
+            return through.call(base, x, product) if acted_on else product(x)
 
     # --- what PEFT calls ---------------------------------------------------------------------------------------------
 
@@ -278,7 +296,7 @@ class BoraLinear(BoraLayer, lora.Linear):
     def _like_base(self, matrix: Tensor) -> Tensor:
         return matrix.T.contiguous() if self.fan_in_fan_out else matrix.contiguous()
 
-    def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
+    def _product(self, x: Tensor, adapter_name: str) -> Tensor:
         modules = self._modules
         base = modules["base_layer"]
         weight = base.weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from peft import LoraModel
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...adapters import coverage, unquantized
 from ...adapters.files import present_name
+from . import through
 from .config import BoraConfig
 from .layers import BoraLayer, check_single
 from .quantized import BoraQuantizedLinear
@@ -79,6 +80,11 @@ class BoraModel(LoraModel):
                 "adapter_names must be None: BoRA cannot mix adapters in a batch, since each scales the whole output"
             )
         yield
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As in PEFT, which moves adapters to where the base layer's weight is: for a call, not between calls."""
+        with through.whole(new_module) if isinstance(new_module, BoraLayer) else nullcontext():
+            super()._replace_module(parent, child_name, new_module, child)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter the active one."""

@@ -6,6 +6,7 @@ from peft.tuners.lora import layer as lora
 from torch import Tensor
 
 from ...functional import bora_conv, bora_embedding
+from . import through
 from .layers import BoraLayer
 
 
@@ -19,9 +20,9 @@ class BoraEmbedding(BoraLayer, lora.Embedding):
     def _like_base(self, matrix: Tensor) -> Tensor:
         return matrix.T.contiguous()
 
-    def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
+    def _product(self, x: Tensor, adapter_name: str) -> Tensor:
         base = self.base_layer
-        y = bora_embedding(
+        return bora_embedding(
             x,
             base.weight,
             self.lora_embedding_A[adapter_name],
@@ -30,6 +31,11 @@ class BoraEmbedding(BoraLayer, lora.Embedding):
             **self._options(adapter_name),
             padding_idx=base.padding_idx,
         )
+
+    def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
+        y = super()._adapted(x, adapter_name)
+        if through.is_acted_on(self.base_layer):  # the base layer's call scales
+            return y
         embed_scale = self._get_embed_scale()
         return y if embed_scale is None else y * embed_scale.to(y.dtype)
 
@@ -47,7 +53,7 @@ class _BoraConvNd(BoraLayer):
     def _like_base(self, matrix: Tensor) -> Tensor:
         return matrix.reshape(self._base_weight().shape)
 
-    def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
+    def _product(self, x: Tensor, adapter_name: str) -> Tensor:
         base = self.base_layer
         row, col = self._magnitudes(adapter_name)
         return bora_conv(

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...adapters import coverage
 from ...adapters.conversion import matches
-from ...ops import validation
+from ...ops import elsewhere, validation
 from ...quantized import read
 from .config import BoraConfig
 from .layers import BoraLayer, BoraLinear
@@ -71,8 +71,9 @@ def layer_class(module: nn.Module, config: BoraConfig, name: str, uncalled: str 
     kind = next((kind for kind in _LAYERS if isinstance(base, kind)), None)
     quantized = False
     try:
-        quantized = kind is nn.Linear and read(base) is not None
-        problem = "it is of another type" if kind is None else uncalled or _problem(base, kind, quantized, config)
+        with elsewhere.gathered(*base.parameters(recurse=False)):
+            quantized = kind is nn.Linear and read(base) is not None
+            problem = "it is of another type" if kind is None else uncalled or _problem(base, kind, quantized, config)
     except (TypeError, ValueError) as error:  # a weight that cannot be read
         problem = str(error)
     if problem:

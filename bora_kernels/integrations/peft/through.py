@@ -1,0 +1,96 @@
+"""Adapted layers whose base layer is acted on: hooks, offloading, layerwise casting, a sharding engine.
+
+An adapted layer reads the base layer's weight and does not call the base layer. Where something waits for that call, to
+fetch the weight or to see inputs and outputs, the layer makes it, and its own computation takes the place of the one
+product that the base layer makes with its weight. So hooks see the input and the adapted output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ...ops import elsewhere
+
+# The functions that base layers multiply by their weight with, and the places of the input and of the weight.
+_PRODUCTS: dict[Callable, tuple[int, int]] = {
+    F.linear: (0, 1),
+    F.embedding: (0, 1),
+    F.conv1d: (0, 1),
+    F.conv2d: (0, 1),
+    F.conv3d: (0, 1),
+    torch.addmm: (1, 2),  # transformers' Conv1D
+}
+
+
+def is_acted_on(base: nn.Module) -> bool:
+    """Whether something waits for the call of this layer. Moving inputs to its device, as accelerate does, is none."""
+    attributes = base.__dict__
+    if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or attributes["_backward_hooks"]:
+        return True
+    return elsewhere.is_offloaded(base)
+
+
+def call(base: nn.Module, x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """The base layer's call with ``product(x)`` in the place of its product.
+
+    Raises ValueError where the base layer makes no product that this could be, or with another weight than its own.
+    """
+    if hasattr(base.weight, "ds_id"):  # DeepSpeed, which has functions of its own in the place of PyTorch's
+        base.forward = product
+        try:
+            return base(x)
+        finally:
+            del base.forward
+    with _InPlaceOfTheProduct(base, product) as mode:
+        y = base(x)
+    if not mode.made:
+        raise ValueError(
+            f"base_layer must multiply by its weight as a linear layer, an embedding or a convolution does, got a "
+            f"{type(base).__name__} that does not (changed after the model was adapted?)"
+        )
+    return y
+
+
+class _InPlaceOfTheProduct(TorchFunctionMode):
+    def __init__(self, base: nn.Module, product: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.base, self.product, self.made = base, product, False
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        places = _PRODUCTS.get(func)
+        if places is None or self.made:
+            return func(*args, **(kwargs or {}))
+        if args[places[1]] is not self.base.weight:
+            raise ValueError(
+                f"base_layer must multiply by its weight as it is, got a {type(self.base).__name__} that changes it: "
+                "quantization-aware training and the like see no adapter; prepare the model before it is adapted"
+            )
+        self.made = True
+        return self.product(args[places[0]])
+
+
+@contextmanager
+def fetched(*modules: nn.Module) -> Iterator[None]:
+    """Modules that are read and not called, with their weights where accelerate's hooks put them for a call."""
+    offloaded = [m for m in modules if "_hf_hook" in m.__dict__ and elsewhere.is_offloaded(m)]
+    for module in offloaded:
+        module.__dict__["_hf_hook"].pre_forward(module)
+    try:
+        yield
+    finally:
+        for module in offloaded:
+            module.__dict__["_hf_hook"].post_forward(module, torch.empty(0))
+
+
+@contextmanager
+def whole(layer: Any) -> Iterator[None]:
+    """The base layer's weight as a whole: fetched from where accelerate or DeepSpeed keep it."""
+    with elsewhere.gathered(*layer.parameters()), fetched(layer.base_layer):
+        yield
