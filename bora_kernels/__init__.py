@@ -4,6 +4,7 @@ from . import reference
 from ._version import __version__
 from .adapters.conversion import convert
 from .adapters.diagnostics import explain
+from .adapters.groups import parameter_groups
 from .adapters.storage import adapter_state_dict, load_adapter, merge_adapter, save_adapter
 from .functional import bora_linear
 from .modules import FusedBoraLinear, FusedColumnLinear, FusedDoraLinear
@@ -21,6 +22,7 @@ __all__ = [
     "explain",
     "load_adapter",
     "merge_adapter",
+    "parameter_groups",
     "reference",
     "replay_disabled",
     "reuse_scales",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 import torch
 from torch import nn
@@ -132,6 +133,8 @@ def adapt(model: nn.Module, layers: Mapping[nn.Linear, Callable[[nn.Linear], Fus
     for linear, layer in built.items():
         elsewhere.hand_over_hooks(linear, layer)
     replace(model, built)
+    if callable(getattr(model, "save_pretrained", None)) and "save_pretrained" not in model.__dict__:
+        model.__dict__["save_pretrained"] = partial(_save_pretrained, model)
     for name, layer in adapted_layers(model).items():
         layer.place = name
     coverage.leave_inference_path(model, FusedBoraLinear)
@@ -139,6 +142,18 @@ def adapt(model: nn.Module, layers: Mapping[nn.Linear, Callable[[nn.Linear], Fus
     for parameter in trainable:
         if id(parameter) not in kept:
             parameter.requires_grad_(False)
+
+
+def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' method, with a warning where it does not do what its name says."""
+    if adapted_layers(model):
+        warnings.warn(
+            "save_pretrained of a converted model writes tensors that from_pretrained does not know, and gives "
+            "the base model back. bora_kernels.save_adapter(model, folder) writes what was trained; for a plain model "
+            "call bora_kernels.merge_adapter(model) first",
+            stacklevel=2,
+        )
+    return type(model).save_pretrained(model, *args, **kwargs)
 
 
 def replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:

@@ -1,13 +1,15 @@
 """convert: which layers it takes, what it leaves alone, and what it refuses before anything changes."""
 
+import copy
 import inspect
+import warnings
 from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
-from bora_kernels import FusedBoraLinear, convert
+from bora_kernels import FusedBoraLinear, convert, merge_adapter
 from bora_kernels.adapters.conversion import METHODS, LayerOptions, Method, adapted_layers
 
 WIDTH = 8
@@ -270,3 +272,24 @@ def test_what_convert_takes_is_what_layers_take():
     assert tuple(METHODS) == get_args(Method)
     accepted = inspect.signature(FusedBoraLinear.from_linear).parameters.keys()
     assert accepted == {"linear", "r", "alpha", *LayerOptions.__annotations__}
+
+
+def test_save_pretrained_of_a_converted_model_warns(tmp_path):
+    """It is the base model that ``from_pretrained`` gives back; a merged model is saved without a word."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12
+    )
+    model = copy.deepcopy(convert(transformers.BertModel(config), r=2))
+    with pytest.warns(
+        UserWarning, match=r"save_adapter\(model, folder\) writes what was trained; for a plain model call"
+    ):
+        model.save_pretrained(tmp_path / "converted")
+    assert (tmp_path / "converted" / "config.json").exists()
+    merge_adapter(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path / "merged")
+    ids = torch.arange(6).view(2, 3)
+    again = transformers.BertModel.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(again(ids).last_hidden_state, model.eval()(ids).last_hidden_state)

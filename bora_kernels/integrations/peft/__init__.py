@@ -9,7 +9,16 @@ of earlier versions, of type "BORA", need ``config=BoraConfig.from_pretrained(fo
 another method may own that name.
 """
 
-import peft.mapping
+try:
+    import peft.mapping
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "peft":
+        raise
+    raise ModuleNotFoundError(
+        "bora_kernels.integrations.peft needs PEFT, transformers and accelerate: "
+        "pip install peft transformers accelerate",
+        name="peft",
+    ) from error
 
 from .config import PEFT_TYPE, BoraConfig
 from .layers import BoraLayer, BoraLinear
