@@ -79,7 +79,7 @@ def moments_config(arch: int | str, I: int, J: int, R: int, dtype: torch.dtype, 
 
 
 def finish_config(R: int, dtype: torch.dtype) -> dict:
-    return {"BLOCK_SIZE_I": 32, "BLOCK_SIZE_R": rank_block(R, dtype), "num_warps": 4}
+    return {"BLOCK_SIZE_I": 32, "BLOCK_SIZE_R": rank_block(R, dtype), "num_warps": 4 if R <= 64 else 8}
 
 
 def parts_in_use(allocated: int, M: int) -> int:

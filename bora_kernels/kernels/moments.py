@@ -74,7 +74,11 @@ def _moments_kernel(
             z = load_matrix(z_ptr, offs_j, offs_r, end, R, stride_zj, stride_zr).to(tl.float32)
             if HAS_COEFFICIENT:
                 z *= load_vector(coefficient_ptr, offs_j, end)[:, None]
-            acc = dot_split(z_t.to(DTYPE), z, acc, PRECISION)
+            z_t = z_t.to(tl.float32)
+            high = z_t.to(DTYPE)
+            acc = dot_split(high, z, acc, PRECISION)
+            if DTYPE != tl.float32:
+                acc = dot_split((z_t - high.to(tl.float32)).to(DTYPE), z, acc, PRECISION)
     ptrs = products_ptr + (split.to(tl.int64) * (I + R) + row)[:, None] * R + offs_r[None, :]
     tl.store(ptrs, acc, mask=(row < rows)[:, None] & (offs_r < R)[None, :])
 

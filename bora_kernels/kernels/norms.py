@@ -6,6 +6,10 @@ The four uses of these, numbered as in ``ops.torch_backend``:
     second axis, c = first_scale²    second_norm, second_scale; Vᵀ·(first_scale²⊙P) is kept for (11)
     first axis,  c = κ               (8), (9), (10)
     second axis, c = λ               (11)
+
+Where the update cancels most of a line of W0, (b) cancels too: what is left has the error of Σ_j c_j·W0_ij², and may be
+negative. The kernel that finishes a norm sees it by that sum, and forms V for such a line. No launch is spent on it,
+and no time where there is no such line.
 """
 
 from typing import NamedTuple
@@ -22,21 +26,58 @@ from .moments import load_products, load_squares, moments
 
 
 @triton.jit
+def _second_look(
+    cancelled, kept_ptr, w_ptr, p_ptr, z_ptr, c_ptr, offs_i, I, J,
+    stride_wi, stride_wj, stride_pi, stride_pr, stride_zj, stride_zr,
+    scaling,
+    R: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_COEFFICIENT: tl.constexpr, HAS_KEPT: tl.constexpr,
+):  # fmt: skip
+    """Σ_j c_j·V_ij² from V itself; products, (a), of the cancelled lines go to kept."""
+    squares = tl.zeros((offs_i.shape[0],), dtype=tl.float32)
+    for r in range(0, R if HAS_KEPT else 1, BLOCK_SIZE):
+        offs_r = r + tl.arange(0, BLOCK_SIZE)
+        squares = tl.zeros((offs_i.shape[0],), dtype=tl.float32)
+        products = tl.zeros((offs_i.shape[0], BLOCK_SIZE), dtype=tl.float32)
+        for j in tl.range(0, J, BLOCK_SIZE, num_stages=1):  # rare: no registers for a pipeline
+            offs_j = j + tl.arange(0, BLOCK_SIZE)
+            low_rank = tl.zeros((offs_i.shape[0], BLOCK_SIZE), dtype=tl.float32)
+            for q in tl.range(0, R, BLOCK_SIZE, num_stages=1):
+                offs_q = q + tl.arange(0, BLOCK_SIZE)
+                p = load_matrix(p_ptr, offs_i, offs_q, I, R, stride_pi, stride_pr).to(tl.float32)
+                z = load_matrix(z_ptr, offs_q, offs_j, R, J, stride_zr, stride_zj).to(tl.float32)
+                low_rank = tl.dot(p, z, low_rank, input_precision="ieee")
+            v = load_matrix(w_ptr, offs_i, offs_j, I, J, stride_wi, stride_wj).to(tl.float32) + scaling * low_rank
+            weighted = v * load_vector(c_ptr, offs_j, J)[None, :] if HAS_COEFFICIENT else v
+            squares += tl.sum(weighted * v, axis=1)
+            if HAS_KEPT:
+                z = load_matrix(z_ptr, offs_j, offs_r, J, R, stride_zj, stride_zr).to(tl.float32)
+                products = tl.dot(weighted, z, products, input_precision="ieee")
+        if HAS_KEPT:
+            ptrs = kept_ptr + offs_i.to(tl.int64)[:, None] * R + offs_r[None, :]
+            tl.store(ptrs, products, mask=(cancelled & (offs_i < I))[:, None] & (offs_r < R)[None, :])
+    return squares
+
+
+@triton.jit
 def _finish_norm_kernel(
     products_ptr,  # [splits, I + R, R]
     squares_ptr,  # [splits, I]
+    w_ptr,  # [I, J]
     p_ptr,  # [I, R]
+    z_ptr,  # [J, R]
+    c_ptr,  # [J]: the coefficient summed with
     magnitude_ptr,  # [I]
     norm_ptr,  # [I]
     scale_ptr,  # [I]
     coefficient_ptr,  # [I]: scale², or squares without a magnitude
     kept_ptr,  # [I, R]: products
-    splits, I,
-    stride_pi, stride_pr,
+    splits, I, J,
+    stride_wi, stride_wj, stride_pi, stride_pr, stride_zj, stride_zr,
     scaling, eps,
     R: tl.constexpr,
     BLOCK_SIZE_I: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
-    HAS_MAGNITUDE: tl.constexpr, HAS_KEPT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_COEFFICIENT: tl.constexpr, HAS_MAGNITUDE: tl.constexpr, HAS_KEPT: tl.constexpr, SECOND_LOOK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     offs_i = tl.program_id(0) * BLOCK_SIZE_I + tl.arange(0, BLOCK_SIZE_I)
     mask_i = offs_i < I
@@ -51,6 +92,16 @@ def _finish_norm_kernel(
         if HAS_KEPT:
             ptrs = kept_ptr + offs_i.to(tl.int64)[:, None] * R + offs_r[None, :]
             tl.store(ptrs, products, mask=mask_i[:, None] & (offs_r < R)[None, :])
+    if SECOND_LOOK:
+        cancelled = squares * 4.0 < load_squares(squares_ptr, offs_i, splits, I)  # half of the norm is gone
+        if tl.max(cancelled.to(tl.int32), axis=0) > 0:
+            tl.debug_barrier()  # products of the same lines were stored above, by other threads
+            seen = _second_look(
+                cancelled, kept_ptr, w_ptr, p_ptr, z_ptr, c_ptr, offs_i, I, J,
+                stride_wi, stride_wj, stride_pi, stride_pr, stride_zj, stride_zr,
+                scaling, R, 16, HAS_COEFFICIENT, HAS_KEPT,
+            )  # fmt: skip
+            squares = tl.where(cancelled, seen, squares)
     if HAS_MAGNITUDE:
         squares = tl.where(squares < 0.0, 0.0, squares)  # by rounding, at most; NaN stays
         norm = tl.maximum(tl.sqrt(squares), eps, propagate_nan=tl.PropagateNan.ALL)
@@ -143,14 +194,22 @@ def norm(
 
 
 def weighted_sums(
-    W: Tensor, P: Tensor, Z: Tensor, coefficient: Tensor | None, *, scaling: float, precision: str
+    W: Tensor, P: Tensor, Z: Tensor, coefficient: Tensor | None, *, scaling: float, signed: bool, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """squares [I] and products [I, R], equations (b) and (a), where the norms need more than this W: a shard, say."""
+    """squares [I] and products [I, R], equations (b) and (a), where the norms need more than this W: a shard, say.
+
+    ``signed`` is for coefficients of either sign, whose sums may cancel without the lines.
+    """
     products = empty(P.shape, torch.float32, W.device)
-    return _finish_norm(W, P, Z, None, coefficient, None, None, products, scaling, 0.0, precision), products
+    squares = _finish_norm(
+        W, P, Z, None, coefficient, None, None, products, scaling, 0.0, precision, second_look=not signed
+    )
+    return squares, products
 
 
-def _finish_norm(W, P, Z, magnitude, coefficient, norm, scale, kept, scaling, eps, precision) -> Tensor:
+def _finish_norm(
+    W, P, Z, magnitude, coefficient, norm, scale, kept, scaling, eps, precision, second_look=True
+) -> Tensor:
     products, squares = moments(W, Z, coefficient, precision)
     I, R = P.shape
     result = empty((I,), torch.float32, W.device)
@@ -158,11 +217,13 @@ def _finish_norm(W, P, Z, magnitude, coefficient, norm, scale, kept, scaling, ep
     launch(
         _finish_norm_kernel,
         (cdiv(I, config["BLOCK_SIZE_I"]),),
-        (products, squares, P, magnitude, norm, scale, result, kept),
-        splits=len(products), I=I,
-        stride_pi=P.stride(0), stride_pr=P.stride(1),
+        (products, squares, W, P, Z, coefficient, magnitude, norm, scale, result, kept),
+        splits=len(products), I=I, J=W.shape[1],
+        stride_wi=W.stride(0), stride_wj=W.stride(1), stride_pi=P.stride(0), stride_pr=P.stride(1),
+        stride_zj=Z.stride(0), stride_zr=Z.stride(1),
         scaling=scaling, eps=eps,
-        R=R, HAS_MAGNITUDE=magnitude is not None, HAS_KEPT=kept is not None, PRECISION=precision, **config,
+        R=R, HAS_COEFFICIENT=coefficient is not None, HAS_MAGNITUDE=magnitude is not None, HAS_KEPT=kept is not None,
+        SECOND_LOOK=second_look, PRECISION=precision, **config,
     )  # fmt: skip
     return result
 

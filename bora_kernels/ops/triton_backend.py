@@ -190,15 +190,18 @@ def _backward(
 
 
 def weighted_sums(
-    W: Tensor, P: Tensor, Z: Tensor, coefficient: Tensor | None, *, scaling: float
+    W: Tensor, P: Tensor, Z: Tensor, coefficient: Tensor | None, *, scaling: float, signed: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Of V = W [I, J] + s·P [I, R]·Z [J, R]ᵀ: Σ_j c_j·V_ij² [I] and V·(c⊙Z) [I, R], in float32 (c = None: 1)."""
-    return _weighted_sums(W, P, Z, coefficient, scaling=scaling, precision=_precision(W.dtype))
+    """Of V = W [I, J] + s·P [I, R]·Z [J, R]ᵀ: Σ_j c_j·V_ij² [I] and V·(c⊙Z) [I, R], in float32 (c = None: 1).
+
+    ``signed`` says that c has entries of either sign.
+    """
+    return _weighted_sums(W, P, Z, coefficient, scaling=scaling, signed=signed, precision=_precision(W.dtype))
 
 
 @stage
-def _weighted_sums(W, P, Z, coefficient, *, scaling, precision):
-    return norms.weighted_sums(W, P, Z, coefficient, scaling=scaling, precision=precision)
+def _weighted_sums(W, P, Z, coefficient, *, scaling, signed, precision):
+    return norms.weighted_sums(W, P, Z, coefficient, scaling=scaling, signed=signed, precision=precision)
 
 
 def _kept_product(needed: bool, dtype: torch.dtype, bias: Tensor | None) -> dict:

@@ -82,6 +82,18 @@ class Case:
         return torch.randn((self.M, self.N), generator=generator, device=device).to(self.dtype)
 
 
+def cancelled(inputs: dict[str, Tensor | None], axis: str, left: float) -> dict[str, Tensor | None]:
+    """The inputs with an update that leaves of the second row or column (the first of one) ``left`` times W0."""
+    W, A, B = inputs["weight"].float(), inputs["lora_A"].clone(), inputs["lora_B"].clone()
+    first, second = (B, A.T) if axis == "row" else (A.T, B)
+    line = min(1, len(first) - 1)
+    second[:, 0] = W[line] if axis == "row" else W[:, line]
+    first[:, 0] *= 0.1
+    first[line] = 0.0
+    first[line, 0] = (left - 1) / SCALING
+    return inputs | {"lora_A": A, "lora_B": B}
+
+
 def require(backend: str, dtype: torch.dtype) -> None:
     """Skip where the backend cannot run, or where the interpreter would get bfloat16 wrong."""
     if backend == "triton" and not HAS_TRITON:

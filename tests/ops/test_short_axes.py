@@ -7,28 +7,27 @@ import itertools
 
 import pytest
 import torch
-from helpers.cases import HALVES, NAMES, VARIANTS, Case, backends, check_layer, conventions, dtypes, orders, require
+from helpers.cases import (
+    HALVES,
+    NAMES,
+    VARIANTS,
+    Case,
+    backends,
+    cancelled,
+    check_layer,
+    conventions,
+    dtypes,
+    orders,
+    require,
+)
 from torch.nn.functional import mse_loss
 
 from bora_kernels import FusedBoraLinear, FusedDoraLinear, bora_linear
 from bora_kernels.contract import SHORT_AXIS
 
 BF16 = torch.bfloat16
-SCALING = 0.5
 SHAPES = [(1, 33), (33, 1), (1, 1), (2, 300), (130, 3), (5, 8), (SHORT_AXIS, 40)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "N{}-K{}".format(*shape))
-
-
-def cancelled(inputs, axis, left):
-    """The inputs with an update that leaves of the second row or column (the first of one) ``left`` times W0."""
-    W, A, B = inputs["weight"].float(), inputs["lora_A"].clone(), inputs["lora_B"].clone()
-    first, second = (B, A.T) if axis == "row" else (A.T, B)
-    line = min(1, len(first) - 1)
-    second[:, 0] = W[line] if axis == "row" else W[:, line]
-    first[:, 0] *= 0.1
-    first[line] = 0.0
-    first[line, 0] = (left - 1) / SCALING
-    return inputs | {"lora_A": A, "lora_B": B}
 
 
 @backends

@@ -86,13 +86,13 @@ def add_norm_paths(
     if dm_second is not None:
         second_norm, second_scale, second_product, dm_second = map(given, second)
         kappa = torch.where(second_norm > eps, dm_second * (second_scale / second_norm), 0.0).neg_()
-        squares, products = weighted_sums(W, P, Q, kappa, scaling=scaling)
+        squares, products = weighted_sums(W, P, Q, kappa, scaling=scaling, signed=True)
         dm_first = torch.addcmul(dm_first, first_ratio, squares)  # (8)
     if complete_first is not None:
         dm_first = complete_first(dm_first)
     lam = torch.where(first_norm > eps, dm_first * first_ratio, 0.0).neg_()  # (9)
     dP = lam[:, None] * first_product  # (10)
-    _, dQ = weighted_sums(W.T, Q, P, lam, scaling=scaling)
+    _, dQ = weighted_sums(W.T, Q, P, lam, scaling=scaling, signed=True)
     if dm_second is not None:
         dP.addcmul_(first_scale.square()[:, None], products)
         dQ.addcmul_(kappa[:, None], second_product)  # (11)
