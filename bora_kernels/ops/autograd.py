@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import quantized, reference
 from ..contract import Adapter, Needs, Options, evaluation, given, separate_product
-from . import operators, reuse, transforms, validation
+from . import balance, operators, reuse, transforms, validation
 
 
 class BoraLinearFunction(torch.autograd.Function):
@@ -75,6 +75,7 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         prepared = validation.prepare_backward(ctx.prepared, flat_dy, saved)
         if layout is not None:
             weight = quantized.dense(layout, tuple(stored), dy.dtype, ctx.options.backend, "backward")
+        adapter, power = balance.balanced(flat_dy, weight, adapter, ctx.options)
         if product is None and ctx.output_is_saved:
             prepared = None
             product = operators.forward(
@@ -88,6 +89,12 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx, dA, dB, dm_row, dm_col = (
             gradient if need else None for gradient, need in zip(gradients, needs, strict=True)
         )
+        if power is not None:
+            rows_first = adapter.members.rows_first(ctx.options.norm_order)
+            if rows_first and dm_row is not None:
+                dm_row = (dm_row * power).to(given(magnitude_row).dtype)
+            elif not rows_first and dm_col is not None:
+                dm_col = (dm_col * power).to(given(magnitude_col).dtype)
         if dx is not None and dy.ndim != 2:
             dx = dx.view(*dy.shape[:-1], weight.shape[1])
     if ctx.needs_input_grad[5]:
@@ -152,7 +159,7 @@ def _forward(
         basis = (options.scaling, options.norm_order, options.eps, backend, weight.dtype)
         flat_scales, remember = reuse.find(adapter.lora_B, lambda: reuse.state_of((*stored, *adapter), basis), paths)
     y, product, u, made = operators.forward(
-        _flat(x), weight, adapter, flat_scales, bias, dropout, options,
+        _flat(x), weight, balance.balanced(x, weight, adapter, options)[0], flat_scales, bias, dropout, options,
         products=paths, save_product=needs_S, prepared=prepared,
     )  # fmt: skip
     if flat_scales is None and any(members):

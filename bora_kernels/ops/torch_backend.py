@@ -99,7 +99,6 @@ def backward(
     lora_A, lora_B, magnitude_row, magnitude_col = adapter
     needs_S, needs_D = needs.sums(adapter.members, options)
     scales, dropout_p = split_scales(flat_scales, weight.shape, lora_A.shape[0], adapter.members), options.dropout_p
-    acc = accumulation_dtype(dy.dtype)
     stand_in = zero_stand_in(dy.dtype)
     v = _project(dy, lora_B.T, scales.row_scale, options.scaling)  # (3)
 
@@ -118,9 +117,9 @@ def backward(
 
     dA = dB = None
     if needs.lora_B:
-        dB = _times((given(u).to(dy.dtype).T @ dy).to(acc), scales.row_scale).T  # (6)
+        dB = _times(wide_matmul(given(u).to(dy.dtype).T, dy), scales.row_scale).T  # (6)
     if needs.lora_A:
-        dA = _times((v.to(dy.dtype).T @ _dropped(given(x), mask, dropout_p)).to(acc), scales.col_scale)  # (6)
+        dA = _times(wide_matmul(v.to(dy.dtype).T, _dropped(given(x), mask, dropout_p)), scales.col_scale)  # (6)
 
     dm_row = _magnitude_gradient(S, magnitude_row, scales.row_norm, scales.row_scale, stand_in=stand_in)  # (7)
     dm_col = _magnitude_gradient(D, magnitude_col, scales.col_norm, scales.col_scale, stand_in=stand_in)  # (7)
