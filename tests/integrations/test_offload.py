@@ -186,6 +186,32 @@ def test_a_base_layer_that_was_replaced_after_adapting_is_refused(kind, message)
         model(IDS)
 
 
+def test_a_base_layer_that_was_quantized_after_adapting_is_refused():
+    torchao = pytest.importorskip("torchao.quantization")
+    model = adapted(Model(), ["up"])
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), lambda module, name: name.endswith("up.base_layer"))
+    with pytest.raises(TypeError, match=r"weight must be a plain dense tensor, got a .* \(sharded or quantized\)"):
+        model(IDS)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_hooks_of_a_quantized_base_layer_are_called(kind):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    linear = (
+        bitsandbytes.nn.Linear4bit(64, 32)
+        if kind == "nf4"
+        else bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
+    )
+    model = trained(adapted(nn.Sequential(linear.to("cpu")), ["0"]))
+    x, seen = torch.randn(3, 64), []
+    expected = model(x)
+    base = model.base_model.model[0].base_layer
+    base.register_forward_hook(lambda module, arguments, output: seen.extend([arguments[0], output]))
+    assert torch.equal(model(x), expected)
+    assert torch.equal(seen[0], x) and torch.equal(seen[1], expected) and "forward" not in base.__dict__
+
+
 # ---- DeepSpeed ----
 
 

@@ -50,6 +50,7 @@ class BoraLayer(_PeftLayer):
     base_layer: Any
     adapter_dtype = torch.float32  # narrower where that was asked for
     place: str | None = None  # its name in the model, for messages
+    own_product = False  # whether the base layer multiplies by its weight in another way than PyTorch's functions
     other_param_names = (*lora.LoraLayer.other_param_names, "norm_order", "detach_norm", "full_scaling")
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: BoraConfig, **kwargs) -> None:
@@ -164,7 +165,7 @@ class BoraLayer(_PeftLayer):
         adapter += [d for d in dicts if isinstance(d, nn.ParameterDict)]
         with through.fetched(*adapter):
             product = functools.partial(self._product, adapter_name=adapter_name)
-            return through.call(base, x, product) if acted_on else product(x)
+            return through.call(base, x, product, self.own_product) if acted_on else product(x)
 
     # --- what PEFT calls ---------------------------------------------------------------------------------------------
 

@@ -50,7 +50,9 @@ class BoraQuantizedLinear(BoraLinear):
     def narrow_magnitudes(self, adapter_name: str) -> None:
         """Nothing: a quantized weight's dtype is none for magnitudes."""
 
-    def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
+    own_product = True  # of the library, which cannot be taken out of the layer's forward
+
+    def _product(self, x: Tensor, adapter_name: str) -> Tensor:
         base = self._quantized()
         row, col = self._magnitudes(adapter_name)
         y = bora_linear(

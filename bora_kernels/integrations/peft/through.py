@@ -37,17 +37,23 @@ def is_acted_on(base: nn.Module) -> bool:
     return elsewhere.is_offloaded(base)
 
 
-def call(base: nn.Module, x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
-    """The base layer's call with ``product(x)`` in the place of its product.
+def call(base: Any, x: Tensor, product: Callable[[Tensor], Tensor], own_product: bool = False) -> Tensor:
+    """The base layer's call with ``product(x)`` in the place of its product, or with ``own_product`` of its forward.
 
     Raises ValueError where the base layer makes no product that this could be, or with another weight than its own.
     """
-    if hasattr(base.weight, "ds_id"):  # DeepSpeed, which has functions of its own in the place of PyTorch's
+    if own_product and elsewhere.is_offloaded(base):
+        raise ValueError(f"base_layer must hold its weight, got a quantized {type(base).__name__} that is offloaded")
+    if own_product or hasattr(base.weight, "ds_id"):  # DeepSpeed has functions of its own in the place of PyTorch's
+        forward = base.__dict__.get("forward")
         base.forward = product
         try:
             return base(x)
         finally:
-            del base.forward
+            if forward is None:
+                del base.forward
+            else:
+                base.forward = forward
     with _InPlaceOfTheProduct(base, product) as mode:
         y = base(x)
     if not mode.made:
