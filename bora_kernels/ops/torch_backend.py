@@ -67,8 +67,8 @@ def forward(
         flat_scales = made = flatten_scales(norms_and_scales(weight, adapter, options), weight.shape, R)
     scales, dropout_p = split_scales(flat_scales, weight.shape, R, adapter.members), options.dropout_p
     u = _project(_dropped(x, mask, dropout_p), adapter.lora_A, scales.col_scale, options.scaling)  # (1)
-    product = wide_matmul(fold(x, scales.col_scale), weight.T)
-    _add_split_matmul(product, u.to(x.dtype), adapter.lora_B.T)  # (2)
+    product = wide_matmul(_folded(x, scales.col_scale), weight.T)
+    _add_split_matmul(product, _operand(u, x.dtype), adapter.lora_B.T)  # (2)
     live = _live(scales.row_scale, zero_stand_in(x.dtype))
     apart = separate_product(x.dtype, bias)
     kept = _times(product, live).to(x.dtype, copy=True) if apart and save_product else None
@@ -104,11 +104,11 @@ def backward(
 
     dx = D = None
     if needs.x or needs_D:
-        inner = wide_matmul(fold(dy, scales.row_scale), weight)
+        inner = wide_matmul(_folded(dy, scales.row_scale), weight)
         if mask is None:
-            _add_split_matmul(inner, v.to(dy.dtype), lora_A)
+            _add_split_matmul(inner, _operand(v, dy.dtype), lora_A)
         else:
-            inner += _dropped(split_matmul(v.to(dy.dtype), lora_A), mask, dropout_p)
+            inner += _dropped(split_matmul(_operand(v, dy.dtype), lora_A), mask, dropout_p)
         live = _live(scales.col_scale, stand_in)
         if needs_D:
             D = _times(_token_sums(inner, given(x)), live)  # (5)
@@ -117,9 +117,9 @@ def backward(
 
     dA = dB = None
     if needs.lora_B:
-        dB = _times(wide_matmul(given(u).to(dy.dtype).T, dy), scales.row_scale).T  # (6)
+        dB = _times(wide_matmul(_operand(given(u), dy.dtype).T, dy), scales.row_scale).T  # (6)
     if needs.lora_A:
-        dA = _times(wide_matmul(v.to(dy.dtype).T, _dropped(given(x), mask, dropout_p)), scales.col_scale)  # (6)
+        dA = _times(wide_matmul(_operand(v, dy.dtype).T, _dropped(given(x), mask, dropout_p)), scales.col_scale)  # (6)
 
     dm_row = _magnitude_gradient(S, magnitude_row, scales.row_norm, scales.row_scale, stand_in=stand_in)  # (7)
     dm_col = _magnitude_gradient(D, magnitude_col, scales.col_norm, scales.col_scale, stand_in=stand_in)  # (7)
@@ -180,6 +180,21 @@ def _project(t: Tensor, factor: Tensor, scale: Tensor | None, scaling: float) ->
     return scaling * split_matmul(t, (factor if scale is None else factor * scale).T)
 
 
+def _folded(t: Tensor, scale: Tensor | None) -> Tensor:
+    """t⊙scale as an operand: rounded with dither where the device has half-precision products, else wide.
+
+    Where an update cancels W0, a rounded operand leaves an error of W0's own product, many times that of what is left.
+    """
+    if scale is None or t.dtype not in HALF_PRECISION or _has_wide_products(t):
+        return fold(t, scale)
+    return t.to(accumulation_dtype(t.dtype)) * scale
+
+
+def _operand(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A projection, as wide as it is or in the dtype of the products that the device has."""
+    return t.to(dtype) if dtype not in HALF_PRECISION or _has_wide_products(t) else t
+
+
 def split_matmul(t: Tensor, f: Tensor) -> Tensor:
     """t·f in the accumulation dtype, with f wide or as two half-precision terms, so that no small update is lost."""
     acc = accumulation_dtype(t.dtype)
@@ -210,7 +225,7 @@ def wide_matmul(t: Tensor, matrix: Tensor) -> Tensor:
     CUDA has half-precision products with a float32 result. Elsewhere the matrix is widened in blocks of rows.
     """
     acc = accumulation_dtype(t.dtype)
-    if t.dtype not in HALF_PRECISION:
+    if t.dtype not in HALF_PRECISION and (matrix.dtype not in HALF_PRECISION or t.is_cuda):
         return t @ matrix.to(acc)
     if _has_wide_products(t):
         return torch.mm(t, matrix.to(t.dtype), out_dtype=acc)

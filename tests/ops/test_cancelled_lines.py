@@ -2,7 +2,20 @@
 
 import pytest
 import torch
-from helpers.cases import NAMES, SCALING, Case, backends, cancelled, dtypes, orders, require
+from conftest import CUDA
+from helpers.cases import (
+    HALVES,
+    NAMES,
+    SCALING,
+    VARIANTS,
+    Case,
+    backends,
+    cancelled,
+    check_layer,
+    dtypes,
+    orders,
+    require,
+)
 
 from bora_kernels.contract import Adapter, Options, split_scales
 from bora_kernels.ops import operators
@@ -36,3 +49,13 @@ def test_norms(backend, order, dtype, left, axis, N, K, R, device):
     for name, value, one, true in zip(("ρ", "a", "γ", "g"), scales(inputs, backend, order), plain, exact, strict=True):
         error, plain_error = (((t - true) / true).abs().max().item() for t in (value, one))
         assert error <= 2 * plain_error + BOUNDS[dtype], (name, NAMES[dtype], error, plain_error)
+
+
+@pytest.mark.skipif(CUDA, reason="half-precision products round an operand of W0's size")
+@pytest.mark.parametrize("member, order", VARIANTS, ids=map("-".join, VARIANTS))
+@pytest.mark.parametrize("dtype", HALVES, ids=NAMES.get)
+@pytest.mark.parametrize("axis, left", [("row", 0.05), ("row", 1e-3), ("col", 0.05), ("col", 1e-3)])
+def test_layers_of_pytorch_operations_on_a_cpu(dtype, member, order, axis, left, device):
+    for seed, (N, K, R) in enumerate([(40, 70, 5), (35, 33, 20)]):
+        case = Case(21, N, K, R, dtype=dtype, member=member, order=order, bias=seed == 0, seed=seed)
+        check_layer("torch", cancelled(case.inputs(device), axis, left), case.upstream(device), norm_order=order)
