@@ -82,9 +82,12 @@ def finish_config(R: int, dtype: torch.dtype) -> dict:
     return {"BLOCK_SIZE_I": 32, "BLOCK_SIZE_R": rank_block(R, dtype), "num_warps": 4 if R <= 64 else 8}
 
 
-def parts_in_use(allocated: int, M: int) -> int:
-    """How many of a projection's parts ``project`` fills: with many tokens the device is busy without a split."""
-    return allocated if M <= 4096 else 1
+def parts_in_use(allocated: int, M: int, processors: int) -> int:
+    """How many of a projection's parts ``project`` fills: two programs of 64 tokens for each multiprocessor.
+
+    Fewer leave multiprocessors idle, more are more bytes: every part is written and read.
+    """
+    return max(1, min(allocated, 2 * processors * 64 // max(1, M)))
 
 
 @lru_cache

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..replay.recording import empty, launch
 from .common import dot_split, keep_mask, load_matrix, load_projection, load_vector
-from .config import TRITON_DTYPES, cdiv, gemm_config, is_aligned, is_half, parts_in_use, split_config
+from .config import TRITON_DTYPES, cdiv, gemm_config, is_aligned, is_half, parts_in_use, split_config, target
 
 
 @triton.jit
@@ -196,7 +196,8 @@ def scaled_gemm(
     bias [O]. A zero scale counts as ``out_stand_in`` in the output and as ``stand_in`` in a product that is apart.
     """
     (M, C), O, (allocated, _, R) = t.shape, W.shape[0], projection.shape
-    parts, save_product = parts_in_use(allocated, M), save_product and scale is not None
+    parts = parts_in_use(allocated, M, target(t.get_device())[1])
+    save_product = save_product and scale is not None
     out = empty((M, O), t.dtype, t.device)
     product = empty((M, O), t.dtype, t.device) if save_product else out
     rows_are_outputs = W.stride(1) == 1

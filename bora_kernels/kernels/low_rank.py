@@ -171,9 +171,10 @@ def project(
     (M, C), R = t.shape, factor.shape[0]
     scaled = empty((M, C), t.dtype, t.device) if scale is not None else t
     allocated = projection_parts(C, R)
-    parts = parts_in_use(allocated, M)
+    arch, processors = target(t.get_device())
+    parts = parts_in_use(allocated, M, processors)
     projection = empty((allocated, M, R), torch.float32, t.device)
-    config = project_config(target(t.get_device())[0], R, t.dtype, is_aligned(t), seed is not None)
+    config = project_config(arch, R, t.dtype, is_aligned(t), seed is not None)
     block_c = config["BLOCK_SIZE_C"]
     launch(
         _project_kernel,
@@ -200,8 +201,8 @@ def reduce(
     """Parts of tᵀ·projection [splits, C, R] and of Σ_m t⊙other [splits, C], one for each split of the tokens."""
     M, C = t.shape
     allocated, _, R = (1, M, 1) if projection is None else projection.shape
-    parts = parts_in_use(allocated, M)
-    arch, _ = target(t.get_device())
+    arch, processors = target(t.get_device())
+    parts = parts_in_use(allocated, M, processors)
     splits, config = reduce_config(arch, M, C, R, t.dtype, is_aligned(t), seed is not None)
     factor_parts = None if projection is None else empty((splits, C, R), torch.float32, t.device)
     total_parts = None if other is None else empty((splits, C), torch.float32, t.device)

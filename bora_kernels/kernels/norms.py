@@ -172,7 +172,7 @@ def _finish_path_kernel(
             tl.store(ptrs, tl.load(ptrs, mask=mask, other=0.0) + scaling * update, mask=mask)  # (10), (11)
 
 
-def norm(
+def norm_and_scale(
     W: Tensor,
     P: Tensor,
     Z: Tensor,

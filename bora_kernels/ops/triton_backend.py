@@ -96,9 +96,9 @@ def _compute_scales(weight, adapter, scales, *, norm_order, scaling, eps, precis
     col = (weight.T, lora_A.T, lora_B, magnitude_col), (scales.col_norm, scales.col_scale, scales.col_product)
     first, second = (row, col) if adapter.members.rows_first(norm_order) else (col, row)
     options = {"scaling": scaling, "eps": eps, "precision": precision}
-    coefficient = norms.norm(*first[0], None, *first[1], **options)
+    coefficient = norms.norm_and_scale(*first[0], None, *first[1], **options)
     if all(adapter.members):
-        norms.norm(*second[0], coefficient, *second[1], **options)
+        norms.norm_and_scale(*second[0], coefficient, *second[1], **options)
 
 
 def backward(

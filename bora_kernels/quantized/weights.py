@@ -74,20 +74,20 @@ class Quantized(NamedTuple):
     def device(self) -> torch.device:
         return self.parts[0].device
 
-    def dense(self, dtype: torch.dtype | None = None, *, backend: str = "torch", stage: str = "") -> Tensor:
+    def dense(self, dtype: torch.dtype | None = None, *, backend: str = "torch", caller: str = "") -> Tensor:
         """The dequantized weight [N, K], rounded from ``layout.exact_dtype`` to ``dtype`` (None: ``layout.dtype``)."""
-        return dense(self.layout, self.parts, dtype or self.layout.dtype, backend, stage)
+        return dense(self.layout, self.parts, dtype or self.layout.dtype, backend, caller)
 
 
-def dense(layout: Layout, parts: tuple[Tensor, ...], dtype: torch.dtype, backend: str, stage: str) -> Tensor:
+def dense(layout: Layout, parts: tuple[Tensor, ...], dtype: torch.dtype, backend: str, caller: str) -> Tensor:
     """The dequantized weight [N, K] in ``dtype``.
 
-    ``stage`` names the caller. It tells the compiler that the weight made in forward is not to be kept for backward,
+    ``caller`` is its name. It tells the compiler that the weight made in forward is not to be kept for backward,
     which it would do with two calls that look alike.
     """
     kind, shape, own_dtype, block_size = layout
     return torch.ops.bora_kernels.dequantize(
-        list(parts), kind, list(shape), list(block_size), own_dtype, dtype, stage, backend
+        list(parts), kind, list(shape), list(block_size), own_dtype, dtype, caller, backend
     )
 
 
@@ -191,11 +191,11 @@ def _checked_shape(shape: torch.Size, linear: Any) -> tuple[int, int]:
 
 _library = define(
     "dequantize(Tensor[] parts, str kind, int[] shape, int[] block_size, ScalarType own_dtype, ScalarType dtype,"
-    " str stage, str backend) -> Tensor"
+    " str caller, str backend) -> Tensor"
 )
 
 
-def _dequantize(parts, kind, shape, block_size, own_dtype, dtype, stage, backend):
+def _dequantize(parts, kind, shape, block_size, own_dtype, dtype, caller, backend):
     if kind not in _FOUR_BIT:
         return _dequantize_rows(parts, kind, shape, block_size, own_dtype, dtype)
     # from float32 the rounding to dtype is the only one, so the wide weight need not exist
@@ -241,7 +241,7 @@ def _dequantize_rows(parts, kind, shape, block_size, own_dtype, dtype):
     return out
 
 
-def _dequantize_fake(parts, kind, shape, block_size, own_dtype, dtype, stage, backend):
+def _dequantize_fake(parts, kind, shape, block_size, own_dtype, dtype, caller, backend):
     return torch.empty(shape, dtype=dtype, device=parts[0].device)
 
 
