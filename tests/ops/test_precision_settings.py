@@ -16,6 +16,9 @@ def _settings():
     """Puts back what a test sets. The older interface refuses to be read after the newer one was used."""
     matmul = torch.backends.cuda.matmul
     before = torch.backends.fp32_precision, matmul.fp32_precision
+    matmul.fp32_precision = (
+        "none"  # as in a new process: what another test set for products would hide the other setting
+    )
     yield
     torch.set_float32_matmul_precision("highest")
     torch.backends.fp32_precision, matmul.fp32_precision = before
