@@ -69,7 +69,8 @@ def moments_config(arch: int | str, I: int, J: int, R: int, dtype: torch.dtype, 
             block_i, block_j, warps, stages = 128, 64, 8, 3
             block_r = 64 if R <= 64 else 128
     else:
-        block_i, block_j, stages = 32, 64 if block_r <= 32 else 32, 2
+        wide = block_r <= 32 and arch not in (100, 103)  # there the two terms of the factor spill
+        block_i, block_j, stages = 32, 64 if wide else 32, 2
     programs = cdiv(I, block_i) * cdiv(R, block_r)
     splits = max(1, min(cdiv(J, 4 * block_j), cdiv(256, programs), 16))
     return splits, {
@@ -122,7 +123,7 @@ def reduce_config(
     elif _roomy(arch, aligned):
         block_m, block_c, stages = 32, 128, 4 if block_r <= 32 else 3
     else:
-        block_m, block_c, stages = 64, 64, 2
+        block_m, block_c, stages = 32 if isinstance(arch, str) else 64, 64, 2  # AMD has 64 KiB of shared memory
     programs = cdiv(C, block_c) * cdiv(R, block_r)
     splits = max(1, min(cdiv(M, block_m), cdiv(264, programs), 32))
     return splits, {

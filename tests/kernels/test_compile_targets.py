@@ -137,7 +137,7 @@ def compile_request(kernel, arguments: dict, arch) -> CompileRequest:
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("arch", PROCESSORS, ids=str)
 def test_every_launch_compiles_within_the_targets_limits(arch, launches, monkeypatch):
-    for module in (config, low_rank, moments):
+    for module in (config, gemm, low_rank, moments):
         monkeypatch.setattr(module, "target", lambda index: (arch, PROCESSORS[arch]))
     monkeypatch.setattr(torch.version, "hip", "6.4" if isinstance(arch, str) else None)
     config.gemm_config.cache_clear()
