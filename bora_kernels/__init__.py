@@ -5,6 +5,7 @@ from ._version import __version__
 from .adapters.conversion import convert
 from .adapters.diagnostics import explain
 from .adapters.groups import parameter_groups
+from .adapters.lora_files import save_as_lora
 from .adapters.storage import adapter_state_dict, load_adapter, merge_adapter, save_adapter
 from .functional import bora_linear
 from .modules import FusedBoraLinear, FusedColumnLinear, FusedDoraLinear
@@ -27,4 +28,5 @@ __all__ = [
     "replay_disabled",
     "reuse_scales",
     "save_adapter",
+    "save_as_lora",
 ]

@@ -241,6 +241,14 @@ class FusedBoraLinear(nn.Module):
         merged = compute(self._dense_weight(), adapter, Options(self.scaling, self.norm_order))
         return round_weight(merged, dtype or self.compute_dtype or self.weight.dtype)
 
+    def delta_weight(self) -> Tensor:
+        """W' − W0 [out_features, in_features] in float64 (float32 on devices without it); no gradient.
+
+        Merged or not; over a quantized weight W0 is what that stands for. Not for parameters that are sharded.
+        """
+        adapter = Adapter(self.lora_A, self.lora_B, self.magnitude_row, self.magnitude_col)
+        return adapted_weight.change(self._dense_weight(), adapter, Options(self.scaling, self.norm_order))
+
     @property
     def merged(self) -> bool:
         """Whether the layer runs on the merged weight."""

@@ -55,6 +55,7 @@ def test_links_are_found_where_they_are():
         "docs/distributed.md",
         "docs/tensor_parallel.md",
         "docs/compatibility.md",
+        "docs/serving.md",
     ],
 )
 def test_named_files_are_there(name):

@@ -87,9 +87,7 @@ def _lookup(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
 def write_adapter(
     folder: Path, tensors: Mapping[str, Tensor], description: AdapterDescription, config: Mapping[str, Any]
 ) -> None:
-    """Write both files; ``config`` adds to the configuration. A crash leaves no half-written file."""
-    from safetensors.torch import save_file
-
+    """Write both files of an adapter of this package; ``config`` adds to the configuration."""
     sharded = [name for name, tensor in tensors.items() if is_traceable_wrapper_subclass(tensor)]
     if sharded:
         kind = type(tensors[sharded[0]]).__name__
@@ -103,13 +101,27 @@ def write_adapter(
         **{key: getattr(description, name) for name, key in _CONFIG_KEYS.items()},
         **config,
     }
+    tensors = copies(tensors)
+    write_files(folder, tensors, {**header, CHECKSUM: checksum(tensors, header)}, config)
+
+
+def write_files(
+    folder: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], config: Mapping[str, Any]
+) -> None:
+    """Write tensors that ``copies`` made, with a header, and the configuration. A crash leaves no half-written file."""
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
     new_tensors, new_config = folder / f"{TENSOR_FILE}.new", folder / f"{CONFIG_FILE}.new"
-    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    save_file(copies, new_tensors, metadata={**header, CHECKSUM: checksum(copies, header)})
+    save_file(dict(tensors), new_tensors, metadata=dict(header))
     new_config.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(new_tensors, folder / TENSOR_FILE)
     os.replace(new_config, folder / CONFIG_FILE)
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, in memory that none shares with another, as safetensors wants them."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def read_adapter(path: Path) -> tuple[AdapterDescription, dict[str, Tensor]]:

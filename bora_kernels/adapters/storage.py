@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,13 +15,13 @@ from torch import Tensor, nn
 
 from ..modules import FusedBoraLinear
 from . import unquantized
+from .contents import also_trained, auto_mapping, exact_targets, unwrapped
 from .conversion import (
     METHODS,
     Model,
     adapt,
     adapted_layers,
     adapter_parameters,
-    matches,
     named_modules,
     plain_name,
     replace,
@@ -30,7 +29,6 @@ from .conversion import (
 from .files import PREFIX, SUFFIXES, AdapterDescription, exact_pattern, read_adapter, write_adapter
 
 _SHARED = ("norm_order", "detach_norm", "rslora", "dropout")  # what all layers of a file have in common
-_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
 _LISTED = 5  # problems that an error spells out before it only counts them
 
 
@@ -48,7 +46,7 @@ def adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None
     Raises:
         ValueError: where the model has no adapted layer.
     """
-    model, prefix = _unwrapped(model)
+    model, prefix = unwrapped(model)
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("model must have adapted layers (bora_kernels.convert makes them), got none")
@@ -60,7 +58,7 @@ def adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None
         for name, layer in layers.items()
         for parameter in adapter_parameters(layer)
     }
-    others = _also_trained(model)
+    others = also_trained(model)
     return tensors | {PREFIX + name: tensor for name, tensor in state.items() if name.rpartition(".")[0] in others}
 
 
@@ -77,13 +75,13 @@ def save_adapter(
             sharded; nothing is written then.
     """
     tensors = adapter_state_dict(model, state_dict)
-    model, _ = _unwrapped(model)
+    model, _ = unwrapped(model)
     layers = adapted_layers(model)
-    whole = [name for name, module in _also_trained(model).items() if not any(module.children())]  # PEFT's kind
+    whole = [name for name, module in also_trained(model).items() if not any(module.children())]  # PEFT's kind
     config = {
-        "target_modules": _exact_targets(model, layers),
+        "target_modules": exact_targets(model, layers),
         "modules_to_save": whole or None,
-        "auto_mapping": _auto_mapping(model),
+        "auto_mapping": auto_mapping(model),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
     }
@@ -106,7 +104,7 @@ def load_adapter(model: Model, path: str | PathLike[str]) -> Model:
         ValueError: for a newer format, and for layers, shapes, dtypes and options that do not fit, by name; before
             the model changes.
     """
-    base, _ = _unwrapped(model)
+    base, _ = unwrapped(model)
     description, tensors = read_adapter(Path(path))
     layers, others = _by_layer(tensors)
     modules = dict(named_modules(base, every_place=True))
@@ -183,42 +181,7 @@ def merge_adapter(model: Model) -> Model:
     return model
 
 
-def _unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
-    """The model that was converted, and what wrappers around it put before its names."""
-    prefix = ""
-    while True:
-        if isinstance(model, _WRAPPERS):
-            model, prefix = model.module, f"{prefix}module."
-        elif (inner := model._modules.get("_orig_mod")) is not None:
-            model = inner
-        else:
-            return model, prefix
-
-
 # --- saving ----------------------------------------------------------------------------------------------------------
-
-
-def _also_trained(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules besides the adapted layers with parameters of their own that require a gradient."""
-    return {
-        name: module
-        for name, module in named_modules(model)
-        if not isinstance(module, FusedBoraLinear)
-        and any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-    }
-
-
-def _exact_targets(model: nn.Module, layers: Mapping[str, FusedBoraLinear]) -> list[str] | str:
-    """The layers' names, or a regular expression where PEFT would take a name for the end of another one."""
-    ambiguous = any(matches(layers, name) for name, _ in named_modules(model) if name not in layers)
-    return "|".join(map(re.escape, layers)) if ambiguous else list(layers)
-
-
-def _auto_mapping(model: nn.Module) -> dict[str, str] | None:
-    """The class of a model of transformers, from which PEFT's AutoPeftModel makes the base model."""
-    if not hasattr(type(model), "from_pretrained"):
-        return None
-    return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
 
 
 def _describe(layers: Mapping[str, FusedBoraLinear]) -> AdapterDescription:

@@ -103,6 +103,13 @@ def effective_weight(
     return merged
 
 
+@torch.no_grad()
+def change(weight: Tensor, adapter: Adapter, options: Options, *, taps: int = 1) -> Tensor:
+    """W' − W0 in float64, where small changes do not cancel; in float32 on devices that have no float64."""
+    wide = weight.to(torch.float32 if weight.device.type == "mps" else torch.float64)
+    return effective_weight(wide, adapter, options, taps=taps).sub_(wide)
+
+
 def norm_paths(
     weight: Tensor,
     adapter: Adapter,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from bora_kernels import load_adapter, merge_adapter, save_adapter
+from bora_kernels import load_adapter, merge_adapter, save_adapter, save_as_lora
 
 from . import report
 from .data import Encoded, encode, load_dataset, load_movies, longest_batch, split
@@ -26,6 +27,7 @@ from .training import predict, step_memory, train
 LEARNING_RATES = {"head": 1e-2, "lora": 2e-3, "dora": 2e-3, "bora": 2e-3, "full": 2e-4}
 _VALIDATION_SIZE = 2000
 _CHECKED = 500  # test examples on which the reloaded and the merged model are compared with the trained one
+_LORA_RANKS = (16, 64)  # to which the adapter is cut, to show what a LoRA file of it loses
 _MEMORY_MEASURE = "tensors that one step adds to the model, longest batch"
 
 
@@ -130,14 +132,26 @@ def _check_bora(options: argparse.Namespace, model: str, trained: TextClassifier
     checks = {"reloaded": _compare(expected, loaded, data)}
     merge_adapter(loaded)
     checks["merged"] = _compare(expected, loaded, data)
+    if importlib.util.find_spec("peft") is not None:
+        for rank in _LORA_RANKS:
+            checks[f"as LoRA, rank {rank}"] = _compare(expected, _as_lora(options, model, trained, rank), data)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"\nBoRA adapter: {folder}, {size / 2**20:.1f} MiB")
     for name, agreement in checks.items():
         print(
-            f"  {name + ':':10} {agreement['same_labels']:,} of {agreement['examples']:,} labels as trained,"
+            f"  {name + ':':17} {agreement['same_labels']:,} of {agreement['examples']:,} labels as trained,"
             f" largest difference of a logit {agreement['max_logit_difference']:.2g}"
         )
     return checks
+
+
+def _as_lora(options: argparse.Namespace, model: str, trained: TextClassifier, rank: int) -> nn.Module:
+    """The classifier with the trained adapter as LoRA: written, and loaded by plain PEFT."""
+    from peft import PeftModel
+
+    folder = options.output / f"bora_as_lora_{rank}"
+    save_as_lora(trained, folder, rank=rank, verbose=False)
+    return PeftModel.from_pretrained(_build(options, model, "head", trained.head.out_features), folder)
 
 
 def _compare(expected: Tensor, classifier: nn.Module, data: Encoded) -> dict:

@@ -18,7 +18,6 @@ peft = pytest.importorskip("peft")
 import transformers  # noqa: E402
 from peft import PeftModel, XLoraConfig, get_peft_model  # noqa: E402
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer  # noqa: E402
-from peft.tuners.lora.conversion import convert_to_lora  # noqa: E402
 from peft.tuners.lora.intruders import reduce_intruder_dimension  # noqa: E402
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap  # noqa: E402
 
@@ -30,7 +29,7 @@ PLACES = {
     "peft/helpers.py": (2, "check_if_peft_model: as any; rescale_adapter_scale: a share of W' − W0, tested below"),
     "peft/mapping_func.py": (1, "a warning for init_lora_weights='eva', which BoraConfig refuses"),
     "peft/peft_model.py": (5, "PiSSA made LoRA: refused; the card's tag: not LoRA's; two lines of documentation"),
-    "peft/tuners/lora/conversion.py": (1, "convert_to_lora: refused, since W' − W0 is not of low rank"),
+    "peft/tuners/lora/conversion.py": (1, "convert_to_lora: makes the nearest LoRA, see test_peft_lora_files"),
     "peft/tuners/lora/eva.py": (1, "data-driven start: refused by BoraConfig"),
     "peft/tuners/lora/intruders.py": (2, "reduce_intruder_dimension: refused by PEFT"),
     "peft/tuners/lora/model.py": (9, "LoraModel itself; batches of several adapters, aLoRA, MonteCLoRA, KaSA: refused"),
@@ -102,7 +101,6 @@ REFUSED = {
         ValueError,
         "Hotswapping is currently only supported for LoRA|there must already be an existing adapter",
     ),
-    "convert-to-lora": (lambda model, _: convert_to_lora(model, rank=2), TypeError, "do not support LoRA conversion"),
     "intruders": (
         lambda model, _: reduce_intruder_dimension(model, "default", "new"),
         ValueError,

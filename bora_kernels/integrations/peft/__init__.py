@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:
 
 from .config import PEFT_TYPE, BoraConfig
 from .layers import BoraLayer, BoraLinear
+from .lora_files import convert_to_lora, save_as_lora
 from .model import BoraModel
 from .other_layers import BoraConv1d, BoraConv2d, BoraConv3d, BoraEmbedding
 from .quantized import BoraQuantizedLinear
@@ -36,6 +37,8 @@ __all__ = [
     "BoraLinear",
     "BoraModel",
     "BoraQuantizedLinear",
+    "convert_to_lora",
+    "save_as_lora",
 ]
 
 

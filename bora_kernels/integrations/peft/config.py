@@ -37,6 +37,7 @@ model = PeftModel.from_pretrained(base_model, "path or name of this adapter")
 """
 PEFT_TYPE = _PeftType(files.PEFT_TYPE)
 
+STARTS_FROM_BASE = ("pissa", "olora")  # starts of lora_A and lora_B that are taken out of the base weight
 _INITS = "True, False, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_[number of iterations]' or 'olora'"
 
 

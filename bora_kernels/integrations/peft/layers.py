@@ -18,7 +18,7 @@ from ...functional import bora_linear
 from ...ops import adapted_weight, watch
 from ...rounding import round_weight
 from . import through
-from .config import BoraConfig
+from .config import STARTS_FROM_BASE, BoraConfig
 
 
 class Magnitude(nn.Module):
@@ -50,6 +50,7 @@ class BoraLayer(_PeftLayer):
     base_layer: Any
     adapter_dtype = torch.float32  # narrower where that was asked for
     place: str | None = None  # its name in the model, for messages
+    moved_base = False  # whether the start of an adapter (PiSSA, OLoRA) changed the base weight
     own_product = False  # whether the base layer multiplies by its weight in another way than PyTorch's functions
     other_param_names = (*lora.LoraLayer.other_param_names, "norm_order", "detach_norm", "full_scaling")
 
@@ -68,6 +69,7 @@ class BoraLayer(_PeftLayer):
             self.register_buffer("unmerged_weight", None, persistent=False)  # W0 while the base layer holds W'
         with through.whole(self):  # PEFT puts new parameters where the base layer's weight is
             super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+            self.moved_base |= str(config.init_lora_weights).startswith(STARTS_FROM_BASE)
             self.norm_order[adapter_name], self.detach_norm[adapter_name] = config.norm_order, bool(config.detach_norm)
             self.full_scaling[adapter_name] = self.scaling[adapter_name]
             self._reset_magnitudes(adapter_name, config.members)
@@ -203,10 +205,18 @@ class BoraLayer(_PeftLayer):
         return self._like_base(round_weight(merged, weight.dtype))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """W' − W0 in float32 (float64 for a float64 weight), in the base weight's layout."""
-        weight, A, B = self._matrices(adapter)
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        return self._effective_weight(weight, A, B, adapter) - self._like_base(weight)
+        """W' − W0, made in float64, in float32 (float64 for a float64 weight) and the base weight's layout."""
+        delta = self.delta_matrix(adapter)
+        wide = torch.promote_types(self._matrices(adapter)[0].dtype, torch.float32)
+        return self._like_base(delta.to(wide))
+
+    def delta_matrix(self, adapter_name: str) -> Tensor:
+        """W' − W0 as [N, K·taps] in float64 (float32 on devices without it), times the adapter's share."""
+        if adapter_name not in self.norm_order:
+            raise ValueError(f"adapter must be one of {', '.join(self.norm_order)}, got {adapter_name!r}")
+        weight, A, B = self._matrices(adapter_name)
+        adapter, options = Adapter(A, B, *self._magnitudes(adapter_name)), Options(**self._options(adapter_name))
+        return adapted_weight.change(weight, adapter, options, taps=self._taps()).mul_(self._share(adapter_name))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Give the base layer W' as its weight; W0 is kept aside, in memory, and nothing shared with it changes.
@@ -266,7 +276,7 @@ class BoraLayer(_PeftLayer):
             )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """False: W' − W0 is not of low rank."""
+        """False: PEFT's conversion takes matrices alone. ``integrations.peft.save_as_lora`` takes all layers."""
         return False
 
     def __setstate__(self, state: dict) -> None:
@@ -285,6 +295,10 @@ class BoraLinear(BoraLayer, lora.Linear):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: BoraConfig, **kwargs) -> None:
         self.fan_in_fan_out = isinstance(self.base_layer, Conv1D)
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's ``convert_to_lora`` may make the nearest LoRA of W' − W0: not where W0 is not the model's."""
+        return not self.moved_base
 
     def _weight(self) -> Tensor:
         weight = self._base_weight()

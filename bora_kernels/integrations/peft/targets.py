@@ -13,7 +13,7 @@ from ...adapters import coverage
 from ...adapters.conversion import matches
 from ...ops import elsewhere, validation
 from ...quantized import read
-from .config import BoraConfig
+from .config import STARTS_FROM_BASE, BoraConfig
 from .layers import BoraLayer, BoraLinear
 from .other_layers import BoraConv1d, BoraConv2d, BoraConv3d, BoraEmbedding
 from .quantized import BoraQuantizedLinear
@@ -87,7 +87,7 @@ def layer_class(module: nn.Module, config: BoraConfig, name: str, uncalled: str 
 
 def changes_base(config: BoraConfig) -> bool:
     """Whether new adapters start with a change of the base weight."""
-    return str(config.init_lora_weights).startswith(("pissa", "olora"))
+    return str(config.init_lora_weights).startswith(STARTS_FROM_BASE)
 
 
 def _problem(base: Any, kind: type[nn.Module], quantized: bool, config: BoraConfig) -> str | None:
