@@ -8,6 +8,7 @@ from .adapters.groups import parameter_groups
 from .adapters.lora_files import save_as_lora
 from .adapters.storage import adapter_state_dict, load_adapter, merge_adapter, save_adapter
 from .functional import bora_linear
+from .fusion.fuse import fuse, unfuse
 from .modules import FusedBoraLinear, FusedColumnLinear, FusedDoraLinear
 from .ops.reuse import reuse_scales
 from .replay import replay_disabled
@@ -21,6 +22,7 @@ __all__ = [
     "bora_linear",
     "convert",
     "explain",
+    "fuse",
     "load_adapter",
     "merge_adapter",
     "parameter_groups",
@@ -29,4 +31,5 @@ __all__ = [
     "reuse_scales",
     "save_adapter",
     "save_as_lora",
+    "unfuse",
 ]

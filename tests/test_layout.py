@@ -19,6 +19,7 @@ LEVELS = {
         ("ops",),
         ("functional",),
         ("modules",),
+        ("fusion",),
         ("adapters", "distributed"),
         ("bora_kernels",),
         ("integrations",),

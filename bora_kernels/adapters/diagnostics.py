@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import quantized
 from ..contract import Backend
+from ..fusion.report import FusedPart, fused_parts, left_out
 from ..modules import FusedBoraLinear
 from ..ops import validation
 from ..quantized.module import StoredWeight
@@ -44,6 +45,8 @@ class Explanation:
     frozen: tuple[str, ...]
     experts: tuple[str, ...] = ()  # weights of three axes, which no layer of this package adapts
     experts_held: str = ""  # how many weights these are
+    fused: tuple[FusedPart, ...] = ()  # what ``fuse`` made run as one
+    not_fused: tuple[tuple[str, str], ...] = ()  # what it left as it was, with the reason
 
     def __str__(self) -> str:
         rows = Counter(
@@ -71,14 +74,20 @@ class Explanation:
         if self.experts:
             names = dict.fromkeys(re.sub(r"\d+", "*", name) for name in self.experts)
             lines.append(f"experts without an adapter: {', '.join(names)}: {self.experts_held}")
+        parts = Counter((re.sub(r"\d+", "*", part.name), part.kind, part.problem) for part in self.fused)
+        for (name, kind, problem), count in parts.items():
+            lines.append(f"fused: {name}  {count}× {kind}" + (f", but not in a call now: {problem}" if problem else ""))
+        rest = Counter((re.sub(r"\d+", "*", name), reason) for name, reason in self.not_fused)
+        lines += [f"not fused: {name}  {count}×: {reason}" for (name, reason), count in rest.items()]
         return "\n".join(lines)
 
 
 def explain(model: nn.Module) -> Explanation:
     """Which layers of a model run on which backend, and why: ``print(bora_kernels.explain(model))``.
 
-    Covers ``FusedBoraLinear``, ``FusedDoraLinear`` and the layers of ``bora_kernels.integrations.peft``. Nothing is
-    run. Under ``torch.autocast`` autocast's dtype decides, not the weight's, which is what is reported.
+    Covers ``FusedBoraLinear``, ``FusedDoraLinear`` and the layers of ``bora_kernels.integrations.peft``, and lists what
+    ``fuse`` made run as one and what it left as it was, with the reasons. Nothing is run. Under ``torch.autocast``
+    autocast's dtype decides, not the weight's, which is what is reported.
     """
     layers, frozen = [], []
     inside: set[nn.Module] = set()
@@ -87,11 +96,20 @@ def explain(model: nn.Module) -> Explanation:
         if report is not None:
             layers.append(report)
             inside.update(module.modules())
+        elif isinstance(getattr(module, "lora_A", None), nn.ModuleDict):  # a layer of PEFT's own
+            inside.update(module.modules())
         elif isinstance(module, nn.Linear) and module not in inside:
             frozen.append(name)
     experts = coverage.expert_weights(model)
     held = coverage.describe_experts(experts, model) if experts else ""
-    return Explanation(tuple(layers), tuple(frozen), tuple(map(plain_name, experts)), held)
+    return Explanation(
+        tuple(layers),
+        tuple(frozen),
+        tuple(map(plain_name, experts)),
+        held,
+        tuple(replace(part, name=plain_name(part.name)) for part in fused_parts(model)),
+        tuple((plain_name(name), reason) for name, reason in left_out(model).items()),
+    )
 
 
 def _report(name: str, module: nn.Module) -> LayerReport | None:

@@ -1,0 +1,194 @@
+"""What a layer computes, read off the layer at each call: its weight, adapter and options, or why it has to be called.
+
+    y = x·W'ᵀ + bias        W' as in ``bora_linear``
+
+Adapters are added, switched, merged and removed between calls, layers are replaced and hooks come and go, so nothing is
+remembered from one call to the next. A sentence in place of a ``Projection`` says what only the layer's own forward
+does right. Layers of PEFT are known by the names of their classes: nothing here imports PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import quantized
+from ..contract import Adapter, Options
+from .install import is_waited_for
+
+
+class Projection(NamedTuple):
+    """A linear layer as a function of x: its frozen weight, its bias, its adapter, and what it computes with."""
+
+    weight: Tensor | quantized.Quantized  # [N, K]
+    bias: Tensor | None = None  # [N]
+    adapter: Adapter | None = None  # None: the frozen layer
+    options: Options = Options(1.0)
+    compute_dtype: torch.dtype | None = None  # what a quantized layer casts x to
+
+
+def read(layer: nn.Module) -> Projection | str:
+    """What this layer computes when it is called now, or why that is for its own forward to do."""
+    kind = type(layer)
+    reader = _READERS.get(f"{kind.__module__}.{kind.__qualname__}")
+    return f"its class, {kind.__qualname__}, is not known" if reader is None else reader(layer)
+
+
+def project(layer: nn.Module) -> Projection | str:
+    """The same for a layer that is not going to be called."""
+    return "a hook or another forward waits for its call" if is_waited_for(layer) else read(layer)
+
+
+def is_peft_lora(layer: nn.Module) -> bool:
+    """Whether this is a linear layer of PEFT's own LoRA or DoRA."""
+    kind = type(layer)
+    return _READERS.get(f"{kind.__module__}.{kind.__qualname__}") is _read_peft_lora
+
+
+def can_run_on(x: Tensor, projection: Projection) -> str | None:
+    """Why this input cannot be multiplied by these tensors, or None if it can."""
+    weight, bias, adapter, _, compute_dtype = projection
+    if type(x) not in _PLAIN or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        return "its input is no plain tensor of its size"
+    device = x.device
+    for tensor in (weight, bias, *(adapter or ())):
+        if tensor is not None and tensor.device != device:
+            return "its tensors and its input are on several devices"
+    if torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:
+        return None
+    if x.dtype != (compute_dtype or weight.dtype):
+        return "its input has another dtype than its weight"
+    return None
+
+
+# --- readers of single classes ---------------------------------------------------------------------------------------
+
+
+def _read_linear(layer: Any) -> Projection | str:
+    weight = _frozen(layer)
+    return weight if isinstance(weight, str) else Projection(weight, layer.bias)
+
+
+def _read_fused(layer: Any) -> Projection | str:
+    """``FusedBoraLinear`` and its kin."""
+    if layer.merged:
+        return "it is merged"
+    stored = not isinstance(layer.weight, Tensor)
+    weight = layer.weight.stored() if stored else _dense(layer.weight)
+    if isinstance(weight, str):
+        return weight
+    adapter = Adapter(layer.lora_A, layer.lora_B, layer.magnitude_row, layer.magnitude_col)
+    dropout_p = layer.dropout if layer.training else 0.0
+    options = Options(layer.scaling, layer.norm_order, layer.detach_norm, dropout_p, backend=layer.backend)
+    return Projection(weight, layer.bias, adapter, options, layer.compute_dtype if stored else None)
+
+
+def _read_peft_bora(layer: Any) -> Projection | str:
+    """This package's layers for PEFT."""
+    name, problem = _active_adapter(layer)
+    if problem is not None:
+        return problem
+    base = layer._modules["base_layer"]
+    if type(base) is not layer.base_class:
+        return "its base layer was replaced"
+    if layer._share(name) != 1.0:
+        return "its adapter has a scale of its own"
+    return _peft_projection(
+        layer, name, layer._magnitudes(name), Options(**layer._options(name), backend=layer.backend)
+    )
+
+
+def _read_peft_lora(layer: Any) -> Projection | str:
+    """PEFT's own LoRA and DoRA: DoRA is the row magnitude alone, with norms that are constants in backward."""
+    name, problem = _active_adapter(layer)
+    if problem is not None:
+        return problem
+    if not getattr(layer, "cast_input_dtype_enabled", True):
+        return "PEFT is told not to cast inputs"
+    options, row = Options(layer.scaling[name]), None
+    variant = layer.lora_variant.get(name)
+    if variant is not None:
+        if type(variant).__name__ != "DoraLinearVariant":
+            return "its adapter is a variant of LoRA other than DoRA"
+        magnitude = layer._modules["lora_magnitude_vector"]._modules[name]
+        if is_waited_for(magnitude):
+            return _HOOKED
+        row, options = magnitude.weight, options._replace(detach_norm=True)
+    projection = _peft_projection(layer, name, (row, None), options)
+    if variant is not None and isinstance(projection, Projection) and projection.options.dropout_p > 0.0:
+        return "PEFT's dropout of DoRA acts on the whole layer"
+    return projection
+
+
+_HOOKED = "a hook or another forward waits for the call of a part of it"
+
+
+def _active_adapter(layer: Any) -> tuple[str, str | None]:
+    """The one adapter that is active, or why there is none such."""
+    if layer._disable_adapters:
+        return "", "its adapters are disabled"
+    if layer.merged_adapters:
+        return "", "it is merged"
+    active, present = layer._active_adapter, layer._modules["lora_A"]._modules
+    names = [name for name in ((active,) if isinstance(active, str) else active) if name in present]
+    if len(names) != 1:
+        return "", "several adapters are active" if names else "no adapter is active"
+    return names[0], None
+
+
+def _peft_projection(
+    layer: Any, name: str, magnitudes: tuple[Tensor | None, Tensor | None], options: Options
+) -> Projection | str:
+    """A layer of PEFT's structure: a base layer, and modules for each adapter by name."""
+    modules = layer._modules
+    base = modules["base_layer"]
+    A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    dropout = modules["lora_dropout"]._modules[name]
+    for part in (base, A, B, dropout):
+        if is_waited_for(part):
+            return _HOOKED
+    if type(A) is not nn.Linear or type(B) is not nn.Linear or A.bias is not None or B.bias is not None:
+        return "its factors are no plain linear layers, or have a bias"
+    if type(dropout) is nn.Dropout and dropout.p < 1.0:
+        options = options._replace(dropout_p=dropout.p if dropout.training else 0.0)
+    elif type(dropout) is not nn.Identity:
+        return "its dropout is none of PyTorch's, or drops everything"
+    weight = _frozen(base)
+    if isinstance(weight, str):
+        return weight
+    compute_dtype = getattr(base, "compute_dtype", None) if isinstance(weight, quantized.Quantized) else None
+    return Projection(weight, base.bias, Adapter(A.weight, B.weight, *magnitudes), options, compute_dtype)
+
+
+def _frozen(linear: Any) -> Tensor | quantized.Quantized | str:
+    """The weight [N, K] of a layer that multiplies by it, or why there is none to take."""
+    kind = type(linear)
+    if kind is nn.Linear:
+        return _dense(linear.weight)
+    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
+        weight = _dense(linear.weight)
+        return weight if isinstance(weight, str) else weight.T
+    return "its base layer is of a class that is not known"
+
+
+def _dense(weight: Tensor) -> Tensor | str:
+    if type(weight) not in _PLAIN:
+        return "its weight is sharded or of a class of its own"
+    if weight.requires_grad and torch.is_grad_enabled():
+        return "its weight is trained"
+    return weight if weight.dtype in _DTYPES else "its weight is not of a floating-point dtype"
+
+
+_PLAIN = (Tensor, nn.Parameter)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_READERS: dict[str, Callable[[Any], Projection | str]] = {
+    "torch.nn.modules.linear.Linear": _read_linear,
+    "bora_kernels.modules.FusedBoraLinear": _read_fused,
+    "bora_kernels.modules.FusedDoraLinear": _read_fused,
+    "bora_kernels.modules.FusedColumnLinear": _read_fused,
+    "bora_kernels.integrations.peft.layers.BoraLinear": _read_peft_bora,
+    "peft.tuners.lora.layer.Linear": _read_peft_lora,
+}

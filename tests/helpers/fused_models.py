@@ -1,0 +1,58 @@
+"""Tiny models for ``fuse``, and their losses and gradients beside those of the same model as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers.accuracy import assert_accurate
+from helpers.peft_models import make_base, make_ids, train_a_little
+from torch import Tensor, nn
+
+from bora_kernels import fuse
+
+peft = pytest.importorskip("peft")
+
+VARIANTS = {"lora": {}, "dora": {"use_dora": True}}
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def peft_model(variant: str = "lora", kind: str = "llama", *, base: nn.Module | None = None, **options) -> nn.Module:
+    """A model with PEFT's own layers, moved off their start."""
+    config = peft.LoraConfig(
+        **{"r": 3, "lora_alpha": 5, "target_modules": "all-linear", **VARIANTS[variant], **options}
+    )
+    return train_a_little(peft.get_peft_model(make_base(kind) if base is None else base, config))
+
+
+def twins(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The model fused, and a copy as it was."""
+    plain = copy.deepcopy(model)
+    return fuse(model), plain
+
+
+def results(model: nn.Module, ids: Tensor | None = None, seed: int = 0) -> dict[str, Tensor]:
+    """Logits and every gradient of a step on these tokens."""
+    ids = make_ids() if ids is None else ids
+    model.zero_grad()
+    torch.manual_seed(seed)
+    output = model(input_ids=ids, labels=ids)
+    if output.loss.requires_grad:
+        output.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": output.logits.detach(), **gradients}
+
+
+def assert_same_results(fused: nn.Module, plain: nn.Module, run: Callable[..., dict[str, Tensor]] = results) -> None:
+    """The fused model's results err from float64's no more than those of the model as it was."""
+    exact = {name: t.double() for name, t in run(copy.deepcopy(plain).double()).items()}
+    assert_accurate(run(fused), run(plain), exact, samples=16, floor=2e-6)
+
+
+def assert_identical(fused: nn.Module, plain: nn.Module, run: Callable[..., dict[str, Tensor]] = results) -> None:
+    """The same bits, where the fused model has to leave everything to the plain forward."""
+    found, expected = run(fused), run(plain)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
