@@ -3,11 +3,11 @@
 
 PYTHON ?= python3
 VENV := .venv
-EXTRAS := dev,demo,examples,quantized
+EXTRAS := dev,demo,docs,examples,quantized
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-newest test-oldest test-gpu lint types dist benchmark clean
+.PHONY: help venv demo docs test test-newest test-oldest test-gpu lint types dist benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 
 demo: venv ## run the demo
 	$(VENV)/bin/python -m examples.demo $(ARGS)
+
+docs: venv ## build the documentation site in site/; every warning is an error, such as a broken link
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m mkdocs build --strict $(ARGS)
 
 test: venv ## run the tests on all cores; without a CUDA device the kernels run in Triton's interpreter
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
@@ -59,5 +62,5 @@ dist: venv ## build the sdist and the wheel in dist/
 	$(VENV)/bin/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
 
 clean: ## remove the environments, builds and caches
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
