@@ -71,7 +71,7 @@ def evaluation(backend: Backend, shape: Sequence[int]) -> Evaluation:
 
     There whole rows or columns of W0 and s·B·A cancel, which only V itself survives: ``ops.dense_backend``.
     """
-    return "dense" if min(shape) <= SHORT_AXIS else backend
+    return "dense" if backend != "reference" and min(shape) <= SHORT_AXIS else backend
 
 
 class Scales(NamedTuple):
@@ -169,9 +169,8 @@ class Needs(NamedTuple):
         first = self.magnitude_row if members.rows_first(options.norm_order) else self.magnitude_col
         return self.lora_A or self.lora_B or (first and all(members))
 
-    def sums(self, members: Members, options: Options) -> tuple[bool, bool]:
-        """Whether S (rows) and D (columns), the sums behind the magnitude gradients, are needed."""
-        paths = self.norm_paths(members, options)
+    def sums(self, members: Members, paths: bool) -> tuple[bool, bool]:
+        """Whether S (rows) and D (columns), the sums behind the magnitudes' gradients and norm paths, are needed."""
         return members.row and (self.magnitude_row or paths), members.col and (self.magnitude_col or paths)
 
 

@@ -67,16 +67,16 @@ def bora_linear(
 
     Source: BoRA, arXiv 2412.06441, section 3.
     """
+    if not training and 0.0 <= dropout_p < 1.0:  # any other is refused with the rest
+        dropout_p = 0.0
     options = Options(float(scaling), norm_order, detach_norm, dropout_p, eps, backend)
-    validation.check_options(options)
-    if not training:
-        options = options._replace(dropout_p=0.0)
     adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
     if isinstance(x, Tensor) and x.is_nested:
         return transforms.over_nested(x, lambda rows: autograd.adapted_linear(rows, weight, adapter, bias, options))
     if type(weight) not in (Tensor, torch.nn.Parameter) and hasattr(weight, "device_mesh"):
         from .ops.sharded.linear import bora_linear_sharded  # torch.distributed is imported only when it is used
 
+        validation.check_options(options)
         return bora_linear_sharded(x, weight, adapter, bias, options)  # type: ignore[arg-type] # it asks for DTensors
     return autograd.adapted_linear(x, weight, adapter, bias, options)
 

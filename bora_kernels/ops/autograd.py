@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import quantized, reference
-from ..contract import Adapter, Needs, Options, evaluation, given, separate_product
+from ..contract import Adapter, Needs, Options, given, separate_product
 from . import balance, operators, reuse, transforms, validation
 
 
@@ -31,31 +31,26 @@ class BoraLinearFunction(torch.autograd.Function):
         magnitude_col: Tensor | None,  # [K]
         bias: Tensor | None,  # [N]
         dropout: Tensor | None,  # what the backend draws its mask from
-        options: Options,
-        prepared: validation.Prepared | None,
-        layout: quantized.Layout | None,  # of a quantized weight
+        call: validation.Call,
         *stored: Tensor,  # the weight [N, K], or what a quantized one is stored as
     ) -> Tensor:
-        requested = ctx.needs_input_grad
-        needs = Needs(*requested[:5])
+        needs = Needs(*ctx.needs_input_grad[:5])
         adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
-        y, product, u, flat_scales, needs_S, needs_D = _forward(
-            needs, x, adapter, bias, dropout, options, prepared, layout, stored
-        )
+        y, product, u, flat_scales, needs_S, needs_D = _forward(needs, x, adapter, bias, dropout, call, stored)
+        apart = separate_product(x.dtype, bias)
         ctx.save_for_backward(
             x if needs.lora_A or needs_D else None,
             *adapter,
             flat_scales,
-            (product if separate_product(x.dtype, bias) else y) if needs_S else None,
+            (product if apart else y) if needs_S else None,
             u if needs.lora_B else None,
             dropout,
             *stored,
         )
-        ctx.needs, ctx.options, ctx.layout = needs, options, layout
-        ctx.output_is_saved = needs_S and not separate_product(x.dtype, bias)
+        ctx.needs, ctx.call, ctx.output_is_saved = needs, call, needs_S and not apart
         # what hooks hand back for a saved tensor may lie in memory otherwise
-        hooked = prepared is not None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        ctx.prepared = None if hooked else prepared
+        if call.prepared is not None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            ctx.call = call._replace(prepared=None)
         return y
 
     @staticmethod
@@ -66,31 +61,27 @@ class BoraLinearFunction(torch.autograd.Function):
 
 def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dA = dB = dm_row = dm_col = d_bias = None
-    needs, layout = ctx.needs, ctx.layout
+    needs, (options, layout, prepared) = ctx.needs, ctx.call
     if any(needs):
         saved = _saved(ctx)
         x, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, product, u, dropout, *stored = saved
         flat_dy, weight = _flat(dy), stored[0]
         adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
-        prepared = validation.prepare_backward(ctx.prepared, flat_dy, saved)
+        prepared = validation.prepare_backward(prepared, flat_dy, saved)
         if layout is not None:
-            weight = quantized.dense(layout, tuple(stored), dy.dtype, ctx.options.backend, "backward")
-        adapter, power = balance.balanced(flat_dy, weight, adapter, ctx.options)
+            weight = quantized.dense(layout, tuple(stored), dy.dtype, options.backend, "backward")
+        adapter, power = balance.balanced(flat_dy, weight, adapter, options)
         if product is None and ctx.output_is_saved:
             prepared = None
             product = operators.forward(
-                _flat(x), weight, adapter, flat_scales, None, dropout, ctx.options, products=False, save_product=False
+                _flat(x), weight, adapter, flat_scales, None, dropout, options, products=False, save_product=False
             )[0]
-        gradients = operators.backward(
-            flat_dy, _flat(x), weight, adapter, flat_scales, _flat(product), u, dropout, ctx.options, needs,
+        dx, dA, dB, dm_row, dm_col = operators.backward(
+            flat_dy, _flat(x), weight, adapter, flat_scales, _flat(product), u, dropout, options, needs,
             prepared=prepared,
         )  # fmt: skip
-        # an operator's absent gradient is an empty tensor
-        dx, dA, dB, dm_row, dm_col = (
-            gradient if need else None for gradient, need in zip(gradients, needs, strict=True)
-        )
         if power is not None:
-            rows_first = adapter.members.rows_first(ctx.options.norm_order)
+            rows_first = adapter.members.rows_first(options.norm_order)
             if rows_first and dm_row is not None:
                 dm_row = (dm_row * power).to(given(magnitude_row).dtype)
             elif not rows_first and dm_col is not None:
@@ -138,26 +129,29 @@ def _forward(
     adapter: Adapter,
     bias: Tensor | None,
     dropout: Tensor | None,
-    options: Options,
-    prepared: validation.Prepared | None,
-    layout: quantized.Layout | None,
+    call: validation.Call,
     stored: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, bool, bool]:
     """The output, and what a backward with these needs uses again: the product before the bias, u, the scales.
 
-    And whether it needs that product and, for D, x. A quantized weight (its layout and what is stored) is dense as long
-    as this call runs.
+    And whether it needs that product and, for D, x. A quantized weight (``stored`` is what it is stored as) is dense as
+    long as this call runs.
     """
+    options, layout, prepared = call
     backend, weight = options.backend, stored[0]
     if layout is not None:
         weight = quantized.dense(layout, stored, x.dtype, given(backend), "forward")
     members = adapter.members
     paths = needs.norm_paths(members, options)
-    needs_S, needs_D = needs.sums(members, options)
+    needs_S, needs_D = needs.sums(members, paths)
     flat_scales = remember = None
     if any(members):
-        basis = (options.scaling, options.norm_order, options.eps, backend, weight.dtype)
-        flat_scales, remember = reuse.find(adapter.lora_B, lambda: reuse.state_of((*stored, *adapter), basis), paths)
+
+        def state() -> tuple | None:
+            basis = (options.scaling, options.norm_order, options.eps, backend, weight.dtype)
+            return reuse.state_of((*stored, *adapter), basis)
+
+        flat_scales, remember = reuse.find(adapter.lora_B, state, paths)
     y, product, u, made = operators.forward(
         _flat(x), weight, balance.balanced(x, weight, adapter, options)[0], flat_scales, bias, dropout, options,
         products=paths, save_product=needs_S, prepared=prepared,
@@ -191,17 +185,19 @@ def adapted_linear(
     x: Tensor, weight: Tensor | quantized.Quantized, adapter: Adapter, bias: Tensor | None, options: Options
 ) -> Tensor:
     """``bora_linear`` on one device: checks the tensors, chooses the backend and runs it."""
-    x, backend, prepared = validation.prepare(x, (weight, *adapter, bias), options.backend)
-    if backend == "reference":
+    x, call = validation.prepare(x, (weight, *adapter, bias), options)
+    options = call.options
+    if options.backend == "reference":
         keywords = options._asdict()
         del keywords["backend"]
         dense = weight.dense(x.dtype) if isinstance(weight, quantized.Quantized) else weight
         return reference.bora_linear_ref(x, dense, *adapter, bias, training=True, **keywords)
-    layout, stored = weight if isinstance(weight, quantized.Quantized) else (None, (weight,))
-    transforms.refuse(f'"{backend}"', 'backend must be "reference"', x, *stored, *adapter, bias)
-    options = options._replace(backend=evaluation(backend, (adapter.lora_B.shape[0], adapter.lora_A.shape[1])))
+    stored = weight.parts if isinstance(weight, quantized.Quantized) else (weight,)
+    if call.prepared is None or transforms.in_forward_mode():
+        fused = "torch" if options.backend == "dense" else options.backend  # the names that users know
+        transforms.refuse(f'"{fused}"', 'backend must be "reference"', x, *stored, *adapter, bias)
     dropout = operators.draw_dropout(x, options) if options.dropout_p > 0.0 else None
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():  # an exported operator has its own derivative
         needs = _ALL_NEEDS if torch.is_grad_enabled() else _NO_NEEDS
-        return _forward(needs, x, adapter, bias, dropout, options, prepared, layout, stored)[0]
-    return BoraLinearFunction.apply(x, *adapter, bias, dropout, options, prepared, layout, *stored)
+        return _forward(needs, x, adapter, bias, dropout, call, stored)[0]
+    return BoraLinearFunction.apply(x, *adapter, bias, dropout, call, *stored)

@@ -32,10 +32,11 @@ def backward_flops(
     members = Members(magnitude_row is not None, magnitude_col is not None)
     options, needs = Options(*rest[:6]), Needs(*rest[6])
     flops = 2 * M * N * R  # (3)
-    if needs.x or needs.sums(members, options)[1]:
+    paths = needs.norm_paths(members, options)
+    if needs.x or needs.sums(members, paths)[1]:
         flops += 2 * M * N * K + 2 * M * R * K  # (4)
     flops += 2 * M * N * R * needs.lora_B + 2 * M * R * K * needs.lora_A  # (6)
-    if needs.norm_paths(members, options):
+    if paths:
         flops += 2 * N * K * R * 3  # V, and its gradient's products with both factors: (8) to (11)
     return flops
 

@@ -21,24 +21,29 @@ TensorGuards = _tensor_guards()
 
 
 class Layouts:
-    """Shapes, strides, dtypes, devices and alignments of some tensors, None among them."""
+    """Shapes, strides, dtypes and devices of some tensors, None among them."""
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         present = [t for t in tensors if t is not None]
         self._layouts = _layouts(tensors)
-        self._alignments = [t.data_ptr() & 15 for t in present]
-        self._guards = None
+        self._count, self._guards = len(present), None
         if TensorGuards is not None:
             sizes, strides = [list(t.shape) for t in present], [list(t.stride()) for t in present]
             self._guards = TensorGuards(*present, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
 
+    def same(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether these tensors, with None at the same places, lie likewise, and nothing else tells them apart either.
+
+        That is their types, whether they require gradients, and what the dispatcher does with them at present. False
+        where this PyTorch cannot tell.
+        """
+        present = [t for t in tensors if t is not None]
+        return self._guards is not None and len(present) == self._count and self._guards.check(*present)
+
     def hold(self, tensors: Sequence[Tensor | None]) -> bool:
         """Whether these tensors, with None at the same places, lie likewise."""
-        present = [t for t in tensors if t is not None]
-        if self._guards is not None and len(present) == len(self._alignments) and self._guards.check(*present):
-            return [t.data_ptr() & 15 for t in present] == self._alignments
-        return _layouts(tensors) == self._layouts  # the guards also mind what does not matter here, grad mode say
+        return self.same(tensors) or _layouts(tensors) == self._layouts
 
 
 def _layouts(tensors: Sequence[Tensor | None]) -> list:
-    return [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in tensors]
+    return [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]

@@ -78,8 +78,10 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def _readable(adapter: Adapter) -> Adapter:
-    lora_A, lora_B, magnitude_row, magnitude_col = adapter
-    return Adapter(lora_A, lora_B, _contiguous(magnitude_row), _contiguous(magnitude_col))
+    lora_A, lora_B, row, col = adapter
+    if (row is None or row.is_contiguous()) and (col is None or col.is_contiguous()):
+        return adapter
+    return Adapter(lora_A, lora_B, _contiguous(row), _contiguous(col))
 
 
 def _forward(x, weight, adapter, flat_scales, bias, dropout, options, products, save_product, prepared=None):
@@ -113,7 +115,7 @@ def _backward(dy, x, weight, adapter, flat_scales, product, u, dropout, options,
             needs, prepared=prepared,
         )  # fmt: skip
     wanted = zip(gradients, (dy, *adapter), strict=True)
-    return tuple(g if g is None or g.dtype == t.dtype else g.to(t.dtype) for g, t in wanted)
+    return tuple([g if g is None or g.dtype == t.dtype else g.to(t.dtype) for g, t in wanted])
 
 
 def _backward_fake(dy, x, weight, adapter, flat_scales, product, u, dropout, options, needs):
@@ -185,8 +187,9 @@ def _keep(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.options, (products, save_product) = Options(*rest[:6]), rest[6:]
     members = Members(magnitude_row is not None, magnitude_col is not None)
     ctx.needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
-    lacks = ctx.needs.sums(members, ctx.options)[0] and not save_product
-    ctx.complete = not lacks and (products or not ctx.needs.norm_paths(members, ctx.options))
+    paths = ctx.needs.norm_paths(members, ctx.options)
+    lacks = ctx.needs.sums(members, paths)[0] and not save_product
+    ctx.complete = not lacks and (products or not paths)
     kept = (product if separate_product(x.dtype, bias) else y) if members.row else None
     scales = (made if flat_scales is None else flat_scales) if any(members) else None
     ctx.save_for_backward(
@@ -205,7 +208,7 @@ def _derivative(ctx, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, lora_A, lora_B, magnitude_row, magnitude_col, scales, product, u, dropout = ctx.saved_tensors
     adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
     gradients = backward(dy, x, weight, adapter, scales, product, u, dropout, ctx.options, ctx.needs)
-    dx, *rest = (gradient if need else None for gradient, need in zip(gradients, ctx.needs, strict=True))
+    dx, *rest = gradients
     d_bias = dy.sum(0) if ctx.needs_input_grad[7] else None
     return dx, None, *rest, None, d_bias, *[None] * (len(ctx.needs_input_grad) - 8)
 
@@ -269,7 +272,8 @@ def backward(
     *,
     prepared: object = None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, lora_A, lora_B, magnitude_row and magnitude_col; None or an empty tensor where not needed."""
+    """The gradients of x, lora_A, lora_B, magnitude_row and magnitude_col; None where not needed."""
     if _plain(prepared, dy, x, weight, *adapter, flat_scales, product, u, dropout):
         return _backward(dy, x, weight, adapter, flat_scales, product, u, dropout, options, needs, prepared)
-    return _backward_operator(dy, x, weight, *adapter, flat_scales, product, u, dropout, *options, list(needs))
+    gradients = _backward_operator(dy, x, weight, *adapter, flat_scales, product, u, dropout, *options, list(needs))
+    return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))

@@ -97,7 +97,8 @@ def backward(
     Those of the parameters are in the accumulation dtype.
     """
     lora_A, lora_B, magnitude_row, magnitude_col = adapter
-    needs_S, needs_D = needs.sums(adapter.members, options)
+    paths = needs.norm_paths(adapter.members, options)
+    needs_S, needs_D = needs.sums(adapter.members, paths)
     scales, dropout_p = split_scales(flat_scales, weight.shape, lora_A.shape[0], adapter.members), options.dropout_p
     stand_in = zero_stand_in(dy.dtype)
     v = _project(dy, lora_B.T, scales.row_scale, options.scaling)  # (3)
@@ -123,7 +124,7 @@ def backward(
 
     dm_row = _magnitude_gradient(S, magnitude_row, scales.row_norm, scales.row_scale, stand_in=stand_in)  # (7)
     dm_col = _magnitude_gradient(D, magnitude_col, scales.col_norm, scales.col_scale, stand_in=stand_in)  # (7)
-    if needs.norm_paths(adapter.members, options):
+    if paths:
         dm_row, dm_col, dA_norm, dB_norm = norm_paths(weight, adapter, scales, dm_row, dm_col, options)
         dA = None if dA is None else dA + dA_norm
         dB = None if dB is None else dB_norm + dB

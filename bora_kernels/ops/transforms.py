@@ -20,6 +20,11 @@ _MERGE = "or the adapter merged first (layer.merge(), bora_kernels.merge_adapter
 transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
+def plainly_eager() -> bool:
+    """Whether no compiler, no transform and no tracer looks on: tensors have memory, and what is seen once holds."""
+    return not (torch.compiler.is_compiling() or transforming() or torch.jit.is_tracing())
+
+
 def refuse(what: str, way_out: str, *tensors: Tensor | None) -> None:
     """Raise ValueError where these tensors are in a transform or a tracer that ``what`` has no rule for."""
     if torch.compiler.is_compiling():
@@ -28,11 +33,16 @@ def refuse(what: str, way_out: str, *tensors: Tensor | None) -> None:
         return
     if transforming():
         raise ValueError(f"{way_out} in transforms of torch.func (grad, vmap, jvp and their kin), got {what}")
-    # the level is private; without it a derivative in forward mode is refused under grad mode only, by PyTorch
-    if getattr(forward_ad, "_current_level", -1) >= 0 and any(_has_tangent(t) for t in tensors):
+    if in_forward_mode() and any(_has_tangent(t) for t in tensors):
         raise ValueError(f"{way_out} for derivatives in forward mode, got {what}")
     if torch.jit.is_tracing():
         raise ValueError(f"{way_out} in torch.jit.trace and exports to ONNX, {_MERGE}, got {what}")
+
+
+def in_forward_mode() -> bool:
+    """Whether derivatives in forward mode are open (``torch.autograd.forward_ad.dual_level``)."""
+    # the level is private; without it such a derivative is refused under grad mode only, by PyTorch
+    return getattr(forward_ad, "_current_level", -1) >= 0
 
 
 class _NoSecondDerivative(torch.autograd.Function):

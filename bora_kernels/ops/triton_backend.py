@@ -134,7 +134,8 @@ def _backward(
 ):  # fmt: skip
     members = Adapter(lora_A, lora_B, magnitude_row, magnitude_col).members
     options = Options(scaling, norm_order, detach_norm, dropout_p, eps)
-    needs_S, needs_D = needs.sums(members, options)
+    paths = needs.norm_paths(members, options)
+    needs_S, needs_D = needs.sums(members, paths)
     scales = split_scales(flat_scales, weight.shape, lora_A.shape[0], members)
     dtype, device = dy.dtype, dy.device
     stand_in = zero_stand_in(dtype)
@@ -170,7 +171,7 @@ def _backward(
             multiplier=1.0 / (1.0 - dropout_p), eps=eps, stand_in=stand_in,
         )  # (5), (6), (7)  # fmt: skip
 
-    if needs.norm_paths(members, options):
+    if paths:
         row = norms.Axis(
             weight, lora_B, scales.row_norm, scales.row_scale, magnitude_row,
             row_coefficient, scales.row_product, dm_row, dB,

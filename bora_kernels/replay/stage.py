@@ -16,6 +16,7 @@ launches, and with a warning where anything that a replay relies on is missing, 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -34,8 +35,9 @@ _LOWEST_ADDRESS = 1 << 32  # tensors whose memory was freed lie at 0, or as far 
 def stage(function: Callable[..., tuple]) -> Callable[..., tuple]:
     """Decorate ``function(*tensors, **options)``; a tensor may be None, options are hashable.
 
-    It returns a tuple of tensors that it allocated, or None in their place. A caller that knows the layout of all
-    tensors passes ``prepared``, which stands for it, and saves looking at them; one of the tensors may be given or not.
+    It returns a tuple of tensors that it allocated, or None in their place. A caller that knows how all tensors lie
+    passes ``prepared``, which stands for all that the key has of them but alignments, and saves looking at them; one of
+    the tensors may be given or not.
     """
     plans: dict[tuple, Entry] = {}
 
@@ -46,7 +48,7 @@ def stage(function: Callable[..., tuple]) -> Callable[..., tuple]:
             _check_memory(function, tensors)
         if switch.off or not tensors[0].is_cuda or hooked():
             return function(*tensors, **options)
-        if prepared is None:
+        if prepared is None or functools.reduce(operator.or_, addresses) & 15:
             key = (*[None if tensor is None else _layout(tensor) for tensor in tensors], *options.values())
         else:
             key = (prepared, len(addresses), *options.values())

@@ -128,6 +128,15 @@ def test_what_differs_is_recorded_anew(driver, what):
     assert_chain(results, tensors[0], tensors[1].view(torch.float32), scale)
 
 
+def test_what_stands_for_layouts_does_not_stand_for_alignments(driver):
+    """`prepared` is the same for tensors that lie alike but for the alignment of their addresses."""
+    run, calls = chain(Kernel(driver))
+    aligned, other = vectors(), (torch.randn(11)[1:], torch.randn(11)[1:])
+    for tensors, recorded in ((aligned, 1), (other, 2), (aligned, 2), (other, 2), ((aligned[0], other[0]), 3)):
+        assert_chain(run(*tensors, scale=2.0, prepared="these"), *tensors)
+        assert len(calls) == recorded
+
+
 def test_tensors_that_share_memory_are_not_recorded(driver):
     """From x + x it cannot be told which argument a kernel read; a later call with two tensors must be right."""
     run, calls = chain(Kernel(driver))

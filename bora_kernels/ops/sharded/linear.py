@@ -98,7 +98,7 @@ class ShardedBoraLinearFunction(torch.autograd.Function):
             bias = None  # y is a sum over the ranks
         needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
         adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
-        needs_S, needs_D = needs.sums(adapter.members, options)
+        needs_S, needs_D = needs.sums(adapter.members, needs.norm_paths(adapter.members, options))
         y, product, u, _ = operators.forward(
             flat, weight, adapter, scales, bias, dropout, options, products=False, save_product=needs_S
         )
@@ -156,20 +156,20 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, lora_A, lora_B, magnitude_row and magnitude_col, complete for the replicated ones."""
     members = adapter.members
-    needs_S, needs_D = needs.sums(members, options)
+    paths = needs.norm_paths(members, options)
+    needs_S, needs_D = needs.sums(members, paths)
     wide = adapter.map(lambda t: t.to(accumulation_dtype(weight.dtype)))  # partial sums are wide
     asked = Needs(needs.x, needs.lora_A, needs.lora_B, needs_S, needs_D)
-    gradients = operators.backward(
+    dx, dA, dB, dm_row, dm_col = operators.backward(
         dy, x, weight, wide, flat_scales, product, u, dropout, options._replace(detach_norm=True), asked
     )  # (3) to (7)
-    dx, dA, dB, dm_row, dm_col = (g if need else None for g, need in zip(gradients, asked, strict=True))
     sent = None
 
     def send_dx() -> None:  # behind the first small message and beside what is computed from it
         nonlocal sent
         sent = None if dx is None else layout.scatter(dx.view(*tokens, weight.shape[1]))
 
-    if not needs.norm_paths(members, options):
+    if not paths:
         if layout.by_rows:
             dA, dm_col = layout.all_reduce_together(dA, dm_col, between=send_dx)
         else:
