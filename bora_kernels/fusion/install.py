@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from ..ops import elsewhere, transforms
 
 _PLACES = ("_old_forward", "forward")
+_REPLICATE = "_replicate_for_data_parallel"
 
 
 class Part(NamedTuple):
@@ -56,10 +57,20 @@ def install(module: nn.Module, function: Callable, *plan: object) -> None:
     """Let ``function(module, *plan, *args, **kwargs)`` be the module's forward."""
     place = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
     module.__dict__[place] = functools.partial(function, module, *plan)
+    module.__dict__[_REPLICATE] = functools.partial(_replicate, module)
+
+
+def _replicate(module: nn.Module) -> nn.Module:
+    """A copy for ``nn.DataParallel``, which takes attributes over as they are, ``forward`` with this module too."""
+    replica = getattr(type(module), _REPLICATE)(module)
+    uninstall(replica)
+    return replica
 
 
 def uninstall(module: nn.Module) -> None:
     """Give a module the forward of its class back."""
+    if installed(module) is not None:
+        module.__dict__.pop(_REPLICATE, None)
     if is_fused(module.__dict__.get("forward")):
         del module.__dict__["forward"]
     if is_fused(module.__dict__.get("_old_forward")):

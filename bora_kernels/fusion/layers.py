@@ -14,7 +14,7 @@ from torch import nn
 from ..contract import given
 from ..ops.autograd import adapted_linear
 from .install import fused_forward, must_be_plain, plain
-from .members import can_run_on, read
+from .members import can_run_on, is_plain, read
 
 
 def _problem(layer: nn.Module) -> str | None:
@@ -27,7 +27,7 @@ def adapted_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The layer's forward with one input on this package's kernels; every other call as PEFT has it."""
     if len(args) == 1 and not kwargs and not must_be_plain():
         x, projection = args[0], read(layer)
-        if not isinstance(projection, str) and can_run_on(x, projection) is None:
+        if not isinstance(projection, str) and is_plain(x, projection) and can_run_on(x, projection) is None:
             weight, bias, adapter, options, _ = projection
             return adapted_linear(x, weight, given(adapter), bias, options)
     return plain(layer, *args, **kwargs)

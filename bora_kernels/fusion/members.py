@@ -27,7 +27,7 @@ class Projection(NamedTuple):
     bias: Tensor | None = None  # [N]
     adapter: Adapter | None = None  # None: the frozen layer
     options: Options = Options(1.0)
-    compute_dtype: torch.dtype | None = None  # what a quantized layer casts x to
+    compute_dtype: torch.dtype | None = None  # what a quantized weight is multiplied in
 
 
 def read(layer: nn.Module) -> Projection | str:
@@ -42,24 +42,37 @@ def project(layer: nn.Module) -> Projection | str:
     return "a hook or another forward waits for its call" if is_waited_for(layer) else read(layer)
 
 
+def is_known(layer: nn.Module) -> bool:
+    """Whether what a layer of this class computes can be read off it."""
+    kind = type(layer)
+    return f"{kind.__module__}.{kind.__qualname__}" in _READERS
+
+
 def is_peft_lora(layer: nn.Module) -> bool:
     """Whether this is a linear layer of PEFT's own LoRA or DoRA."""
     kind = type(layer)
     return _READERS.get(f"{kind.__module__}.{kind.__qualname__}") is _read_peft_lora
 
 
+def is_plain(x: object, projection: Projection | str) -> bool:
+    """Whether this is a tensor without meaning besides its numbers, of the size that the layer takes."""
+    if isinstance(projection, str) or type(x) not in _PLAIN:
+        return False
+    return x.ndim > 0 and x.shape[-1] == projection.weight.shape[1]  # type: ignore[attr-defined] # a tensor
+
+
 def can_run_on(x: Tensor, projection: Projection) -> str | None:
     """Why this input cannot be multiplied by these tensors, or None if it can."""
     weight, bias, adapter, _, compute_dtype = projection
-    if type(x) not in _PLAIN or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        return "its input is no plain tensor of its size"
     device = x.device
     for tensor in (weight, bias, *(adapter or ())):
         if tensor is not None and tensor.device != device:
             return "its tensors and its input are on several devices"
-    if torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:
-        return None
-    if x.dtype != (compute_dtype or weight.dtype):
+    autocast = torch.is_autocast_enabled(device.type) and x.dtype != torch.float64
+    if isinstance(weight, quantized.Quantized):
+        if x.dtype != compute_dtype or (autocast and torch.get_autocast_dtype(device.type) != compute_dtype):
+            return "its input has another dtype than its quantized weight is multiplied in"
+    elif x.dtype != weight.dtype and not autocast:
         return "its input has another dtype than its weight"
     return None
 
@@ -83,7 +96,8 @@ def _read_fused(layer: Any) -> Projection | str:
     adapter = Adapter(layer.lora_A, layer.lora_B, layer.magnitude_row, layer.magnitude_col)
     dropout_p = layer.dropout if layer.training else 0.0
     options = Options(layer.scaling, layer.norm_order, layer.detach_norm, dropout_p, backend=layer.backend)
-    return Projection(weight, layer.bias, adapter, options, layer.compute_dtype if stored else None)
+    compute_dtype = (layer.compute_dtype or weight.dtype) if stored else None
+    return Projection(weight, layer.bias, adapter, options, compute_dtype)
 
 
 def _read_peft_bora(layer: Any) -> Projection | str:
@@ -168,10 +182,16 @@ def _frozen(linear: Any) -> Tensor | quantized.Quantized | str:
     kind = type(linear)
     if kind is nn.Linear:
         return _dense(linear.weight)
-    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if name in _DENSE:
         weight = _dense(linear.weight)
-        return weight if isinstance(weight, str) else weight.T
-    return "its base layer is of a class that is not known"
+        return weight.T if _DENSE[name] and isinstance(weight, Tensor) else weight
+    if name not in _QUANTIZED:
+        return f"its base layer is of a class that is not known, {name}"
+    try:
+        return quantized.read(linear) or _dense(linear.weight)
+    except (TypeError, ValueError) as error:
+        return str(error)
 
 
 def _dense(weight: Tensor) -> Tensor | str:
@@ -182,6 +202,12 @@ def _dense(weight: Tensor) -> Tensor | str:
     return weight if weight.dtype in _DTYPES else "its weight is not of a floating-point dtype"
 
 
+# Layers that multiply by their weight as nn.Linear does, and whether by its transpose.
+_DENSE = {
+    "transformers.pytorch_utils.Conv1D": True,
+    "transformers.models.falcon.modeling_falcon.FalconLinear": False,
+}
+_QUANTIZED = ("bitsandbytes.nn.modules.Linear4bit",)  # that of 8 bits quantizes its inputs as well
 _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _READERS: dict[str, Callable[[Any], Projection | str]] = {
@@ -191,4 +217,5 @@ _READERS: dict[str, Callable[[Any], Projection | str]] = {
     "bora_kernels.modules.FusedColumnLinear": _read_fused,
     "bora_kernels.integrations.peft.layers.BoraLinear": _read_peft_bora,
     "peft.tuners.lora.layer.Linear": _read_peft_lora,
+    "peft.tuners.lora.bnb.Linear4bit": _read_peft_lora,
 }

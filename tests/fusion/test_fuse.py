@@ -80,6 +80,17 @@ def test_a_copy_is_fused_and_has_its_own_weights(make):
     assert_same_results(twin, plain)
 
 
+def test_replicas_of_data_parallel_have_their_own_weights():
+    layer = fuse(peft_model(target_modules=["q_proj", "o_proj"])).base_model.model.model.layers[0].self_attn.o_proj
+    x = torch.randn(5, 32)
+    replica = layer._replicate_for_data_parallel()
+    base = copy.deepcopy(layer.base_layer)
+    base.weight.mul_(2)
+    replica._modules = {**replica._modules, "base_layer": base}
+    torch.testing.assert_close(replica(x) - layer(x), layer.base_layer(x))
+    assert explain(layer).fused and not explain(replica).fused
+
+
 def add_hooks(model):
     for module in model.modules():
         hook = accelerate.hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True)
