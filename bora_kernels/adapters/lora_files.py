@@ -125,7 +125,11 @@ def save_as_lora(
     for name, layer in layers.items():
         for parameter, tensor in adapter_parameters(layer).items():
             if is_traceable_wrapper_subclass(tensor):
-                raise ValueError(f"model must hold whole tensors, got a {type(tensor).__name__} in {name}.{parameter}")
+                kind = type(tensor).__name__
+                raise ValueError(
+                    f"model must hold whole tensors, got a {kind} in {name}.{parameter}: save_adapter(state_dict=…) "
+                    "gathers them, and load_adapter puts them into a model that is not sharded"
+                )
     others = also_trained(model)
     if nested := [name for name, module in others.items() if any(module.children())]:
         raise ValueError(f"model must train whole modules beside its adapters, got parameters of {nested[0]} itself")

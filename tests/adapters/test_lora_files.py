@@ -8,6 +8,7 @@ import torch
 from helpers.adapted_models import CONFIG, TENSORS, X, base, methods, perturb, trained
 from safetensors.torch import load_file
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from bora_kernels import convert, load_adapter, save_adapter, save_as_lora
 from bora_kernels.adapters.conversion import adapted_layers
@@ -88,7 +89,7 @@ def test_an_error_takes_the_smallest_rank_that_keeps_it(error, tmp_path):
 
 
 @pytest.mark.parametrize("bound", [{"rank": 12}, {"error": 0.2}], ids=str)
-def test_large_layers_by_subspace_iteration_are_near_the_best(bound, tmp_path):
+def test_large_layers_by_subspace_iteration_are_near_the_best(bound, device, tmp_path):
     torch.manual_seed(3)
     model = convert(nn.Sequential(nn.Linear(640, 560, bias=False)), r=10, alpha=20, target_modules=["0"])
     layer = model[0]
@@ -96,6 +97,7 @@ def test_large_layers_by_subspace_iteration_are_near_the_best(bound, tmp_path):
         layer.lora_B += 0.02 * torch.randn_like(layer.lora_B)
         layer.magnitude_row *= 1 + 0.02 * torch.randn(560)
         layer.magnitude_col *= 1 + 0.02 * torch.randn(640)
+    model.to(device)
     singular = torch.linalg.svdvals(deltas(model)["0"])
     state = torch.get_rng_state()
     (found,) = save_as_lora(model, tmp_path, **bound, verbose=False).layers
@@ -146,6 +148,14 @@ def test_merged_layers_give_the_same_and_stay(tmp_path):
     assert torch.equal(model(X), before)
 
 
+def test_wrappers_are_looked_through(tmp_path):
+    model = model_of_one_place()
+    save_as_lora(model, tmp_path / "plain", rank=2, verbose=False)
+    save_as_lora(nn.DataParallel(torch.compile(model)), tmp_path / "wrapped", rank=2, verbose=False)
+    for name in (TENSORS, CONFIG):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "wrapped" / name).read_bytes()
+
+
 def test_an_adapter_from_a_file_is_converted(tmp_path):
     model = model_of_one_place(method="dora")
     save_adapter(model, tmp_path / "dora")
@@ -174,6 +184,12 @@ def infinite(model):
     return model
 
 
+def sharded(model):
+    layer = model.block["up"]
+    layer.lora_B = nn.Parameter(TwoTensor(layer.lora_B.detach(), layer.lora_B.detach()))
+    return model
+
+
 REFUSED = {
     "neither": (lambda: model_of_one_place(), {}, "one of rank and error must be given"),
     "both": (lambda: model_of_one_place(), {"rank": 2, "error": 0.1}, "one of rank and error must be given"),
@@ -184,6 +200,7 @@ REFUSED = {
     "plain": (lambda: base(), {"rank": 2}, "model must have adapted layers"),
     "two-places": (lambda: trained(), {"rank": 2}, "in one place, got block.down as again too"),
     "nested": (lambda: nested(model_of_one_place()), {"rank": 2}, "must train whole modules"),
+    "sharded": (lambda: sharded(model_of_one_place()), {"rank": 2}, "got a TwoTensor in block.up.lora_B: save_adapter"),
     "infinite": (lambda: infinite(model_of_one_place()), {"rank": 2}, "in again that is not"),
 }
 

@@ -60,6 +60,10 @@ def test_the_change_of_a_layer(tmp_path):
     torch.testing.assert_close(layer.get_delta_weight("default"), merged - weight, rtol=1e-4, atol=1e-6)
     layer.set_scale("default", 0.25)
     torch.testing.assert_close(layer.get_delta_weight("default"), (merged - weight) / 4, rtol=1e-4, atol=1e-6)
+    change = layer.get_delta_weight("default")
+    layer.merge()
+    assert torch.equal(layer.get_delta_weight("default"), change)
+    layer.unmerge()
     with pytest.raises(ValueError, match="adapter must be one of default, got 'other'"):
         layer.get_delta_weight("other")
 
