@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import warnings
 from importlib import metadata
 
 import pytest
@@ -119,3 +120,16 @@ def _new_empty(self, *size, requires_grad=False, **options):
 
 def _new_empty_strided(self, size, stride, requires_grad=False, **options):
     return torch.ops.aten.new_empty_strided(self, size, stride, **options).requires_grad_(requires_grad)
+
+
+@pytest.fixture
+def fresh_replays(monkeypatch):
+    """No recordings, no warnings said; a warning fails the test that does not expect it."""
+    from bora_kernels.replay import plan_cache, switch
+
+    plan_cache.clear()
+    monkeypatch.setattr(switch, "_warned", set())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*cannot replay.*")
+        yield
+    plan_cache.clear()

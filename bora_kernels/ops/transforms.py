@@ -28,7 +28,7 @@ def plainly_eager() -> bool:
 def refuse(what: str, way_out: str, *tensors: Tensor | None) -> None:
     """Raise ValueError where these tensors are in a transform or a tracer that ``what`` has no rule for."""
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling() and _for_onnx():
+        if torch.compiler.is_exporting() and _for_onnx():
             raise ValueError(f"{way_out} in an export to ONNX, {_MERGE}, got {what}")
         return
     if transforming():
@@ -75,6 +75,9 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
 
 def _for_onnx() -> bool:
     return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+
+
+vars(_for_onnx)["_dynamo_marked_constant"] = True  # what torch.compiler.assume_constant_result sets
 
 
 def _has_tangent(tensor: Tensor | None) -> bool:

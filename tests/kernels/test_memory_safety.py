@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.cases import Case, run
 from helpers.guard_pages import faulted, guarded, run_isolated
+from helpers.interpreter import interpreter_problem
 
 pytest.importorskip("triton")
 
@@ -95,6 +96,7 @@ def guarding_allocator(allocate, at):
     return allocate_guarded
 
 
+@pytest.mark.skipif(interpreter_problem() is not None, reason=str(interpreter_problem()))
 @pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
 @pytest.mark.parametrize("at", ["start", "end"])
 def test_kernels_stay_within_their_tensors(at, interpreter_bf16):
