@@ -118,6 +118,16 @@ def test_a_named_adapter_beside_another_and_a_trained_module(tmp_path):
         save_as_lora(model, tmp_path, rank=2, adapter_name="old")
 
 
+def test_an_adapter_of_pefts_own_dora_by_way_of_its_file(tmp_path):
+    dora = get_peft_model(make_base(), LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "up_proj"]))
+    train_a_little(dora)
+    dora.save_pretrained(tmp_path / "dora")
+    converted = bora_kernels.load_adapter(make_base(), tmp_path / "dora")
+    bora_kernels.save_as_lora(converted, tmp_path / "lora", rank=32, verbose=False)
+    loaded = PeftModel.from_pretrained(make_base(), tmp_path / "lora")
+    torch.testing.assert_close(loaded(make_ids()).logits, dora.eval()(make_ids()).logits, rtol=1e-4, atol=1e-4)
+
+
 REFUSED = {
     "bias": ({"bias": "all"}, "bias must be none to write LoRA, got 'all'"),
     "tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices must be None to write LoRA"),
