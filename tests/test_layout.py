@@ -17,7 +17,7 @@ LEVELS = {
         ("kernels",),
         ("quantized",),
         ("ops",),
-        ("functional",),
+        ("functional", "blocks"),
         ("modules",),
         ("fusion",),
         ("adapters", "distributed"),

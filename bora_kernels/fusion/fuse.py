@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import nn
 
 from ..modules import FusedBoraLinear
+from . import mlp, normed, norms, readers, shared
 from .install import has_own_forward, install, installed, uninstall
 from .layers import adapted_layer
-from .members import is_peft_lora
+from .members import is_known, is_peft_lora
 
 Model = TypeVar("Model", bound=nn.Module)
 LEFT_OUT = "_left_out_by_fuse"  # attribute of a fused model: names of modules and why each stays as it was
@@ -22,7 +24,12 @@ def fuse(model: Model) -> Model:
 
         bora_kernels.fuse(model)
 
+    - Gated MLPs, y = down(act(gate(x))⊙up(x)) with SiLU, GELU or tanh-GELU, make what down reads anew in backward.
+    - Layers that a forward calls with one input (q, k, v; gate, up) keep it once.
+    - RMSNorms, also with Gemma's 1 + w, let these layers keep what the norm reads in place of what it gives.
     - Linear layers of PEFT's own LoRA and DoRA (``LoraConfig``, ``use_dora``) run on this package's kernels.
+
+    They are found by what they compute, not by the names of classes.
 
     Names of modules, parameters and files stay as they are. What the fused parts do not know to do the same is done as
     before: each looks at its layers in every call, so adapters may be added, removed, disabled and merged, hooks set
@@ -39,15 +46,39 @@ def fuse(model: Model) -> Model:
             compiled or sharded already.
     """
     adapted = _adapted_layers(model)
+    layers = set(adapted.values())
+    inside = {part for layer in layers for part in layer.modules()}
     left_out: dict[str, str] = {}
-    for name, module in adapted.items():
-        if is_peft_lora(module):
-            if has_own_forward(module):
-                install(module, adapted_layer)
+
+    def put(name: str, module: nn.Module, function: Callable, *plan: object) -> None:
+        if has_own_forward(module):
+            install(module, function, *plan)
+        else:
+            left_out[name] = "someone else has put another forward into it"
+
+    for name, module in model.named_modules():
+        if module in inside:
+            if is_peft_lora(module):
+                if installed(module) is None:
+                    put(name, module, adapted_layer)
+            elif type(module).__module__.startswith("peft.") and name in adapted:
+                left_out[name] = f"its class, {type(module).__module__}.{type(module).__qualname__}, is not known"
+            continue
+        if (norm := norms.rms_norm(module)) is not None:
+            put(name, module, normed.fused_norm, norm)
+        children = {child: layer for child, layer in module._modules.items() if layer in layers}
+        if children and (plan := mlp.plan(module)) is not None:
+            if isinstance(plan, str):
+                left_out[name] = plan
             else:
-                left_out[name] = "someone else has put another forward into it"
-        elif type(module).__module__.startswith("peft."):
-            left_out[name] = f"its class, {type(module).__module__}.{type(module).__qualname__}, is not known"
+                put(name, module, mlp.fused_mlp, plan)
+        for names in readers.shared_inputs(module):
+            found = [children[child] for child in names if child in children]
+            found = [layer for layer in found if is_known(layer) and has_own_forward(layer) and not installed(layer)]
+            if len(found) > 1:
+                group = shared.Group(tuple(found))
+                for index, layer in enumerate(found):
+                    install(layer, shared.shared_layer, group, index)
     model.__dict__[LEFT_OUT] = left_out
     return model
 

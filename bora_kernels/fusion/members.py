@@ -10,24 +10,15 @@ does right. Layers of PEFT are known by the names of their classes: nothing here
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import quantized
+from ..blocks import Projection
 from ..contract import Adapter, Options
 from .install import is_waited_for
-
-
-class Projection(NamedTuple):
-    """A linear layer as a function of x: its frozen weight, its bias, its adapter, and what it computes with."""
-
-    weight: Tensor | quantized.Quantized  # [N, K]
-    bias: Tensor | None = None  # [N]
-    adapter: Adapter | None = None  # None: the frozen layer
-    options: Options = Options(1.0)
-    compute_dtype: torch.dtype | None = None  # what a quantized weight is multiplied in
 
 
 def read(layer: nn.Module) -> Projection | str:
@@ -59,6 +50,13 @@ def is_plain(x: object, projection: Projection | str) -> bool:
     if isinstance(projection, str) or type(x) not in _PLAIN:
         return False
     return x.ndim > 0 and x.shape[-1] == projection.weight.shape[1]  # type: ignore[attr-defined] # a tensor
+
+
+def single_only(projection: Projection) -> str | None:
+    """Why a layer can be computed alone and not in a block, or None."""
+    if projection.options.dropout_p > 0.0:
+        return "dropout acts on the input of an adapter"
+    return 'its backend is "reference"' if projection.options.backend == "reference" else None
 
 
 def can_run_on(x: Tensor, projection: Projection) -> str | None:

@@ -36,7 +36,7 @@ class BoraLinearFunction(torch.autograd.Function):
     ) -> Tensor:
         needs = Needs(*ctx.needs_input_grad[:5])
         adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
-        y, product, u, flat_scales, needs_S, needs_D = _forward(needs, x, adapter, bias, dropout, call, stored)
+        y, product, u, flat_scales, needs_S, needs_D = layer_forward(needs, x, adapter, bias, dropout, call, stored)
         apart = separate_product(x.dtype, bias)
         ctx.save_for_backward(
             x if needs.lora_A or needs_D else None,
@@ -61,57 +61,79 @@ class BoraLinearFunction(torch.autograd.Function):
 
 def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dA = dB = dm_row = dm_col = d_bias = None
-    needs, (options, layout, prepared) = ctx.needs, ctx.call
-    if any(needs):
-        saved = _saved(ctx)
-        x, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, product, u, dropout, *stored = saved
-        flat_dy, weight = _flat(dy), stored[0]
-        adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
-        prepared = validation.prepare_backward(prepared, flat_dy, saved)
-        if layout is not None:
-            weight = quantized.dense(layout, tuple(stored), dy.dtype, options.backend, "backward")
-        adapter, power = balance.balanced(flat_dy, weight, adapter, options)
-        if product is None and ctx.output_is_saved:
-            prepared = None
-            product = operators.forward(
-                _flat(x), weight, adapter, flat_scales, None, dropout, options, products=False, save_product=False
-            )[0]
-        dx, dA, dB, dm_row, dm_col = operators.backward(
-            flat_dy, _flat(x), weight, adapter, flat_scales, _flat(product), u, dropout, options, needs,
-            prepared=prepared,
-        )  # fmt: skip
-        if power is not None:
-            rows_first = adapter.members.rows_first(options.norm_order)
-            if rows_first and dm_row is not None:
-                dm_row = (dm_row * power).to(given(magnitude_row).dtype)
-            elif not rows_first and dm_col is not None:
-                dm_col = (dm_col * power).to(given(magnitude_col).dtype)
-        if dx is not None and dy.ndim != 2:
-            dx = dx.view(*dy.shape[:-1], weight.shape[1])
+    if any(ctx.needs):
+        saved = saved_tensors(ctx, (_PRODUCT,) if ctx.output_is_saved else ())
+        dx, dA, dB, dm_row, dm_col = layer_backward(ctx.needs, dy, saved, ctx.call, ctx.output_is_saved)
     if ctx.needs_input_grad[5]:
         d_bias = _flat(dy).sum(0)
     others = len(ctx.needs_input_grad) - 6
     return dx, dA, dB, dm_row, dm_col, d_bias, *[None] * others
 
 
-def _saved(ctx) -> tuple[Any, ...]:
-    """The saved tensors, without the product where it is the output and that was changed in place since.
+def layer_backward(
+    needs: Needs, dy: Tensor, saved: tuple[Any, ...], call: validation.Call, product_is_saved: bool
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, lora_A, lora_B, magnitude_row and magnitude_col, of which one at least is needed.
 
-    Such a change is one that a plain linear layer admits; the product is then made again.
+    ``saved`` is x, the adapter, the scales, the product, u, what dropout is a function of, and the weight or what it is
+    stored as. A product that is None though ``product_is_saved`` is made again.
     """
-    if torch.compiler.is_compiling() or not ctx.output_is_saved:
+    x, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, product, u, dropout, *stored = saved
+    options, layout, prepared = call
+    flat_dy, weight = _flat(dy), stored[0]
+    adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
+    plans: object | None = validation.prepare_backward(prepared, flat_dy, saved)
+    if layout is not None:
+        weight = quantized.dense(layout, tuple(stored), dy.dtype, given(options.backend), "backward")
+    adapter, power = balance.balanced(flat_dy, weight, adapter, options)
+    if product is None and product_is_saved:
+        plans = None
+        product = operators.forward(
+            _flat(x), weight, adapter, flat_scales, None, dropout, options, products=False, save_product=False
+        )[0]
+    dx, dA, dB, dm_row, dm_col = operators.backward(
+        flat_dy, _flat(x), weight, adapter, flat_scales, _flat(product), u, dropout, options, needs,
+        prepared=plans,
+    )  # fmt: skip
+    if power is not None:
+        rows_first = adapter.members.rows_first(options.norm_order)
+        if rows_first and dm_row is not None:
+            dm_row = (dm_row * power).to(given(magnitude_row).dtype)
+        elif not rows_first and dm_col is not None:
+            dm_col = (dm_col * power).to(given(magnitude_col).dtype)
+    if dx is not None and dy.ndim != 2:
+        dx = dx.view(*dy.shape[:-1], weight.shape[1])
+    return dx, dA, dB, dm_row, dm_col
+
+
+def saved_tensors(ctx, outputs: tuple[int, ...], *, x_is_saved: bool = False) -> tuple[Any, ...]:
+    """The saved tensors, without those at the places of ``outputs`` that are outputs and were changed in place since.
+
+    Such a change is one that a plain linear layer admits; the product is then made again, from x, the first of them
+    unless ``x_is_saved`` says that there is one anyway.
+    """
+    if torch.compiler.is_compiling() or not outputs:
         return ctx.saved_tensors
     try:
         return ctx.saved_tensors
     except RuntimeError as error:
         saved = ctx._raw_saved_tensors  # which raises for a graph that was freed
-        if not hasattr(saved[_PRODUCT], "unpack"):  # an older torch
+        if not hasattr(saved[outputs[0]], "unpack"):  # an older torch
             raise RuntimeError(f"{_CHANGED}: {_INSTEAD}") from error
-        others = [each.unpack() if i != _PRODUCT else None for i, each in enumerate(saved)]  # raises for other changes
-        if others[0] is None:
+        others = [_unpacked(each, place in outputs) for place, each in enumerate(saved)]
+        if others[0] is None and not x_is_saved:
             raise RuntimeError(f"{_CHANGED}: {_INSTEAD}") from error
     _warn_of_changed_output()
     return tuple(others)
+
+
+def _unpacked(saved: Any, is_output: bool) -> Tensor | None:
+    try:
+        return saved.unpack()
+    except RuntimeError:
+        if not is_output:
+            raise
+        return None
 
 
 _CHANGED = "the output of an adapted layer without a bias was changed in place before its backward, which reads it"
@@ -123,7 +145,7 @@ def _warn_of_changed_output() -> None:
     warnings.warn(f"{_CHANGED}. It is computed again, in the time of a forward: {_INSTEAD}.", stacklevel=2)
 
 
-def _forward(
+def layer_forward(
     needs: Needs,
     x: Tensor,
     adapter: Adapter,
@@ -199,5 +221,5 @@ def adapted_linear(
     dropout = operators.draw_dropout(x, options) if options.dropout_p > 0.0 else None
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():  # an exported operator has its own derivative
         needs = _ALL_NEEDS if torch.is_grad_enabled() else _NO_NEEDS
-        return _forward(needs, x, adapter, bias, dropout, call, stored)[0]
+        return layer_forward(needs, x, adapter, bias, dropout, call, stored)[0]
     return BoraLinearFunction.apply(x, *adapter, bias, dropout, call, *stored)

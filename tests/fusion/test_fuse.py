@@ -161,7 +161,7 @@ def test_generate():
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.float64, 1e-9)], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.float64, 1e-6)], ids=["fp32", "fp64"])
 def test_training_has_the_same_losses(dtype, tolerance):
     fused, plain = twins(peft_model("dora").to(dtype))
     losses = []

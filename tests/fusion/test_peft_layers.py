@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers.accuracy import assert_accurate
-from helpers.fused_models import VARIANTS, assert_identical, assert_same_results, peft_model, results, twins, variants
+from helpers.fused_models import VARIANTS, assert_close, assert_same_results, peft_model, results, twins, variants
 from helpers.peft_models import make_base, make_ids, train_a_little
 from helpers.quantized_layers import quantized_linear
 from torch import nn
@@ -14,21 +14,27 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from bora_kernels import explain, fuse, unfuse  # noqa: E402
-from bora_kernels.fusion import layers  # noqa: E402
+from bora_kernels.fusion import layers, mlp, shared  # noqa: E402
 from bora_kernels.quantized import read  # noqa: E402
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many layers ran on this package's kernels."""
+    """The adapters that ran on this package's kernels, alone or in a block."""
     made = []
-    inner = layers.adapted_linear
 
-    def counting(x, weight, adapter, *others):
-        made.append(adapter)
-        return inner(x, weight, adapter, *others)
+    def counting(place, name, adapters):
+        inner = getattr(place, name)
 
-    monkeypatch.setattr(layers, "adapted_linear", counting)
+        def call(*args):
+            made.extend(adapters(*args))
+            return inner(*args)
+
+        monkeypatch.setattr(place, name, call)
+
+    counting(layers, "adapted_linear", lambda x, weight, adapter, *_: [adapter])
+    counting(mlp, "gated_mlp", lambda x, *members: [member.adapter for member in members[:3]])
+    counting(shared, "shared_input", lambda x, members, origin: [member.adapter for member in members])
     return made
 
 
@@ -145,16 +151,16 @@ def test_what_happens_to_adapters_later(variant, change):
 def test_disabled_merged_and_unloaded(variant, calls):
     fused, plain = twins(peft_model(variant))
     with fused.disable_adapter(), plain.disable_adapter():
-        assert_identical(fused, plain)
+        assert_close(fused, plain)
     for model in (fused, plain):
         model.merge_adapter()
-    assert_identical(fused, plain)
+    assert_close(fused, plain)
     for model in (fused, plain):
         model.unmerge_adapter()
     assert not calls
     assert_same_results(fused, plain)
     assert calls
-    assert_identical(fused.merge_and_unload(), plain.merge_and_unload())
+    assert_close(fused.merge_and_unload(), plain.merge_and_unload())
 
 
 def test_an_adapter_for_each_sequence_of_a_batch(calls):
@@ -207,7 +213,7 @@ def test_lora_with_dropout_is_right_on_average(calls):
 
 def test_dora_with_dropout_is_left_to_peft(calls):
     fused, plain = twins(peft_model("dora", lora_dropout=0.4).train())
-    assert_identical(fused, plain)
+    assert_close(fused, plain)
     assert not calls
     fused.eval(), plain.eval()
     assert_same_results(fused, plain)
@@ -216,7 +222,7 @@ def test_dora_with_dropout_is_left_to_peft(calls):
 
 def test_a_bias_of_the_adapter_is_left_to_peft(calls):
     model = peft_model(target_modules=["q_proj", "o_proj"], lora_bias=True, base=make_base(attention_bias=True))
-    assert_identical(*twins(model))
+    assert_close(*twins(model))
     assert not calls
 
 
@@ -276,7 +282,7 @@ def test_other_kinds_of_layers_are_left_to_peft_and_explained():
     fused, plain = twins(peft_model(target_modules=["q_proj", "embed_tokens"]))
     assert_same_results(fused, plain)
     told = str(explain(fused))
-    assert "base_model.model.model.layers.*.self_attn.q_proj  2× PEFT layer" in told
+    assert "base_model.model.model.layers.*.self_attn.q_proj  2× PEFT layer\n" in told
     assert (
         "not fused: base_model.model.model.embed_tokens  1×: its class, peft.tuners.lora.layer.Embedding, is not known"
         in told
@@ -287,11 +293,12 @@ def test_explain_says_what_a_call_would_do_now():
     model = fuse(peft_model())
     assert not [part for part in explain(model).fused if part.problem]
     with model.disable_adapter():
-        assert {part.problem for part in explain(model).fused} == {"its adapters are disabled"}
+        problems = {part.problem for part in explain(model).fused if part.kind != "RMSNorm"}
+        assert problems == {"its adapters are disabled", "gate_proj: its adapters are disabled"}
     model.base_model.model.model.layers[0].mlp.up_proj.base_layer.register_forward_hook(lambda *_: None)
     problems = [(part.name, part.problem) for part in explain(model).fused if part.problem]
-    name = "base_model.model.model.layers.0.mlp.up_proj"
-    assert problems == [(name, "a hook or another forward waits for the call of a part of it")]
+    name, reason = "base_model.model.model.layers.0.mlp", "a hook or another forward waits for the call of a part of it"
+    assert problems == [(name, f"up_proj: {reason}"), (f"{name}.gate_proj", reason), (f"{name}.up_proj", reason)]
 
 
 @variants
@@ -301,7 +308,7 @@ def test_unfuse_gives_the_model_back(variant, calls):
     plain = copy.deepcopy(model)
     unfuse(fuse(model))
     assert {name: dict(module.__dict__) for name, module in model.named_modules()} == before
-    assert_identical(model, plain)
+    assert_close(model, plain)
     assert not calls
 
 

@@ -51,8 +51,9 @@ def assert_same_results(fused: nn.Module, plain: nn.Module, run: Callable[..., d
     assert_accurate(run(fused), run(plain), exact, samples=16, floor=2e-6)
 
 
-def assert_identical(fused: nn.Module, plain: nn.Module, run: Callable[..., dict[str, Tensor]] = results) -> None:
-    """The same bits, where the fused model has to leave everything to the plain forward."""
+def assert_close(fused: nn.Module, plain: nn.Module, run: Callable[..., dict[str, Tensor]] = results) -> None:
+    """The same results, random numbers too, but for how a norm before the layers is rounded."""
     found, expected = run(fused), run(plain)
     assert found.keys() == expected.keys()
-    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5 * float(value.abs().max()), msg=name)

@@ -1,0 +1,145 @@
+"""A gated MLP as one function: y = down(h), h = act(e)⊙f, e = gate(x), f = up(x).
+
+forward   e, f, h, y by the layers' own equations, (1) and (2) of ``ops.torch_backend``
+keep      x (or what it was made from), e, f, y, the layers' u and scales; not h
+backward  h again; dh and down's gradients from dy and h
+          de = dh⊙f⊙act'(e)        df = dh⊙act(e)
+          gate's and up's gradients from de, df and x;  dx = dx_gate + dx_up
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..contract import Needs
+from ..ops import autograd, transforms
+from . import projection
+from .norms import NormOrigin
+from .projection import Kept, Part, Projection
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+# act(e), and dh⊙act'(e)
+_ACTIVATIONS: dict[Activation, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (F.silu, lambda dh, e: torch.ops.aten.silu_backward(dh, e)),
+    "gelu": (F.gelu, lambda dh, e: torch.ops.aten.gelu_backward(dh, e)),
+    "gelu_tanh": (
+        lambda e: F.gelu(e, approximate="tanh"),
+        lambda dh, e: torch.ops.aten.gelu_backward(dh, e, approximate="tanh"),
+    ),
+}
+
+
+def gated_mlp(
+    x: Tensor,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
+    activation: Activation,
+    origin: NormOrigin | None = None,
+) -> Tensor:
+    """y [..., N] of x [..., K], for gate and up [I, K] and down [N, I], without dropout.
+
+    Args:
+        activation: "silu", "gelu", or "gelu_tanh", its approximation by tanh.
+        origin: what x was made from, where it is a norm's output: kept in the place of x.
+
+    Raises:
+        ValueError, TypeError: as ``bora_linear`` does, for one of the layers.
+    """
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+    x = projection.autocast(x)
+    layers = (gate, up, down)
+    parts, tensors = tuple(layer.part() for layer in layers), [t for layer in layers for t in layer.tensors()]
+    if not torch.is_grad_enabled():
+        return _forward(x, activation, parts, tensors, [False] * len(tensors), False)[0]
+    return _GatedMLP.apply(x, activation, parts, *(origin or (None, None, None, None)), *tensors)
+
+
+class _GatedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,  # [..., K]
+        activation: Activation,
+        parts: tuple[Part, Part, Part],
+        origin_x: Tensor | None,  # [..., K]
+        origin_weight: Tensor | None,  # [K]
+        offset: float | None,
+        eps: float | None,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        requested = ctx.needs_input_grad[_ARGUMENTS:]
+        y, e, f, kept, needs = _forward(x, activation, parts, tensors, requested, ctx.needs_input_grad[0])
+        *both, _ = needs
+        reads_x = any(any(of_part[1:]) for of_part in both)
+        ctx.save_for_backward(
+            x if reads_x and origin_x is None else None,
+            *((origin_x, origin_weight) if reads_x else (None, None)),
+            e,
+            f,
+            *[t for part in kept for t in (part.scales, part.product, part.u)],
+            *tensors,
+        )
+        ctx.activation, ctx.parts, ctx.offset, ctx.eps = activation, parts, offset, eps
+        ctx.calls, ctx.needs, ctx.requested = [part.call for part in kept], needs, requested
+        ctx.output_is_saved = kept[2].product is y
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        return (transforms.once_differentiable(_backward) if torch.is_grad_enabled() else _backward)(ctx, dy)
+
+
+_ARGUMENTS = 7  # before the layers' tensors
+_DOWN_PRODUCT = 5 + 7  # its place among the saved tensors
+
+
+def _forward(
+    x: Tensor,
+    activation: Activation,
+    parts: Sequence[Part],
+    tensors: Sequence[Tensor | None],
+    requested: Sequence[bool],
+    needs_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Kept, Kept, Kept], tuple[Needs, Needs, Needs]]:
+    """y, e, f, what each layer leaves for backward, and the gradients that each has to produce."""
+    wanted = projection.split(parts, requested)
+    above = needs_dx or any(wanted[0]) or any(wanted[1])  # whether a gradient of h is needed
+    needs = [part.needs(of_x, w) for part, of_x, w in zip(parts, (needs_dx, needs_dx, above), wanted, strict=True)]
+    of_gate, of_up, of_down = projection.split(parts, tensors)
+    e, kept_e = projection.forward(parts[0], x, of_gate, needs[0])
+    f, kept_f = projection.forward(parts[1], x, of_up, needs[1])
+    y, kept_y = projection.forward(parts[2], _ACTIVATIONS[activation][0](e) * f, of_down, needs[2])
+    return y, e, f, (kept_e, kept_f, kept_y), (needs[0], needs[1], needs[2])
+
+
+def _backward(ctx, dy: Tensor) -> tuple[Any, ...]:
+    x, origin_x, origin_weight, e, f, *rest = autograd.saved_tensors(
+        ctx, (_DOWN_PRODUCT,) if ctx.output_is_saved else (), x_is_saved=True
+    )
+    if origin_x is not None:
+        x = NormOrigin(origin_x, origin_weight, ctx.offset, ctx.eps).output()
+    kept = [Kept(call, *rest[3 * i : 3 * i + 3]) for i, call in enumerate(ctx.calls)]
+    of_gate, of_up, of_down = projection.split(ctx.parts, rest[9:])
+    wanted_e, wanted_f, wanted_y = projection.split(ctx.parts, ctx.requested)
+    gate, up, down = ctx.parts
+    needs_e, needs_f, needs_y = ctx.needs
+    act, act_backward = _ACTIVATIONS[ctx.activation]
+    with transforms.without_autocast(dy.device):
+        activated = act(e)
+        dh, of_y = projection.backward(dy, activated * f, of_down, down, kept[2], needs_y, wanted_y)
+        dx, of_e, of_f = None, projection.no_gradients(gate), projection.no_gradients(up)
+        if dh is not None:
+            de, df = act_backward(dh * f, e), dh * activated
+            del dh, activated
+            dx, of_f = projection.backward(df, x, of_up, up, kept[1], needs_f, wanted_f)
+            del df
+            dx_gate, of_e = projection.backward(de, x, of_gate, gate, kept[0], needs_e, wanted_e)
+            dx = dx if dx_gate is None else dx_gate if dx is None else dx.add_(dx_gate)
+    return dx, *[None] * (_ARGUMENTS - 1), *of_e, *of_f, *of_y

@@ -1,0 +1,63 @@
+"""RMSNorm: y = x·r⊙(offset + w), r = 1/√(mean x² + eps), computed in float32 and rounded once.
+
+Its gradient, with t = dy⊙(offset + w):
+
+    dx = r⊙(t − x⊙r²⊙mean(t⊙x))
+
+A layer that reads y may keep ``NormOrigin`` in its place and make y anew: x is kept for the residual branch anyway.
+Source: RMSNorm, arXiv 1910.07467; Gemma's norms have offset 1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..contract import accumulation_dtype
+
+
+class NormOrigin(NamedTuple):
+    """What a norm's output was made from."""
+
+    x: Tensor  # [..., K]
+    weight: Tensor  # [K]
+    offset: float
+    eps: float
+
+    def output(self) -> Tensor:
+        """The norm's output again, to the bit."""
+        return _output(*self)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """y [..., K] in x's dtype, of a frozen weight [K]; keeps x for backward."""
+    if offset == 0.0 and x.is_cuda:  # PyTorch has kernels for it there; elsewhere it keeps x in float32
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return _RMSNorm.apply(x, weight, offset, eps)
+
+
+def _output(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
+    if offset == 0.0:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    acc = accumulation_dtype(x.dtype)
+    return F.rms_norm(x.to(acc), weight.shape, offset + weight.to(acc), eps).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.offset, ctx.eps = offset, eps
+        return _output(x, weight, offset, eps)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, weight = ctx.saved_tensors
+        acc = accumulation_dtype(x.dtype)
+        x, t = x.to(acc), dy.to(acc) * (ctx.offset + weight.to(acc))
+        r = torch.rsqrt(x.square().mean(-1, keepdim=True) + ctx.eps)
+        dx = r * (t - x * (r.square() * (t * x).mean(-1, keepdim=True)))
+        return dx.to(dy.dtype), None, None, None

@@ -1,0 +1,119 @@
+"""A linear layer as a part of a block: ``Projection``, and its forward and backward as plain functions of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import quantized
+from ..contract import Adapter, Needs, Options, separate_product
+from ..ops import autograd, transforms, validation
+
+# Of a projection: lora_A, lora_B, both magnitudes and bias, None for absent ones, and what the weight is stored as.
+Tensors = tuple[Any, ...]
+_STORED = 5  # where the latter begins
+
+
+class Projection(NamedTuple):
+    """A linear layer as a function of x: y = x·W'ᵀ + bias, as in ``bora_linear``, without dropout."""
+
+    weight: Tensor | quantized.Quantized  # [N, K], frozen
+    bias: Tensor | None = None  # [N]
+    adapter: Adapter | None = None  # None: the frozen layer
+    options: Options = Options(1.0)
+    compute_dtype: torch.dtype | None = None  # what a quantized weight is multiplied in
+
+    def tensors(self) -> Tensors:
+        stored = self.weight.parts if isinstance(self.weight, quantized.Quantized) else (self.weight,)
+        return (*(self.adapter or (None, None, None, None)), self.bias, *stored)
+
+    def part(self) -> Part:
+        layout = self.weight.layout if isinstance(self.weight, quantized.Quantized) else None
+        return Part(len(self.tensors()), None if self.adapter is None else self.options, layout)
+
+
+class Part(NamedTuple):
+    """A projection apart from its tensors."""
+
+    size: int  # how many they are
+    options: Options | None  # None: the frozen layer
+    layout: quantized.Layout | None  # of a quantized weight
+
+    def needs(self, x: bool, requested: Sequence[bool]) -> Needs:
+        """Which gradients it has to produce: that of x, and those requested of its tensors."""
+        return Needs(x, *requested[:4])
+
+
+class Kept(NamedTuple):
+    """What the forward of a projection leaves for its backward."""
+
+    call: validation.Call | None
+    scales: Tensor | None = None
+    product: Tensor | None = None  # before the bias
+    u: Tensor | None = None
+
+
+def split(parts: Sequence[Part], of_tensors: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """What belongs to each part, of tensors or of something for each of them."""
+    ends = [sum(part.size for part in parts[: number + 1]) for number in range(len(parts))]
+    return [tuple(of_tensors[end - part.size : end]) for end, part in zip(ends, parts, strict=True)]
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x as ``torch.autocast`` has linear layers see it."""
+    dtype = validation.autocast_dtype(x)
+    return x if dtype is None else x.to(dtype)
+
+
+def forward(part: Part, x: Tensor, tensors: Tensors, needs: Needs) -> tuple[Tensor, Kept]:
+    """The output, and what a backward with these needs uses again; raises as ``bora_linear`` does."""
+    *members, bias = tensors[:_STORED]
+    stored = tensors[_STORED:]
+    if part.options is None:
+        with transforms.without_autocast(x.device):
+            y = F.linear(x, _dense(part, stored, x, "forward"), None if bias is None else bias.to(x.dtype))
+        return y, Kept(None)
+    adapter = Adapter(*members)
+    weight = stored[0] if part.layout is None else quantized.Quantized(part.layout, stored)
+    call = validation.prepare(x, (weight, *adapter, bias), part.options)[1]
+    if call.prepared is not None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        call = call._replace(prepared=None)  # what hooks hand back may lie in memory otherwise
+    y, product, u, scales, needs_S, _ = autograd.layer_forward(needs, x, adapter, bias, None, call, stored)
+    product = (product if separate_product(x.dtype, bias) else y) if needs_S else None
+    return y, Kept(call, scales, product, u if needs.lora_B else None)
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, tensors: Tensors, part: Part, kept: Kept, needs: Needs, requested: Sequence[bool]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx, and the gradients of the tensors that are requested. A product that is missing is made again."""
+    *members, bias = tensors[:_STORED]
+    stored = tensors[_STORED:]
+    dx: Tensor | None = None
+    gradients: list[Tensor | None] = [None] * 4
+    if kept.call is None:
+        dx = dy @ _dense(part, stored, dy, "backward") if needs.x else None
+    elif any(needs):
+        options, adapter = kept.call.options, Adapter(*members)
+        needs_S = needs.sums(adapter.members, needs.norm_paths(adapter.members, options))[0]
+        saved = (x, *adapter, kept.scales, kept.product, kept.u, None, *stored)
+        dx, *gradients = autograd.layer_backward(needs, dy, saved, kept.call, needs_S and options.backend != "dense")
+    d_bias = dy.reshape(-1, dy.shape[-1]).sum(0).to(bias.dtype) if requested[4] else None
+    return dx, [*gradients, d_bias, *[None] * len(stored)]
+
+
+def no_gradients(part: Part) -> list[Tensor | None]:
+    """Those of a layer that nothing is asked of."""
+    return [None] * part.size
+
+
+def _dense(part: Part, stored: Tensors, x: Tensor, caller: str) -> Tensor:
+    """A frozen layer's weight in x's dtype."""
+    if part.layout is None:
+        return stored[0].to(x.dtype)
+    backend = "torch" if validation.triton_problem(x.device, x.dtype) else "triton"
+    return quantized.dense(part.layout, stored, x.dtype, backend, caller)

@@ -1,0 +1,97 @@
+"""Layers that read one x as one function: y_i = x·W'_iᵀ + bias_i, and dx = Σ dx_i.
+
+x, or what it was made from, is kept once for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import autograd, transforms
+from . import projection
+from .norms import NormOrigin
+from .projection import Kept, Part, Projection
+
+
+def shared_input(x: Tensor, layers: Sequence[Projection], origin: NormOrigin | None = None) -> tuple[Tensor, ...]:
+    """The outputs [..., N_i] of layers [N_i, K] for x [..., K], without dropout.
+
+    Args:
+        origin: what x was made from, where it is a norm's output: kept in the place of x.
+
+    Raises:
+        ValueError, TypeError: as ``bora_linear`` does, for one of the layers.
+    """
+    x = projection.autocast(x)
+    parts, tensors = tuple(layer.part() for layer in layers), [t for layer in layers for t in layer.tensors()]
+    if not torch.is_grad_enabled():
+        return _forward(x, parts, tensors, [False] * len(tensors), False)[0]
+    return _SharedInput.apply(x, parts, *(origin or (None, None, None, None)), *tensors)
+
+
+class _SharedInput(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,  # [..., K]
+        parts: tuple[Part, ...],
+        origin_x: Tensor | None,  # [..., K]
+        origin_weight: Tensor | None,  # [K]
+        offset: float | None,
+        eps: float | None,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        requested = ctx.needs_input_grad[_ARGUMENTS:]
+        outputs, kept, needs = _forward(x, parts, tensors, requested, ctx.needs_input_grad[0])
+        reads_x = any(any(of_part[1:]) for of_part in needs)
+        ctx.save_for_backward(
+            x if reads_x and origin_x is None else None,
+            *((origin_x, origin_weight) if reads_x else (None, None)),
+            *[t for part in kept for t in (part.scales, part.product, part.u)],
+            *tensors,
+        )
+        ctx.parts, ctx.offset, ctx.eps = parts, offset, eps
+        ctx.calls, ctx.needs, ctx.requested = [part.call for part in kept], needs, requested
+        ctx.saved_outputs = tuple(
+            3 + 3 * i + 1 for i, (y, part) in enumerate(zip(outputs, kept, strict=True)) if part.product is y
+        )
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *dys: Tensor):
+        return (transforms.once_differentiable(_backward) if torch.is_grad_enabled() else _backward)(ctx, *dys)
+
+
+_ARGUMENTS = 6  # before the layers' tensors
+
+
+def _forward(
+    x: Tensor, parts: Sequence[Part], tensors: Sequence[Tensor | None], requested: Sequence[bool], needs_dx: bool
+) -> tuple[tuple[Tensor, ...], list[Kept], list[Any]]:
+    """The outputs, what each layer leaves for backward, and the gradients that each has to produce."""
+    needs = [
+        part.needs(needs_dx, wanted) for part, wanted in zip(parts, projection.split(parts, requested), strict=True)
+    ]
+    own = projection.split(parts, tensors)
+    made = [projection.forward(part, x, of, need) for part, of, need in zip(parts, own, needs, strict=True)]
+    return tuple(y for y, _ in made), [kept for _, kept in made], needs
+
+
+def _backward(ctx, *dys: Tensor) -> tuple[Any, ...]:
+    x, origin_x, origin_weight, *rest = autograd.saved_tensors(ctx, ctx.saved_outputs, x_is_saved=True)
+    if origin_x is not None:
+        x = NormOrigin(origin_x, origin_weight, ctx.offset, ctx.eps).output()
+    count = len(ctx.parts)
+    kept = [Kept(call, *rest[3 * i : 3 * i + 3]) for i, call in enumerate(ctx.calls)]
+    own, wanted = projection.split(ctx.parts, rest[3 * count :]), projection.split(ctx.parts, ctx.requested)
+    dx, gradients = None, []
+    with transforms.without_autocast(x.device if x is not None else dys[0].device):
+        for i in range(count):
+            dx_i, of_layer = projection.backward(dys[i], x, own[i], ctx.parts[i], kept[i], ctx.needs[i], wanted[i])
+            gradients += of_layer
+            dx = dx if dx_i is None else dx_i if dx is None else dx.add_(dx_i)
+    return dx, *[None] * (_ARGUMENTS - 1), *gradients

@@ -1,0 +1,300 @@
+"""Blocks of layers against the same layers of the reference, one by one: outputs, gradients, and what is kept."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.accuracy import assert_accurate
+
+from bora_kernels.blocks import NormOrigin, Projection, gated_mlp, rms_norm, shared_input
+from bora_kernels.contract import Adapter, Options
+from bora_kernels.reference import bora_linear_ref
+
+K, I, N, R = 20, 24, 18, 3  # beyond the sizes that are evaluated densely
+EPS = 1e-5
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh")}
+MEMBERS = {
+    "bora": (True, True),
+    "dora": (True, False),
+    "columns": (False, True),
+    "lora": (False, False),
+    "frozen": None,
+}
+
+
+def make_layer(n, k, kind, bias=False, dtype=torch.float32, trained=True, seed=0, **options):
+    """A projection whose adapter is off its start."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    weight = (draw(n, k) / k**0.5).to(dtype)
+    offset = draw(n).to(dtype) if bias else None
+    if kind == "frozen":
+        return Projection(weight, offset)
+    row, col = MEMBERS[kind]
+    adapter = Adapter(
+        draw(R, k) * k**-0.5,
+        0.3 * draw(n, R),
+        weight.float().norm(dim=1) * (1 + 0.1 * draw(n)) if row else None,
+        weight.float().norm(dim=0) * (1 + 0.1 * draw(k)) if col else None,
+    )
+    adapter = adapter.map(lambda t: t.requires_grad_(trained))
+    return Projection(weight, offset, adapter, Options(0.7, **options))
+
+
+def exactly(layer):
+    """The same layer in float64, for the reference."""
+    weight, bias, adapter, options, _ = layer
+    adapter = adapter and adapter.map(lambda t: t.detach().double().requires_grad_(t.requires_grad))
+    return Projection(weight.double(), None if bias is None else bias.double(), adapter, options)
+
+
+def reference(x, layer):
+    weight, bias, adapter, options, _ = layer
+    if adapter is None:
+        return F.linear(x, weight, bias)
+    keywords = {"scaling": options.scaling, "norm_order": options.norm_order, "detach_norm": options.detach_norm}
+    return bora_linear_ref(x, weight, *adapter, bias, **keywords)
+
+
+def results(outputs, x, layers, seed=9):
+    """Outputs and all gradients there are, for gradients of the outputs that depend on the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    dys = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
+    adapters = [
+        (i, name, t) for i, layer in enumerate(layers) for name, t in (layer.adapter or Adapter(x, x))._asdict().items()
+    ]
+    named = {f"{i}.{name}": t for i, name, t in adapters if t is not None and t is not x and t.requires_grad}
+    if x.requires_grad:
+        named["x"] = x
+    gradients = torch.autograd.grad(outputs, list(named.values()), dys, allow_unused=True)
+    assert all(g is not None for g in gradients)
+    return {**{f"y{i}": y.detach() for i, y in enumerate(outputs)}, **dict(zip(named, gradients, strict=True))}
+
+
+def tokens(dtype=torch.float32, shape=(2, 5, K), grad=True):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_(grad)
+
+
+def assert_mlp(kinds, activation="silu", dtype=torch.float32, grad=True, offset=None, backend=None, **options):
+    """A gated MLP of layers of these kinds, behind a norm where an offset is given, held to the accuracy rule."""
+    sizes = ((I, K), (I, K), (N, I))
+    layers = [
+        make_layer(n, k, kind, dtype=dtype, seed=i, backend=backend, **options)
+        for i, ((n, k), kind) in enumerate(zip(sizes, kinds, strict=True))
+    ]
+    weight = 1 + 0.1 * torch.randn(K, generator=torch.Generator().manual_seed(8)).to(dtype)
+    act = ACTIVATIONS[activation]
+
+    def run(x, layers, block):
+        normed, origin = x, None
+        if offset is not None:
+            w = weight.to(x.dtype)
+            if block:
+                normed, origin = rms_norm(x, w, EPS, offset), NormOrigin(x.detach(), w, offset, EPS)
+            else:
+                wide = x.float() if x.dtype != torch.float64 else x
+                normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS) * (offset + w)).to(x.dtype)
+        if block:
+            return results([gated_mlp(normed, *layers, activation, origin)], x, layers)
+        h = act(reference(normed, layers[0])) * reference(normed, layers[1])
+        return results([reference(h, layers[2])], x, layers)
+
+    x = tokens(dtype, grad=grad)
+    exact = run(x.detach().double().requires_grad_(grad), [exactly(layer) for layer in layers], False)
+    assert_accurate(run(x, layers, True), run(x, layers, False), exact, samples=16, floor=2e-6)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", ["bora", "dora", "columns", "lora"])
+def test_gated_mlp(kind, activation):
+    assert_mlp([kind] * 3, activation)
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("bora", "frozen", "lora"),
+        ("frozen", "dora", "frozen"),
+        ("frozen", "frozen", "bora"),
+        ("lora", "columns", "dora"),
+    ],
+)
+@pytest.mark.parametrize("grad", [True, False], ids=["dx", "no dx"])
+def test_mixed_layers(kinds, grad):
+    assert_mlp(kinds, grad=grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("offset", [None, 0.0, 1.0])
+def test_dtypes_and_norms(dtype, offset):
+    assert_mlp(["bora"] * 3, "gelu_tanh", dtype, offset=offset, norm_order="col_row")
+
+
+@pytest.mark.parametrize("options", [{"norm_order": "col_row"}, {"detach_norm": True}], ids=["col_row", "detached"])
+def test_options(options):
+    assert_mlp(["bora", "dora", "bora"], **options)
+
+
+@pytest.mark.parametrize("offset", [None, 1.0])
+def test_triton(offset):
+    pytest.importorskip("triton")
+    assert_mlp(["bora", "dora", "lora"], offset=offset, backend="triton")
+
+
+def assert_shared(kinds, dtype=torch.float32, offset=None, bias=True, backend=None):
+    sizes = [N, 2 * N, I, 17][: len(kinds)]
+    layers = [
+        make_layer(n, K, kind, bias=bias, dtype=dtype, seed=i, backend=backend)
+        for i, (n, kind) in enumerate(zip(sizes, kinds, strict=True))
+    ]
+    weight = (1 + 0.1 * torch.randn(K, generator=torch.Generator().manual_seed(8))).to(dtype)
+
+    def run(x, layers, block):
+        if not block:
+            normed = x if offset is None else F.rms_norm(x, (K,), offset + weight.to(x.dtype), EPS)
+            return results([reference(normed, layer) for layer in layers], x, layers)
+        if offset is None:
+            return results(shared_input(x, layers), x, layers)
+        origin = NormOrigin(x.detach(), weight, offset, EPS)
+        return results(shared_input(rms_norm(x, weight, EPS, offset), layers, origin), x, layers)
+
+    x = tokens(dtype)
+    exact = run(x.detach().double().requires_grad_(), [exactly(layer) for layer in layers], False)
+    assert_accurate(run(x, layers, True), run(x, layers, False), exact, samples=16, floor=2e-6)
+
+
+@pytest.mark.parametrize("kinds", [["bora"] * 3, ["dora", "lora"], ["columns", "frozen", "bora", "lora"]])
+@pytest.mark.parametrize("offset", [None, 0.0, 1.0])
+def test_layers_that_share_their_input(kinds, offset):
+    assert_shared(kinds, offset=offset)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_shared_input_in_bfloat16(bias):
+    assert_shared(["bora", "dora", "lora"], torch.bfloat16, bias=bias, offset=0.0)
+
+
+def test_shared_input_on_triton():
+    pytest.importorskip("triton")
+    assert_shared(["bora", "dora", "lora"], backend="triton")
+
+
+@pytest.mark.parametrize("block", ["mlp", "shared"])
+def test_gradcheck(block):
+    layers = [
+        make_layer(n, k, "bora", dtype=torch.float64, seed=i) for i, (n, k) in enumerate(((I, K), (I, K), (N, I)))
+    ]
+    layers = [
+        layer._replace(adapter=layer.adapter.map(lambda t: t.detach().double().requires_grad_())) for layer in layers
+    ]
+    x = tokens(torch.float64, (3, K))
+    adapters = [t for layer in layers for t in layer.adapter]
+
+    def call(x, *tensors):
+        own = [layer._replace(adapter=Adapter(*tensors[4 * i : 4 * i + 4])) for i, layer in enumerate(layers)]
+        return gated_mlp(x, *own, "silu") if block == "mlp" else shared_input(x, own[:2])
+
+    used = adapters if block == "mlp" else adapters[:8]
+    assert torch.autograd.gradcheck(lambda x, *t: call(x, *t, *adapters[len(t) :]), (x, *used), fast_mode=True)
+
+
+def test_same_bits_each_time():
+    layers = [make_layer(n, k, "bora", seed=i) for i, (n, k) in enumerate(((I, K), (I, K), (N, I)))]
+    x = tokens()
+    first, second = (results([gated_mlp(x, *layers, "silu")], x, layers) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_without_gradients_nothing_is_kept():
+    layers = [make_layer(n, k, "bora", seed=i) for i, (n, k) in enumerate(((I, K), (I, K), (N, I)))]
+    x = tokens()
+    kept = []
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = gated_mlp(x, *layers, "silu")
+        shared_input(x, layers[:2])
+    assert not kept and not y.requires_grad
+    torch.testing.assert_close(y, gated_mlp(x, *layers, "silu").detach())
+
+
+def test_what_a_block_keeps():
+    """x, e, f and y of each token, u of each layer; not h, and x in the place of what a norm made of it."""
+    tokens_, wide = 40, {K: 0, I: 0, N: 0, R: 0}
+    layers = [make_layer(n, k, "bora", seed=i) for i, (n, k) in enumerate(((I, K), (I, K), (N, I)))]
+    x = tokens(shape=(tokens_, K))
+    weight = torch.ones(K)
+    normed = rms_norm(x, weight, EPS)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        y = gated_mlp(normed, *layers, "silu", NormOrigin(x.detach(), weight, 0.0, EPS))
+    for t in kept.values():
+        if t.shape[0] == tokens_:
+            wide[t.shape[1]] += 1
+    assert wide == {K: 1, I: 2, N: 1, R: 3}
+    assert x.data_ptr() in kept and normed.data_ptr() not in kept and y.data_ptr() in kept
+
+
+def test_outputs_may_be_changed_in_place():
+    layers = [make_layer(n, k, "bora", seed=i) for i, (n, k) in enumerate(((I, K), (I, K), (N, I)))]
+    x = tokens()
+
+    def run(change):
+        y = gated_mlp(x, *layers, "silu")
+        q, k = shared_input(x, layers[:2])
+        for t in (y, k):
+            change(t)
+        return results([y, q, k], x, layers)
+
+    def add(t):
+        t += 1
+
+    with pytest.warns(UserWarning, match="changed in place before its backward"):
+        from bora_kernels.ops.autograd import _warn_of_changed_output
+
+        _warn_of_changed_output.cache_clear()
+        changed = run(add)
+    plain = run(lambda t: None)
+    for name, value in plain.items():
+        torch.testing.assert_close(changed[name] - float(name in ("y0", "y2")), value, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast():
+    layers = [make_layer(n, k, "bora", seed=i) for i, (n, k) in enumerate(((I, K), (I, K), (N, I)))]
+    x = tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, q = gated_mlp(x, *layers, "silu"), shared_input(x, layers[:2])[0]
+        expected = shared_input(x.bfloat16(), layers[:2])[0]
+    assert y.dtype == q.dtype == torch.bfloat16 and torch.equal(q, expected)
+    found = results([y], x, layers)
+    assert found["x"].dtype == torch.float32 and found["0.lora_A"].dtype == torch.float32
+    torch.testing.assert_close(y.float(), gated_mlp(x, *layers, "silu"), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_compiled_to_one_graph(backend):
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    layers = [make_layer(n, k, "bora", seed=i, backend=backend) for i, (n, k) in enumerate(((I, K), (I, K), (N, I)))]
+    x = tokens()
+
+    def call(x):
+        h = rms_norm(x, torch.ones(K), EPS, 1.0)
+        origin = NormOrigin(x.detach(), torch.ones(K), 1.0, EPS)
+        return gated_mlp(h, *layers, "silu", origin), *shared_input(h, layers[:2], origin)
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    expected, found = (results(f(x), x, layers) for f in (call, compiled))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_errors_name_the_argument():
+    layers = [make_layer(n, k, "bora", seed=i) for i, (n, k) in enumerate(((I, K), (I, K), (N, I)))]
+    with pytest.raises(ValueError, match=f"x must be .*{K}"):
+        gated_mlp(torch.randn(3, K + 1), *layers, "silu")
+    wrong = layers[2]._replace(adapter=layers[2].adapter._replace(lora_B=torch.randn(N + 1, R)))
+    with pytest.raises(ValueError, match="lora_B must be"):
+        gated_mlp(torch.randn(3, K), *layers[:2], wrong, "silu")
+    with pytest.raises(ValueError, match="activation must be one of silu, gelu, gelu_tanh, got 'relu'"):
+        gated_mlp(torch.randn(3, K), *layers, "relu")
