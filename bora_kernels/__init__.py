@@ -12,14 +12,17 @@ from .fusion.fuse import fuse, unfuse
 from .modules import FusedBoraLinear, FusedColumnLinear, FusedDoraLinear
 from .ops.reuse import reuse_scales
 from .replay import replay_disabled
+from .serving import AdapterBank, bora_linear_mixed
 
 __all__ = [
+    "AdapterBank",
     "FusedBoraLinear",
     "FusedColumnLinear",
     "FusedDoraLinear",
     "__version__",
     "adapter_state_dict",
     "bora_linear",
+    "bora_linear_mixed",
     "convert",
     "explain",
     "fuse",

@@ -140,6 +140,18 @@ def flatten_scales(scales: Scales, shape: Sequence[int], R: int) -> Tensor:
     return flat
 
 
+class Slots(NamedTuple):
+    """The adapters of a bank, stacked; a rank or a scale that an adapter lacks is there as zeros or ones.
+
+    Slot 0 is the base layer's: scales of one, factors of zero.
+    """
+
+    lora_A: Tensor  # [slots, R, K]
+    lora_B: Tensor  # [slots, R, N], (s·B)ᵀ
+    row_scale: Tensor  # [slots, N], a, in the accumulation dtype
+    col_scale: Tensor  # [slots, K], g
+
+
 class Completion(NamedTuple):
     """What adds up over the shards of a weight the sums with an entry for each row, and those for each column.
 

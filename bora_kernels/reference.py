@@ -15,8 +15,9 @@ both LoRA.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import reduce
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +114,33 @@ def bora_linear_ref(
     dropped_x = x * dropout_mask / (1.0 - dropout_p)
     y = F.linear(x, (row_scale * weight * col_scale).to(x.dtype), bias)
     return y + F.linear(dropped_x, (row_scale * update * col_scale).to(x.dtype))
+
+
+def bora_linear_mixed_ref(
+    x: Tensor,
+    weight: Tensor,
+    adapters: Sequence[Mapping[str, Any] | None],
+    index: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Linear layer with an adapter for each token: y[t] is that of `bora_linear_ref` with adapters[index[t]].
+
+    Shapes: x [..., K], index [...] of integers, bias [N] -> y [..., N]. An adapter is the keyword arguments of
+    `bora_linear_ref` (lora_A, lora_B, magnitudes, scaling, norm_order), or None for the base layer alone.
+
+    Raises ValueError as `bora_linear_ref` does, and for an index of another shape than x or out of range.
+    """
+    _check_shape("index", index, tuple(x.shape[:-1]))
+    y = x.new_zeros(*x.shape[:-1], weight.shape[0])
+    if index.numel() and not (0 <= int(index.min()) and int(index.max()) < len(adapters)):
+        raise ValueError(f"index must be in [0, {len(adapters)}), got {int(index.min())} to {int(index.max())}")
+    for number, adapter in enumerate(adapters):
+        mine = index == number
+        if adapter is None:
+            y[mine] = F.linear(x[mine], weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        else:
+            y[mine] = bora_linear_ref(x[mine], weight, bias=bias, **adapter)
+    return y
 
 
 def _effective_weight(

@@ -20,7 +20,7 @@ LEVELS = {
         ("functional", "blocks"),
         ("modules",),
         ("fusion",),
-        ("adapters", "distributed"),
+        ("adapters", "distributed", "serving"),
         ("bora_kernels",),
         ("integrations",),
         ("analysis",),
@@ -31,7 +31,7 @@ LEVELS = {
         ("providers", "report"),
         ("verify",),
         ("harness", "sharding"),
-        ("conftest", "distributed", "test_layer", "test_model"),
+        ("conftest", "distributed", "serving", "test_layer", "test_model"),
         ("quality",),
     ),
 }

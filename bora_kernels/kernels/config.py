@@ -191,3 +191,83 @@ def split_config(R: int) -> dict:
 def dequantize_config(block: int) -> dict:
     """Blocks of 4-bit elements that a program decodes: 4096 elements, 32 a thread."""
     return {"BLOCKS": max(1, 4096 // block), "num_warps": 4}
+
+
+# --- mixed batches ----------------------------------------------------------------------------------------------------
+
+
+def mixed_few(arch: int | str, M: int, N: int) -> bool:
+    """Whether a mixed batch has so few tokens that reading W0 takes longer than multiplying by it."""
+    if arch == 0:  # the interpreter's cost is by program
+        return M <= 32
+    return M <= 128 or (M <= 256 and N <= 8192)
+
+
+def mixed_project_few(arch: int | str, M: int) -> bool:
+    """Whether every token has a program of its own in the projection."""
+    return M <= (32 if arch == 0 else 256)
+
+
+@lru_cache
+def mixed_project_few_config(arch: int | str, processors: int, M: int, N: int, K: int, R: int) -> tuple[int, int, dict]:
+    """Splits of K, blocks of columns of W0 that are brought into the cache, and the configuration.
+
+    One token a program, so that each has its own adapter.
+    """
+    block_r = min(64, 1 << (R - 1).bit_length())
+    block_c = min(1024, (16384 if block_r <= 32 else 8192) // block_r)
+    parts = max(1, min(cdiv(K, block_c), 8))
+    return parts, 2, {
+        "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": block_r, "WARM_ROWS": 64, "WARM_COLS": 256,
+        "num_warps": 8, "num_stages": 2,
+    }  # fmt: skip
+
+
+@lru_cache
+def mixed_few_config(arch: int | str, processors: int, M: int, N: int, K: int, dtype: torch.dtype) -> tuple[int, dict]:
+    """Splits of K, and the configuration: two programs or more for each multiprocessor."""
+    block_m, block_r = min(64, max(16, 1 << (M - 1).bit_length())), 64 if is_half(dtype) else 32
+    if not is_half(dtype):
+        block_n, block_c, stages = 32, 32, 2
+    elif arch == 0:
+        block_n, block_c, stages = 64, 64, 1
+    else:
+        block_n, block_c, stages = (32, 128, 4) if block_m <= 32 else (64, 64, 4)
+    programs = cdiv(N, block_n) * cdiv(M, block_m)
+    splits = max(1, min(cdiv(2 * processors, programs), cdiv(K, 4 * block_c), 8))
+    return splits, {
+        "BLOCK_SIZE_M": block_m, "BLOCK_SIZE_N": block_n, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": block_r,
+        "USE_DESCRIPTORS": False, "num_warps": 8 if block_m == 64 else 4, "num_stages": stages,
+    }  # fmt: skip
+
+
+@lru_cache
+def mixed_project_config(
+    arch: int | str, processors: int, M: int, K: int, R: int, dtype: torch.dtype, aligned: bool
+) -> tuple[int, dict]:
+    """Splits of K, and the configuration."""
+    config = project_config(arch, R, dtype, aligned, False)
+    if is_half(dtype):  # a tile of x is there twice, as it is read and as it is written
+        config["BLOCK_SIZE_C"] = min(
+            config["BLOCK_SIZE_C"], 32 if not _roomy(arch, aligned) else 128 if arch == 90 else 64
+        )
+    parts = max(1, min(2 * processors // cdiv(M, config["BLOCK_SIZE_M"]), K // 512, 4 if M >= 1024 else 8))
+    return parts, config
+
+
+@lru_cache
+def mixed_many_config(
+    M: int, N: int, R: int, dtype: torch.dtype, device_index: int, descriptors_fit: bool, aligned: bool, wide: bool
+) -> tuple[tuple[int], dict]:
+    """The grid, and the configuration; USE_DESCRIPTORS says whether operands come through TMA.
+
+    ``wide`` says that factors meet u as two terms, which takes registers, as a loop over ranks does.
+    """
+    arch, processors = target(device_index)
+    config = gemm_tile(arch, processors, M, N, dtype, descriptors_fit, aligned, False)
+    if (wide or R > 64) and arch != 0 and config["BLOCK_SIZE_M"] * config["BLOCK_SIZE_O"] > 64 * 128:
+        config |= {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_O": 128, "STORES": 1}
+    config["BLOCK_SIZE_N"] = config.pop("BLOCK_SIZE_O")
+    tiles = cdiv(M, config["BLOCK_SIZE_M"]) * cdiv(N, config["BLOCK_SIZE_N"])
+    resident = 1 if config["USE_DESCRIPTORS"] else 2
+    return (min(tiles, resident * processors),), config

@@ -202,7 +202,7 @@ def scaled_gemm(
     product = empty((M, O), t.dtype, t.device) if save_product else out
     rows_are_outputs = W.stride(1) == 1
     stored_w = W if rows_are_outputs else W.T
-    descriptors_fit = W.dtype == t.dtype and all(map(_fits_descriptor, (t, stored_w, out)))
+    descriptors_fit = W.dtype == t.dtype and all(map(fits_descriptor, (t, stored_w, out)))
     grid, config = gemm_config(M, O, C, t.dtype, W.get_device(), descriptors_fit, is_aligned(t), seed is not None)
     operands: tuple = (t, W, None, None, out, product)
     tail = 0
@@ -215,9 +215,9 @@ def scaled_gemm(
         w_block = [block_o, block_c] if rows_are_outputs else [block_c, block_o]
         out_block = [block_m, block_o // config["STORES"]]
         operands = (
-            _descriptor(t, [block_m, block_c]), _descriptor(stored_w, w_block),
-            _descriptor(t_tail, [block_m, block_c]), _descriptor(w_tail, w_block),
-            _descriptor(out, out_block), _descriptor(product, out_block),
+            descriptor(t, [block_m, block_c]), descriptor(stored_w, w_block),
+            descriptor(t_tail, [block_m, block_c]), descriptor(w_tail, w_block),
+            descriptor(out, out_block), descriptor(product, out_block),
         )  # fmt: skip
 
     launch(
@@ -268,11 +268,11 @@ def _aligned_rows(rows: int, cols: int, dtype: torch.dtype, device: torch.device
     return empty((rows, cdiv(cols, 8) * 8), dtype, device)[:, :cols]
 
 
-def _descriptor(matrix: Tensor | None, block: list[int]) -> TensorDescriptor | None:
+def descriptor(matrix: Tensor | None, block: list[int]) -> TensorDescriptor | None:
     return None if matrix is None else TensorDescriptor.from_tensor(matrix, block)
 
 
-def _fits_descriptor(matrix: Tensor) -> bool:
+def fits_descriptor(matrix: Tensor) -> bool:
     """Whether a TMA descriptor can address the matrix: unit inner stride, 16-byte aligned rows and start."""
     return (
         matrix.stride(1) == 1

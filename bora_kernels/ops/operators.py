@@ -42,7 +42,7 @@ def _implementation(backend: str) -> ModuleType:
     return triton_backend
 
 
-def _context(backend: str, tensor: Tensor) -> AbstractContextManager:
+def context(backend: str, tensor: Tensor) -> AbstractContextManager:
     """What a backend runs in: PyTorch operations without autocast, kernels on the tensor's device."""
     if backend != "triton":
         return transforms.without_autocast(tensor.device)
@@ -85,7 +85,7 @@ def _readable(adapter: Adapter) -> Adapter:
 
 
 def _forward(x, weight, adapter, flat_scales, bias, dropout, options, products, save_product, prepared=None):
-    with _context(options.backend, x):
+    with context(options.backend, x):
         return _implementation(options.backend).forward(
             x, weight, _readable(adapter), flat_scales, _contiguous(bias), dropout, options,
             products=products, save_product=save_product, prepared=prepared,
@@ -109,7 +109,7 @@ def _backward(dy, x, weight, adapter, flat_scales, product, u, dropout, options,
     if dy.shape[0] == 0:  # no token, no gradient, and nothing that a kernel could be launched on
         gradients = _backward_fake(dy, x, weight, adapter, flat_scales, product, u, dropout, options, needs)
         return tuple(None if g is None else g.zero_() for g in gradients)
-    with _context(options.backend, dy):
+    with context(options.backend, dy):
         gradients = _implementation(options.backend).backward(
             dy, x, weight, _readable(adapter), _contiguous(flat_scales), product, _contiguous(u), dropout, options,
             needs, prepared=prepared,

@@ -67,7 +67,7 @@ def forward(
         flat_scales = made = flatten_scales(norms_and_scales(weight, adapter, options), weight.shape, R)
     scales, dropout_p = split_scales(flat_scales, weight.shape, R, adapter.members), options.dropout_p
     u = _project(_dropped(x, mask, dropout_p), adapter.lora_A, scales.col_scale, options.scaling)  # (1)
-    product = wide_matmul(_folded(x, scales.col_scale), weight.T)
+    product = wide_matmul(folded(x, scales.col_scale), weight.T)
     _add_split_matmul(product, _operand(u, x.dtype), adapter.lora_B.T)  # (2)
     live = _live(scales.row_scale, zero_stand_in(x.dtype))
     apart = separate_product(x.dtype, bias)
@@ -105,7 +105,7 @@ def backward(
 
     dx = D = None
     if needs.x or needs_D:
-        inner = wide_matmul(_folded(dy, scales.row_scale), weight)
+        inner = wide_matmul(folded(dy, scales.row_scale), weight)
         if mask is None:
             _add_split_matmul(inner, _operand(v, dy.dtype), lora_A)
         else:
@@ -181,7 +181,7 @@ def _project(t: Tensor, factor: Tensor, scale: Tensor | None, scaling: float) ->
     return scaling * split_matmul(t, (factor if scale is None else factor * scale).T)
 
 
-def _folded(t: Tensor, scale: Tensor | None) -> Tensor:
+def folded(t: Tensor, scale: Tensor | None) -> Tensor:
     """t⊙scale as an operand: rounded with dither where the device has half-precision products, else wide.
 
     Where an update cancels W0, a rounded operand leaves an error of W0's own product, many times that of what is left.

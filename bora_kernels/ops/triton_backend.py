@@ -20,7 +20,7 @@ from ..contract import (
     split_scales,
     zero_stand_in,
 )
-from ..kernels import norms
+from ..kernels import mixed, norms
 from ..kernels.gemm import scaled_gemm
 from ..kernels.low_rank import combine, project, reduce
 from ..replay.recording import beside_last_launch, empty
@@ -203,6 +203,31 @@ def weighted_sums(
 @stage
 def _weighted_sums(W, P, Z, coefficient, *, scaling, signed, precision):
     return norms.weighted_sums(W, P, Z, coefficient, scaling=scaling, signed=signed, precision=precision)
+
+
+def mixed_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    row_scale: Tensor,
+    col_scale: Tensor,
+    tokens: int,
+) -> Tensor:
+    """The layer for a batch of several adapters: see ``ops.mixed``. Two launches."""
+    arguments = (x, weight, bias, index, lora_A, lora_B, row_scale, col_scale)
+    return _mixed_linear(*arguments, tokens=tokens, precision=_precision(x.dtype))[0]
+
+
+@stage
+def _mixed_linear(x, weight, bias, index, lora_A, lora_B, row_scale, col_scale, *, tokens, precision):
+    return (
+        mixed.mixed_linear(
+            x, weight, bias, index, lora_A, lora_B, row_scale, col_scale, tokens=tokens, precision=precision
+        ),
+    )
 
 
 def _kept_product(needed: bool, dtype: torch.dtype, bias: Tensor | None) -> dict:

@@ -20,10 +20,13 @@ from helpers.cross_compile import SHARED_MEMORY_LIMIT, CompileError, CompileRequ
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bora_kernels.contract import Adapter, Needs, Options, separate_product
-from bora_kernels.kernels import config, gemm, low_rank, moments, nf4, norms
+from bora_kernels.kernels import config, gemm, low_rank, mixed, mixed_project, moments, nf4, norms
 from bora_kernels.ops import triton_backend
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.uint8: "u8"}
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
+}  # fmt: skip
 # ptxas spills a register or two to raise occupancy even where a thread has 40 of its 255. Of what Triton 3.6 makes,
 # four finishing kernels for more than 64 ranks spill more, up to 96 bytes on sm_80
 TOLERATED_SPILL_BYTES = 32 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 96
@@ -77,7 +80,7 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch):
     recorded = []
-    for module in (gemm, low_rank, moments, nf4, norms):
+    for module in (gemm, low_rank, mixed, mixed_project, moments, nf4, norms):
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder(kernel, recorded))
@@ -112,6 +115,14 @@ def run_dequantization(dtype: torch.dtype, block: int, nested: bool) -> None:
     nf4.dequantize_nf4(parts, (4096, 4096), (block, 256) if nested else (block,), dtype)
 
 
+def run_mixed_batch(dtype: torch.dtype, M: int, R: int, N: int = 4096, K: int = 4096, factors=None) -> None:
+    """A batch of several adapters, on uninitialized tensors."""
+    x, weight, bias = (torch.empty(shape, dtype=dtype) for shape in ((M, K), (N, K), (N,)))
+    lora_A, lora_B = (torch.empty(8, R, size, dtype=factors or dtype) for size in (K, N))
+    index = torch.empty(4, M, dtype=torch.int32)
+    triton_backend.mixed_linear(x, weight, bias, index, lora_A, lora_B, torch.empty(8, N), torch.empty(8, K), 1)
+
+
 def compile_request(kernel, arguments: dict, arch) -> CompileRequest:
     """What Triton would compile for a launch with these arguments."""
     parameters = inspect.signature(kernel.fn).parameters
@@ -137,22 +148,30 @@ def compile_request(kernel, arguments: dict, arch) -> CompileRequest:
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("arch", PROCESSORS, ids=str)
 def test_every_launch_compiles_within_the_targets_limits(arch, launches, monkeypatch):
-    for module in (config, gemm, low_rank, moments):
+    for module in (config, gemm, low_rank, mixed, mixed_project, moments):
         monkeypatch.setattr(module, "target", lambda index: (arch, PROCESSORS[arch]))
     monkeypatch.setattr(torch.version, "hip", "6.4" if isinstance(arch, str) else None)
-    config.gemm_config.cache_clear()
+    for cached in (config.gemm_config, config.mixed_many_config):
+        cached.cache_clear()
     for case in CASES:
         run_layer(case)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for M in (1, 16, 64, 200, 2048):
+            run_mixed_batch(dtype, M, 16)
+        for M in (16, 2048):
+            run_mixed_batch(dtype, M, 200, factors=torch.float32)
+            run_mixed_batch(dtype, M, 9, N=4093, K=4095)
     for dtype, block in ((torch.bfloat16, 64), (torch.float16, 128), (torch.float32, 4096)):
         for nested in (False, True):
             run_dequantization(dtype, block, nested)
-    config.gemm_config.cache_clear()
+    for cached in (config.gemm_config, config.mixed_many_config):
+        cached.cache_clear()
     requests = {}
     for kernel, arguments in launches:
         request = compile_request(kernel, arguments, arch)
         requests.setdefault(repr((kernel, request.signature, request.constexprs, request.options)), request)
     launched = {request.kernel.__name__ for request in requests.values()}
-    assert len(launched) == (9 if arch in (90, 100) else 8), "not every kernel was launched"  # the tail is for TMA
+    assert len(launched) == (13 if arch in (90, 100) else 12), "not every kernel was launched"  # the tail is for TMA
 
     problems = []
     for request, usage in zip(requests.values(), cross_compile_all(list(requests.values())), strict=True):

@@ -57,6 +57,8 @@ def exercise(at):
                 allocate = guarding_allocator(getattr(owner, name), at)
                 patches.enter_context(mock.patch.object(owner, name, allocate))
             results["nf4", guarding] = {"dense": dense_nf4(at if guarding else None)}
+            for M in (5, 131):
+                results[f"mixed batch of {M}", guarding] = {"y": mixed_batch(M, at if guarding else None)}
             for case, options in CASES:
                 tensors = case.inputs("cpu") | {"dy": case.upstream("cpu")}
                 if guarding:
@@ -64,7 +66,7 @@ def exercise(at):
                 torch.manual_seed(0)
                 options = {"scaling": 0.5, "norm_order": case.order, "backend": "triton", **options}
                 results[case, guarding] = run(bora_linear, tensors, tensors.pop("dy"), **options)
-    for case in ("nf4", *(case for case, _ in CASES)):
+    for case in {case for case, _ in results}:
         for name, value in results[case, True].items():
             assert torch.equal(value, results[case, False][name]), f"{name} of {case} depends on its memory"
     assert launched == kernels().keys(), f"never launched: {kernels().keys() - launched}"
@@ -87,6 +89,24 @@ def dense_nf4(at):
     if at is not None:
         parts = tuple(guarded(part, at) for part in parts)
     return dequantize_nf4(parts, (N, K), (block, nested_block), torch.float32)
+
+
+def mixed_batch(M, at):
+    """Few tokens or many, each with one of three adapters; K is split, and no size is a multiple of a tile's."""
+    from bora_kernels.contract import Slots
+    from bora_kernels.ops.mixed import mixed_linear
+    from bora_kernels.serving.index import BatchIndex
+
+    N, K, R, adapters = 53, 517, 3, 3
+    generator = torch.Generator().manual_seed(0)
+    shapes = (M, K), (N, K), (N,), (adapters, R, K), (adapters, R, N), (adapters, N), (adapters, K)
+    x, weight, bias, *slots = (torch.randn(shape, generator=generator) for shape in shapes)
+    tensors = [t.bfloat16() for t in (x, weight, bias)]
+    tensors += [BatchIndex([i * 5 % adapters for i in range(M)], {}, x.device).tensor, *slots]
+    if at is not None:
+        tensors = [guarded(t, at) for t in tensors]
+    x, weight, bias, index, *slots = tensors
+    return mixed_linear(x, weight, bias, index, Slots(*slots), 1, "triton")
 
 
 def guarding_allocator(allocate, at):

@@ -1,0 +1,276 @@
+"""The bank: adapters come, change and go while batches are served, in bounded memory; bad input leaves it as it was."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from helpers.cases import Case, backends
+
+from bora_kernels import AdapterBank, FusedBoraLinear, FusedDoraLinear, bora_linear_mixed
+from bora_kernels.reference import bora_linear_ref
+from bora_kernels.serving import BASE, Adapter
+
+N, K = 23, 37
+
+
+@pytest.fixture
+def weight(device) -> torch.Tensor:
+    return torch.randn(N, K, device=device)
+
+
+def tensors(seed: int, rank: int = 2, member: str = "bora", device: str = "cpu") -> Adapter:
+    inputs = Case(1, N, K, rank, member=member, seed=seed).inputs(device)
+    return Adapter(*(inputs[name] for name in Adapter._fields))
+
+
+def state(bank: AdapterBank) -> tuple:
+    return bank.names, [t.clone() for t in bank.slots], [t.data_ptr() for t in bank.slots]
+
+
+def assert_same(before: tuple, after: tuple) -> None:
+    assert before[0] == after[0] and before[2] == after[2]
+    assert all(torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+
+
+@backends
+def test_a_thousand_swaps_leave_no_stale_result_and_take_no_memory(backend, weight, device):
+    bank, x = AdapterBank(weight, 4, max_rank=5, backend=backend), torch.randn(3, K, device=device)
+    addresses, known = [t.data_ptr() for t in bank.slots], {}
+    generator = torch.Generator().manual_seed(0)
+    pool = [(tensors(seed, 1 + seed % 5, ("bora", "dora", "columns", "lora")[seed % 4], device), 0.5 + seed)
+            for seed in range(12)]  # fmt: skip
+    expected = [bora_linear_ref(x, weight, *adapter, scaling=scaling) for adapter, scaling in pool]
+    for step in range(1000):
+        number = int(torch.randint(len(pool), (), generator=generator))
+        adapter, scaling = pool[number]
+        name = f"adapter {int(torch.randint(6, (), generator=generator))}"
+        if name in bank:
+            bank.replace(name, adapter, scaling=scaling)
+        else:
+            if len(bank) == 4:
+                bank.remove(bank.names[0])
+            bank.add(name, adapter, scaling=scaling)
+        known[name] = number
+        if step % 50 == 0:
+            for served in bank.names:
+                y = bora_linear_mixed(x, weight, bank, bank.index([served] * 3))
+                torch.testing.assert_close(y, expected[known[served]], rtol=1e-4, atol=1e-4)
+    assert [t.data_ptr() for t in bank.slots] == addresses and len(bank) == 4
+
+
+def test_nothing_of_an_adapter_is_kept_but_its_slot(weight, device):
+    bank = AdapterBank(weight)
+    layer = FusedBoraLinear.from_linear(linear_of(weight), r=3)
+    kept = [weakref.ref(p) for p in (layer, layer.lora_A, layer.magnitude_row)]
+    bank.add("a", layer)
+    del layer
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * 3
+    before = bank.nbytes
+    for _ in range(5):
+        bank.remove("a")
+        bank.add("a", tensors(1, 3, device=device), scaling=1.0)
+    assert bank.nbytes == before
+
+
+def linear_of(weight: torch.Tensor) -> torch.nn.Linear:
+    linear = torch.nn.Linear(*reversed(weight.shape), bias=False, device=weight.device)
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def test_memory_grows_by_what_enters_up_to_the_maximum(weight, device):
+    bank = AdapterBank(weight, max_adapters=5)
+    sizes = [bank.nbytes]
+    for number in range(5):
+        bank.add(str(number), tensors(number, 1 + number, device=device), scaling=1.0)
+        sizes.append(bank.nbytes)
+    assert sizes == sorted(sizes) and bank.slots.lora_A.shape == (6, 5, K)
+    x = torch.randn(5, K, device=device)
+    y = bora_linear_mixed(x, weight, bank, bank.index([str(number) for number in range(5)]))
+    for number in range(5):  # what entered first was copied as the memory grew
+        alone = bora_linear_ref(x[number], weight, *tensors(number, 1 + number, device=device), scaling=1.0)
+        torch.testing.assert_close(y[number], alone, rtol=1e-4, atol=1e-4)
+    before = state(bank)
+    with pytest.raises(ValueError, match=r"max_adapters must be more than 5 .* 'more': remove one first; '0' was used"):
+        bank.add("more", None)
+    bank.index(["1", "0"])
+    assert bank.names == ("2", "3", "4", "0", "1")
+    with pytest.raises(ValueError, match="'2' was used longest ago"):
+        bank.add("more", None)
+    assert_same((bank.names, *before[1:]), state(bank))
+
+
+def test_layers_enter_with_their_own_options(weight, device):
+    bank = AdapterBank(weight)
+    layers = {
+        "bora": FusedBoraLinear.from_linear(linear_of(weight), r=3, alpha=12, norm_order="col_row"),
+        "dora": FusedDoraLinear.from_linear(linear_of(weight.clone()), r=2, alpha=5, rslora=True),  # a copy of the base
+    }
+    for name, layer in layers.items():
+        torch.nn.init.normal_(layer.lora_B)
+        bank.add(name, layer)
+    x = torch.randn(2, 4, K, device=device)
+    y = bora_linear_mixed(x, weight, bank, bank.index(list(layers)))
+    for number, layer in enumerate(layers.values()):
+        with torch.no_grad():
+            torch.testing.assert_close(y[number], layer(x[number]), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        layers["bora"].lora_B.add_(1)
+    assert torch.equal(bora_linear_mixed(x, weight, bank, bank.index(list(layers))), y), "changed before replace"
+    bank.replace("bora", layers["bora"])
+    with torch.no_grad():
+        changed = layers["bora"](x[0])
+    torch.testing.assert_close(
+        bora_linear_mixed(x, weight, bank, bank.index(list(layers)))[0], changed, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_what_cannot_enter_leaves_the_bank_as_it_was(weight, device):
+    bank = AdapterBank(weight, max_rank=4)
+    good = tensors(0, device=device)
+    bank.add("a", good, scaling=1.0)
+    merged = FusedBoraLinear.from_linear(linear_of(weight), r=2)
+    merged.merge()
+    elsewhere = FusedBoraLinear.from_linear(linear_of(torch.randn(N, K, device=device)), r=2)
+    transposed = FusedBoraLinear.from_linear(linear_of(torch.randn(K, N, device=device)), r=2)
+    A, B, row, col = good
+    before = state(bank)
+    for name, adapter, options, error, message in (
+        ("a", good, {"scaling": 1.0}, ValueError, "name must be a string that no adapter has"),
+        (BASE, good, {"scaling": 1.0}, ValueError, "name must be a string"),
+        (3, good, {"scaling": 1.0}, ValueError, "name must be a string .* got 3"),
+        ("b", good, {}, ValueError, "scaling must be given"),
+        ("b", merged, {}, ValueError, r"adapter must be a layer that is not merged"),
+        ("b", merged, {"scaling": 1.0}, ValueError, "scaling must be None with a layer"),
+        ("b", elsewhere, {}, ValueError, "another weight of the same shape"),
+        ("b", transposed, {}, ValueError, rf"bank's weight \[{N}, {K}\], got one over \[{K}, {N}\]"),
+        ("b", (A, B, row), {"scaling": 1.0}, TypeError, "adapter must be a layer, or lora_A"),
+        ("b", "a", {"scaling": 1.0}, TypeError, "adapter must be a layer"),
+        ("b", (A, B, row[:-1], col), {"scaling": 1.0}, ValueError, rf"magnitude_row must be \[{N}\], got \[{N - 1}\]"),
+        ("b", (B, A, row, col), {"scaling": 1.0}, ValueError, "lora_A must be"),
+        ("b", tensors(0, 5, device=device), {"scaling": 1.0}, ValueError, "lora_A must be of rank at most 4, got 5"),
+        ("b", good, {"scaling": float("nan")}, ValueError, "scaling must be finite"),
+        ("b", good, {"scaling": 1.0, "norm_order": "rows"}, ValueError, "norm_order must be one of"),
+        ("b", good, {"scaling": 1.0, "eps": 0.0}, ValueError, "eps must be positive"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            bank.add(name, adapter, **options)
+        if name == "b":
+            with pytest.raises(error, match=message):
+                bank.replace("a", adapter, **options)
+        assert_same(before, state(bank))
+    for call in (lambda: bank.remove("b"), lambda: bank.replace("b", good, scaling=1.0)):
+        with pytest.raises(ValueError, match=r"name must be one of \['a'\], got 'b'"):
+            call()
+    assert_same(before, state(bank))
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"max_adapters": 0}, ValueError, "max_adapters must be an integer of at least 1"),
+        ({"max_adapters": None}, ValueError, "max_adapters must be an integer of at least 1"),
+        ({"max_rank": 513}, ValueError, "max_rank must be at most 512"),
+        ({"max_rank": 0}, ValueError, "max_rank must be an integer of at least 1"),
+        ({"dtype": torch.int8}, TypeError, "dtype must be a floating-point dtype"),
+    ],
+)
+def test_options_of_a_bank(weight, arguments, error, message):
+    with pytest.raises(error, match=message):
+        AdapterBank(weight, **arguments)
+    with pytest.raises(ValueError, match="weight must be"):
+        AdapterBank(weight[0])
+
+
+def test_a_batch_that_cannot_be(weight, device):
+    bank, other = AdapterBank(weight), AdapterBank(torch.randn(N, K, device=device))
+    bank.add("a", tensors(0, device=device), scaling=1.0)
+    bank.add("b", tensors(1, device=device), scaling=1.0)
+    x, index = torch.randn(2, 3, K, device=device), bank.index(["b", BASE])
+    before = state(bank)
+    for entries, error, message in (
+        (["a", "c"], ValueError, r"entries must be of \['a', 'b'\] or '__base__', got 'c'"),
+        ([0, 3], ValueError, r"entries must be 0, for the base layer, or of \[1, 2\], got 3"),
+        ([-1], ValueError, "got -1"),
+        ([True], TypeError, "got a bool"),
+        ([1.0], TypeError, "got a float"),
+        ("a", TypeError, "entries must be a list .* got str"),
+        (torch.tensor([1]), TypeError, "entries must be a list .* got Tensor"),
+    ):
+        with pytest.raises(error, match=message):
+            bank.index(entries)
+    with pytest.raises(ValueError, match="lengths must be 2 numbers of tokens"):
+        bank.index(["a", "b"], lengths=[3])
+    with pytest.raises(ValueError, match="out must have 3 entries"):
+        bank.index(["a", "b", "b"], out=index)
+    assert_same(before, state(bank))
+
+    with pytest.raises(
+        ValueError, match=r"index must have an entry for each of the 2 entries of x \[2, 3, 37\].*got 3"
+    ):
+        bora_linear_mixed(x, weight, bank, bank.index(["a"] * 3))
+    with pytest.raises(ValueError, match="weight must be the one that the bank was made for"):
+        bora_linear_mixed(x, weight.clone(), bank, index)
+    with pytest.raises(ValueError, match="it has 'b' in slot 2, and the bank has none of that name"):
+        bora_linear_mixed(x, other.weight, other, index)
+    with pytest.raises(ValueError, match=r"x must be \[\.\.\., 37\] for weight"):
+        bora_linear_mixed(x[..., 1:], weight, bank, index)
+    with pytest.raises(TypeError, match="x must have weight's dtype"):
+        bora_linear_mixed(x.double(), weight, bank, index)
+    with pytest.raises(ValueError, match=r"bias must be \[23\], got \[22\]"):
+        bora_linear_mixed(x, weight, bank, index, torch.zeros(22, device=device))
+    with pytest.raises(TypeError, match="index must be what bank.index"):
+        bora_linear_mixed(x, weight, bank, torch.tensor([1, 2], device=device))
+    with pytest.raises(TypeError, match="bank must be an AdapterBank"):
+        bora_linear_mixed(x, weight, index, bank)
+    with pytest.raises(
+        ValueError, match="x must not require a gradient, got one that does: a mixed batch is for infer"
+    ):
+        bora_linear_mixed(x.clone().requires_grad_(), weight, bank, index)
+    with pytest.raises(ValueError, match="the batch must have one adapter in transforms"):
+        torch.func.vmap(lambda row: bora_linear_mixed(row, weight, bank, bank.index(["a"] * 3)))(x)
+    with torch.no_grad():
+        y = bora_linear_mixed(x.clone().requires_grad_(), weight, bank, index)
+    assert not y.requires_grad
+    bank.remove("b")
+    with pytest.raises(ValueError, match="make it anew"):
+        bora_linear_mixed(x, weight, bank, index)
+
+
+def test_an_index_is_shared_by_the_banks_of_a_model(weight, device):
+    other = torch.randn(K, N, device=device)
+    first, second = AdapterBank(weight), AdapterBank(other)
+    for bank in (first, second):
+        for name in ("a", "b"):
+            bank.add(name, None)
+    index = first.index(["b", None])
+    x = torch.randn(2, K, device=device)
+    y = bora_linear_mixed(bora_linear_mixed(x, weight, first, index), other, second, index)
+    torch.testing.assert_close(y, x @ weight.T @ other.T, rtol=1e-4, atol=1e-4)
+
+
+def test_an_index_is_overwritten_in_place(weight, device):
+    bank = AdapterBank(weight)
+    bank.add("a", tensors(0, device=device), scaling=1.0)
+    x, index = torch.randn(3, K, device=device), bank.index([None] * 3)
+    address = index.tensor.data_ptr()
+    assert bank.index(["a", None, "a"], out=index) is index and index.tensor.data_ptr() == address
+    expected = bora_linear_mixed(x, weight, bank, bank.index(["a", None, "a"]))
+    assert torch.equal(bora_linear_mixed(x, weight, bank, index), expected)
+
+
+@pytest.mark.parametrize("exponent", [-14, 14])
+def test_float16_scales_far_from_each_other_fit(exponent, device):
+    """a large and g small, or the other way around: x⊙g alone would leave float16's range."""
+    weight, power = torch.randn(24, 40, device=device).half(), 2.0**exponent
+    inputs = Case(1, 24, 40, 2).inputs(device)
+    A, B = inputs["lora_A"], inputs["lora_B"]
+    row, col = weight.float().norm(dim=1), weight.float().norm(dim=0)
+    bank = AdapterBank(weight)
+    bank.add("a", (A, B, row / power, col), scaling=1.0)  # the first magnitude is free up to a factor
+    bank.add("b", (A, B, row, col), scaling=1.0)
+    x = torch.randn(3, 40, device=device).half()
+    y, plain = (bora_linear_mixed(x, weight, bank, bank.index([name] * 3)) for name in "ab")
+    torch.testing.assert_close(y, plain, rtol=5e-3, atol=5e-3)

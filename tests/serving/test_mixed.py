@@ -1,0 +1,202 @@
+"""Mixed batches against each adapter alone: values, dtypes, sizes, orders of the batch, what a batch may not be."""
+
+import pytest
+import torch
+from conftest import HAS_TRITON
+from helpers.accuracy import assert_accurate
+from helpers.cases import HALVES, NAMES, Case, backends, dtypes, require
+
+from bora_kernels import AdapterBank, bora_linear, bora_linear_mixed
+from bora_kernels.reference import bora_linear_mixed_ref
+
+# member, order of norms, rank, scaling
+FAMILY = {
+    "bora": ("bora", "row_col", 3, 0.5),
+    "turned": ("bora", "col_row", 5, 2.0),
+    "dora": ("dora", "row_col", 1, 1.0),
+    "columns": ("columns", "row_col", 4, 0.25),
+    "lora": ("lora", "row_col", 2, 1.5),
+}
+NAMES_IN_ORDER = (None, *FAMILY, "none")
+
+
+def family(M: int, N: int, K: int, dtype: torch.dtype, device: str) -> tuple[dict, dict]:
+    """x, weight and bias, and the keyword arguments of each adapter of the family over that weight."""
+    layer, adapters = {}, {}
+    for seed, (name, (member, order, rank, scaling)) in enumerate(FAMILY.items()):
+        inputs = Case(M, N, K, rank, dtype, member, order, seed=seed).inputs(device)
+        tensors = {key: inputs.pop(key) for key in ("lora_A", "lora_B", "magnitude_row", "magnitude_col")}
+        layer = layer or {key: inputs[key] for key in ("x", "weight", "bias")}
+        norms = {"magnitude_row": layer["weight"].norm(dim=1), "magnitude_col": layer["weight"].norm(dim=0)}
+        for key, norm in norms.items():  # trained over the first adapter's weight
+            if tensors[key] is not None:
+                tensors[key] = norm.to(tensors[key].dtype) * (1 + 0.1 * torch.randn_like(tensors[key]))
+        adapters[name] = {**tensors, "scaling": scaling, "norm_order": order}
+    return layer, adapters
+
+
+def bank_of(weight: torch.Tensor, adapters: dict, **options) -> AdapterBank:
+    bank = AdapterBank(weight, **options)
+    for name, adapter in adapters.items():
+        tensors = [adapter[key] for key in ("lora_A", "lora_B", "magnitude_row", "magnitude_col")]
+        bank.add(name, tensors, scaling=adapter["scaling"], norm_order=adapter["norm_order"])
+    bank.add("none", None)
+    return bank
+
+
+def wide(adapters: dict, dtype: torch.dtype) -> list[dict | None]:
+    def cast(value):
+        return value.to(dtype) if isinstance(value, torch.Tensor) else value
+
+    known = [{key: cast(value) for key, value in adapter.items()} for adapter in adapters.values()]
+    return [None, *known, None]
+
+
+def check(
+    backend: str, batch: list[int], N: int, K: int, dtype: torch.dtype, device: str, tokens=1, factors=None
+) -> None:
+    """A batch, by the numbers of NAMES_IN_ORDER, and every adapter of it alone, held to the accuracy rule."""
+    require(backend, dtype)
+    entries = len(batch)
+    layer, adapters = family(entries * tokens, N, K, dtype, device)
+    x, weight, bias = layer["x"].view(entries, tokens, K), layer["weight"], layer["bias"]
+    bank = bank_of(weight, adapters, dtype=factors)
+    index = bank.index([NAMES_IN_ORDER[number] for number in batch])
+    y = bora_linear_mixed(x, weight, bank, index, bias, backend=backend)
+    numbers = torch.tensor(batch, device=device)[:, None].expand(entries, tokens)
+    plain = bora_linear_mixed_ref(x, weight, wide(adapters, torch.float32), numbers, bias)
+    double = [t.double() for t in (x, weight, bias)]
+    exact = bora_linear_mixed_ref(*double[:2], wide(adapters, torch.float64), numbers, double[2])
+    for number in set(batch):
+        mine = numbers == number
+        assert_accurate(
+            {"y": y[mine]}, {"y": plain[mine].to(dtype)}, {"y": exact[mine]}, samples=int(mine.sum()) * min(N, K)
+        )
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize(
+    "batch, tokens",
+    [([3, 1, 0, 5, 6, 4, 2, 1], 1), ([2, 5, 1], 5), ([4] * 7, 1), ([0, 0, 6], 2), ([6, 5, 4, 3, 2, 1, 0, 3], 18)],
+    ids=["each", "sequences", "one-adapter", "base-alone", "many-tokens"],
+)
+def test_every_adapter_of_a_batch_is_as_right_as_it_is_alone(backend, dtype, batch, tokens, device):
+    check(backend, batch, 53, 70, dtype, device, tokens)
+
+
+@backends
+@pytest.mark.parametrize("N, K", [(1, 1), (3, 40), (40, 7), (17, 513), (130, 17), (64, 64)])
+def test_any_sizes_of_the_weight(backend, N, K, device):
+    check(backend, [1, 2, 0, 4], N, K, torch.float32, device)
+    check(backend, [5, 3, 3], N, K, torch.bfloat16, device, tokens=2)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=NAMES.get)
+@pytest.mark.parametrize("factors", [torch.float32, torch.float16], ids=NAMES.get)
+def test_factors_in_a_dtype_of_their_own(dtype, factors, device):
+    for batch, tokens in (([1, 2, 3], 1), ([1, 2, 3], 50)):
+        check("triton", batch, 40, 70, dtype, device, tokens, factors)
+
+
+def test_float64_on_pytorch_operations(device):
+    check("torch", [1, 0, 5, 2], 23, 31, torch.float64, device, tokens=3)
+
+
+@backends
+@pytest.mark.parametrize("tokens", [1, 50], ids=["few", "many"])
+def test_a_result_depends_neither_on_the_others_nor_on_the_order_of_the_bank(backend, tokens, device):
+    """The same bits whoever else is in the batch, and whatever the slots are."""
+    require(backend, torch.bfloat16)
+    layer, adapters = family(3 * tokens, 40, 70, torch.bfloat16, device)
+    x, weight = layer["x"].view(3, tokens, 70), layer["weight"]
+    bank, turned = bank_of(weight, adapters), bank_of(weight, dict(reversed(adapters.items())))
+    first = bora_linear_mixed(x, weight, bank, bank.index(["bora", "dora", "lora"]), backend=backend)
+    again = bora_linear_mixed(x, weight, turned, turned.index(["bora", "dora", "lora"]), backend=backend)
+    assert torch.equal(first, again)
+    others = bora_linear_mixed(x, weight, bank, bank.index(["bora", "columns", "turned"]), backend=backend)
+    assert torch.equal(first[0], others[0]) and not torch.equal(first[1], others[1])
+
+
+@backends
+def test_one_adapter_is_what_bora_linear_computes(backend, device):
+    layer, adapters = family(6, 40, 70, torch.float32, device)
+    bank = bank_of(layer["weight"], adapters)
+    y = bora_linear_mixed(layer["x"], layer["weight"], bank, bank.index(["turned"] * 6), layer["bias"], backend=backend)
+    alone = bora_linear(**layer, **adapters["turned"], backend=backend)
+    torch.testing.assert_close(y, alone, rtol=1e-5, atol=1e-5)
+
+
+@backends
+def test_small_differences_between_adapters_survive(backend, device):
+    """Two adapters whose column scales differ by a thousandth give outputs that differ by it, in bfloat16."""
+    require(backend, torch.bfloat16)
+    N, K = 64, 256
+    weight, x = torch.randn(N, K, device=device).bfloat16() / 16, torch.randn(48, K, device=device).bfloat16()
+    A, B, norm = torch.zeros(1, K, device=device), torch.zeros(N, 1, device=device), weight.float().norm(dim=0)
+    step = 1 + 1e-3 * torch.randn(K, device=device)
+    bank = AdapterBank(weight)
+    bank.add("start", (A, B, None, norm), scaling=1.0)
+    bank.add("moved", (A, B, None, norm * step), scaling=1.0)
+    y = [bora_linear_mixed(x, weight, bank, bank.index([n] * 48), backend=backend) for n in ("start", "moved")]
+    exact = x.double() @ (weight.double() * (step.double() - 1)).T
+    moved = (y[1].double() - y[0].double()).flatten()
+    assert 0.9 < (moved @ exact.flatten()) / exact.flatten().square().sum() < 1.1
+
+
+@backends
+def test_views_packed_batches_and_single_rows(backend, device):
+    layer, adapters = family(12, 40, 70, torch.float32, device)
+    bank, weight = bank_of(layer["weight"], adapters), layer["weight"]
+    names = ["bora", "none", "lora"]
+    x = layer["x"]
+    packed = bora_linear_mixed(x, weight, bank, bank.index(names, lengths=[5, 0, 7]), backend=backend)
+    alone = [bora_linear_mixed(t, weight, bank, bank.index([n] * len(t)), backend=backend) for n, t in
+             (("bora", x[:5]), ("lora", x[5:]))]  # fmt: skip
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-6, atol=1e-6)
+    whole = bora_linear_mixed(x[None], weight, bank, bank.index(names, lengths=[5, 0, 7]), backend=backend)
+    assert torch.equal(whole[0], packed)
+    wide_x = torch.cat([x, x], 1).T.contiguous().T[:, :70]  # strides of a column-major matrix
+    strided = bora_linear_mixed(wide_x, weight, bank, bank.index(names, lengths=[5, 0, 7]), backend=backend)
+    assert torch.equal(strided, packed)
+    row = bora_linear_mixed(x[0], weight, bank, bank.index(["bora"]), backend=backend)
+    torch.testing.assert_close(row, packed[0], rtol=1e-6, atol=1e-6)
+    empty = bora_linear_mixed(x[:0], weight, bank, bank.index([]), backend=backend)
+    assert empty.shape == (0, 40)
+
+
+@backends
+def test_autocast_and_a_compiled_region(backend, device):
+    require(backend, torch.bfloat16)
+    layer, adapters = family(3, 40, 70, torch.float32, device)
+    bank, weight = bank_of(layer["weight"], adapters, backend=backend), layer["weight"]
+    index = bank.index(["bora", None, "dora"])
+    with torch.autocast(device, torch.bfloat16):
+        y = bora_linear_mixed(layer["x"], weight, bank, index, layer["bias"])
+    assert y.dtype == torch.bfloat16
+    plain = bora_linear_mixed(layer["x"], weight, bank, index, layer["bias"])
+    torch.testing.assert_close(y.float(), plain, rtol=2e-2, atol=4e-2)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def twice(x):
+        return bora_linear_mixed(x, weight, bank, index, layer["bias"]) * 2
+
+    with torch.no_grad():
+        torch.testing.assert_close(twice(layer["x"]), 2 * plain)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+def test_parts_of_a_split_inner_dimension_add_up(device, monkeypatch):
+    """Splits that only large weights have, on a small one."""
+    from bora_kernels.kernels import mixed, mixed_project
+
+    plain = mixed.mixed_few_config
+
+    def split(*arguments):
+        _, config = plain(*arguments)
+        return 3, {**config, "BLOCK_SIZE_C": 16}
+
+    monkeypatch.setattr(mixed, "mixed_few_config", split)
+    few_columns = {"BLOCK_SIZE_C": 64, "BLOCK_SIZE_R": 4, "WARM_ROWS": 16, "WARM_COLS": 8, "num_warps": 4}
+    monkeypatch.setattr(mixed_project, "mixed_project_few_config", lambda *_: (2, 3, few_columns))
+    check("triton", [1, 2, 0, 5, 4], 53, 110, torch.float32, device)
