@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+T = TypeVar("T")
 _Entry = tuple[tuple, bool, Tensor]  # what the scales were computed from, whether with products, the flat scales
-_scopes: list[WeakIdKeyDictionary] = []  # lora_B -> _Entry, a dictionary for each open scope
+_scopes: list[WeakIdKeyDictionary] = []  # lora_B -> _Entry, and what ``keep`` keeps, a dictionary for each open scope
 _checkpointed = WeakIdKeyDictionary()  # the same, from forwards that a backward is going to repeat
 
 
@@ -81,6 +83,17 @@ def find(
         if not entry[2].is_inference() or torch.is_inference_mode_enabled():  # autograd saves no inference tensor
             return entry[2], None
     return None, (lambda flat: entries.update({lora_B: (fingerprint, products, flat)})) if remembers else None
+
+
+def keep(owner: Any, state: tuple | None, make: Callable[[], T]) -> T:
+    """What ``make()`` makes, or in a scope what it made there before for this owner in the same state."""
+    if not _scopes or state is None:
+        return make()
+    entries = _scopes[-1]
+    entry = entries.get(owner)
+    if entry is None or entry[0] != state:
+        entry = entries[owner] = state, make()
+    return entry[1]
 
 
 def state_of(tensors: tuple[Tensor | None, ...], options: tuple) -> tuple | None:

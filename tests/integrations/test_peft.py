@@ -337,14 +337,6 @@ def test_several_adapters_at_once_are_refused():
     assert set(model.peft_config) == {"default", "other"}
 
 
-def test_adapter_names_in_a_call_are_refused():
-    model = make_peft(make_base())
-    with pytest.raises(ValueError, match="adapter_names must be None"):
-        model(make_ids(), adapter_names=["default"] * 3)
-    with pytest.raises(ValueError, match="adapter_names must be None"):
-        next(iter(bora_layers(model).values()))(torch.randn(1, 32), adapter_names=["default"])
-
-
 def test_conversions_to_lora_are_refused(tmp_path):
     model = make_peft(make_base(), init_lora_weights="pissa")
     assert not model.supports_lora_conversion()

@@ -17,7 +17,7 @@ from ...contract import Adapter, Backend, Members, NormOrder, Options, accumulat
 from ...functional import bora_linear
 from ...ops import adapted_weight, watch
 from ...rounding import round_weight
-from . import through
+from . import mixed, through
 from .config import STARTS_FROM_BASE, BoraConfig
 
 
@@ -51,6 +51,7 @@ class BoraLayer(_PeftLayer):
     adapter_dtype = torch.float32  # narrower where that was asked for
     place: str | None = None  # its name in the model, for messages
     moved_base = False  # whether the start of an adapter (PiSSA, OLoRA) changed the base weight
+    mixed_batches: mixed.MixedBatches | None = None  # while the model is called with ``adapter_names``
     own_product = False  # whether the base layer multiplies by its weight in another way than PyTorch's functions
     other_param_names = (*lora.LoraLayer.other_param_names, "norm_order", "detach_norm", "full_scaling")
 
@@ -156,10 +157,14 @@ class BoraLayer(_PeftLayer):
     def _product(self, x: Tensor, adapter_name: str) -> Tensor:
         raise NotImplementedError
 
+    def _acted_on(self) -> bool:
+        base = self._modules["base_layer"]
+        return type(base) is not self.base_class or through.is_acted_on(base)
+
     def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
         base = self._modules["base_layer"]
         factor = self._modules["lora_B"]._modules.get(adapter_name) or self._modules["lora_embedding_B"]
-        acted_on = type(base) is not self.base_class or through.is_acted_on(base)
+        acted_on = self._acted_on()
         if not acted_on and "forward" not in factor.__dict__:
             return self._product(x, adapter_name)
         dicts = [self._modules.get(name) for name in self.adapter_layer_names]
@@ -173,17 +178,33 @@ class BoraLayer(_PeftLayer):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The active adapter's layer, or the base layer where there is none, where it is disabled or merged."""
-        if kwargs and kwargs.pop("adapter_names", None) is not None:
-            raise ValueError("adapter_names must be None: BoRA cannot mix adapters in a batch")
+        names = kwargs.pop("adapter_names", None) if kwargs else None
+        if names is not None:
+            mixed.check(self, x, names)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
+        elif names is not None:
+            return self._mixed(x, names, *args, **kwargs)
         elif not self.merged:
             for name in self.active_adapters:  # at most one, see ``set_adapter``
                 if name in self.norm_order:
-                    y, share = self._adapted(x, name), self._share(name)
-                    return y if share == 1.0 else torch.lerp(self.base_layer(x, *args, **kwargs).to(y.dtype), y, share)
+                    return self._with_share(x, name, *args, **kwargs)
         return self.base_layer(x, *args, **kwargs)
+
+    def _with_share(self, x: Tensor, name: str, *args, **kwargs) -> Tensor:
+        """The output with one adapter, which the layer has."""
+        y, share = self._adapted(x, name), self._share(name)
+        return y if share == 1.0 else torch.lerp(self.base_layer(x, *args, **kwargs).to(y.dtype), y, share)
+
+    def _mixed(self, x: Tensor, names: list[str], *args, **kwargs) -> Tensor:
+        """The output with an adapter for each entry of x; the base layer's where the layer lacks an adapter."""
+
+        def product(entries: Tensor, name: str) -> Tensor:
+            run = functools.partial(self._with_share, name=name) if name in self.norm_order else self.base_layer
+            return run(entries, *args, **kwargs)
+
+        return mixed.one_by_one(x, names, product)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter the active one; none with an empty list."""
@@ -310,6 +331,29 @@ class BoraLinear(BoraLayer, lora.Linear):
 
     def _like_base(self, matrix: Tensor) -> Tensor:
         return matrix.T.contiguous() if self.fan_in_fan_out else matrix.contiguous()
+
+    mixes_in_one_product = True  # of a dense weight
+
+    def _mixed(self, x: Tensor, names: list[str], *args, **kwargs) -> Tensor:
+        """One read of the weight for all adapters of the batch, where nothing else acts on the layer."""
+        factors = self._modules["lora_B"]._modules
+        own = [name for name in dict.fromkeys(names) if name in factors]
+        if (
+            not self.mixes_in_one_product
+            or self._acted_on()
+            or any("forward" in factors[name].__dict__ or self._share(name) != 1.0 for name in own)
+        ):
+            return super()._mixed(x, names, *args, **kwargs)
+
+        def adapter(name: str) -> tuple[Adapter, float, NormOrder] | None:
+            if name not in factors:
+                return None
+            tensors = Adapter(self.lora_A[name].weight, self.lora_B[name].weight, *self._magnitudes(name))
+            return tensors, self.full_scaling[name], self.norm_order[name]
+
+        batches = self.mixed_batches or mixed.MixedBatches()
+        with torch.no_grad():
+            return batches.linear(self, x, names, self._weight(), self.base_layer.bias, adapter, self.backend)
 
     def _product(self, x: Tensor, adapter_name: str) -> Tensor:
         modules = self._modules

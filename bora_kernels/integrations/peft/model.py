@@ -17,6 +17,7 @@ from ...adapters.files import present_name
 from . import through
 from .config import BoraConfig
 from .layers import BoraLayer, check_single
+from .mixed import MixedBatches
 from .quantized import BoraQuantizedLinear
 from .targets import changes_base, choose_targets, layer_class
 
@@ -25,8 +26,7 @@ class BoraModel(LoraModel):
     """A model with BoRA adapters; ``peft.get_peft_model`` with a ``BoraConfig`` makes it.
 
     Raises:
-        ValueError: for a target that has no BoRA layer, several adapters at once, ``adapter_names`` in a call; before
-            anything changes.
+        ValueError: for a target that has no BoRA layer, or several active adapters at once; before anything changes.
         NotImplementedError: for sums of adapters (``add_weighted_adapter``) and conversions to LoRA.
     """
 
@@ -75,11 +75,20 @@ class BoraModel(LoraModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "adapter_names must be None: BoRA cannot mix adapters in a batch, since each scales the whole output"
-            )
-        yield
+        """With ``adapter_names`` every input of the batch runs with its own adapter (``mixed``); inference only."""
+        if kwargs.get("adapter_names") is None:
+            yield
+            return
+        layers = [module for module in self.modules() if isinstance(module, BoraLayer)]
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            batches = MixedBatches()
+            for layer in layers:
+                layer.mixed_batches = batches
+            try:
+                yield
+            finally:
+                for layer in layers:
+                    layer.mixed_batches = None
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """As in PEFT, which moves adapters to where the base layer's weight is: for a call, not between calls."""

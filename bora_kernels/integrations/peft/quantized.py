@@ -20,6 +20,7 @@ class BoraQuantizedLinear(BoraLinear):
     lose the adapter's small updates; unmerging puts the quantized layer itself back.
     """
 
+    mixes_in_one_product = False
     merged_dtype: torch.dtype | None = None  # what the model around it runs in, where that is known
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
