@@ -214,7 +214,7 @@ def adapted_linear(
         del keywords["backend"]
         dense = weight.dense(x.dtype) if isinstance(weight, quantized.Quantized) else weight
         return reference.bora_linear_ref(x, dense, *adapter, bias, training=True, **keywords)
-    stored = weight.parts if isinstance(weight, quantized.Quantized) else (weight,)
+    stored = weight.tensors if isinstance(weight, quantized.Quantized) else (weight,)
     if call.prepared is None or transforms.in_forward_mode():
         fused = "torch" if options.backend == "dense" else options.backend  # the names that users know
         transforms.refuse(f'"{fused}"', 'backend must be "reference"', x, *stored, *adapter, bias)

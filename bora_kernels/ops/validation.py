@@ -266,7 +266,7 @@ def _kind(tensors: Arguments, autocast: torch.dtype | None) -> Layouts | None:
     signature = (autocast, *[None if t is None else _layout(t) for t in tensors])
     kind = _kinds.get(signature)
     if kind is None:
-        stored = weight.parts if type(weight) is Quantized else (weight,)
+        stored = weight.tensors if type(weight) is Quantized else (weight,)
         kind = Layouts((*stored, *tensors[1:]))
         _remember(_kinds, signature, kind)
     if type(weight) is not Quantized:
@@ -313,7 +313,7 @@ def prepare_backward(prepared: Prepared | None, dy: Tensor, saved: tuple[Tensor 
 def _layout(tensor: Tensor | Quantized) -> tuple:
     """What a tensor is, but for the values that it holds."""
     if type(tensor) is Quantized:
-        return (tensor.layout, *map(_layout, tensor.parts))
+        return (tensor.layout, *map(_layout, tensor.tensors))
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad, tensor.is_neg()
 
 

@@ -1,4 +1,4 @@
-"""A quantized weight as a part of a module: moved with it, and saved with it where it is its weight."""
+"""A quantized weight as a tensor of a module: moved with it, and saved with it where it is its weight."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import json
 import torch
 from torch import Tensor, nn
 
-from .weights import PART_NAMES, Quantized
+from .weights import TENSOR_NAMES, Quantized
 
 
 class StoredWeight(nn.Module):
-    """A quantized weight as a part of a module that is in no state dict.
+    """A quantized weight as a tensor of a module that is in no state dict.
 
     Its tensors move with the module; a change of dtype (``.half()``) leaves them alone.
     """
@@ -19,12 +19,12 @@ class StoredWeight(nn.Module):
     def __init__(self, stored: Quantized) -> None:
         super().__init__()
         self.layout = stored.layout
-        self.names = PART_NAMES[self.layout.kind][: len(stored.parts)]
-        for name, part in zip(self.names, stored.parts, strict=True):
-            self._keep(name, part)
+        self.names = TENSOR_NAMES[self.layout.kind][: len(stored.tensors)]
+        for name, tensor in zip(self.names, stored.tensors, strict=True):
+            self._keep(name, tensor)
 
-    def _keep(self, name: str, part: Tensor) -> None:
-        self.register_buffer(name, part, persistent=False)
+    def _keep(self, name: str, tensor: Tensor) -> None:
+        self.register_buffer(name, tensor, persistent=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,8 +62,8 @@ class QuantizedWeight(StoredWeight):
     buffers before every forward. A state dict that holds another layout is refused.
     """
 
-    def _keep(self, name: str, part: Tensor) -> None:
-        self.register_parameter(name, nn.Parameter(part.detach(), requires_grad=False))
+    def _keep(self, name: str, tensor: Tensor) -> None:
+        self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
 
     def get_extra_state(self) -> Tensor:
         """The layout, as bytes of JSON in a tensor, which safetensors can store."""

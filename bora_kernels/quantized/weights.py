@@ -23,7 +23,7 @@ from .._library import define
 from ..contract import CHUNK_ELEMENTS
 
 _FOUR_BIT = ("nf4", "fp4")
-PART_NAMES = {
+TENSOR_NAMES = {
     "nf4": ("packed", "code", "absmax", "nested_absmax", "nested_code", "offset"),
     "fp4": ("packed", "code", "absmax", "nested_absmax", "nested_code", "offset"),
     "int8": ("data", "scale"),
@@ -51,7 +51,7 @@ class Quantized(NamedTuple):
     """A quantized weight: its layout and its stored tensors. ``bora_linear`` takes one in place of a dense weight."""
 
     layout: Layout
-    parts: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...]
 
     @property
     def requires_grad(self) -> bool:
@@ -72,14 +72,14 @@ class Quantized(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        return self.parts[0].device
+        return self.tensors[0].device
 
     def dense(self, dtype: torch.dtype | None = None, *, backend: str = "torch", caller: str = "") -> Tensor:
         """The dequantized weight [N, K], rounded from ``layout.exact_dtype`` to ``dtype`` (None: ``layout.dtype``)."""
-        return dense(self.layout, self.parts, dtype or self.layout.dtype, backend, caller)
+        return dense(self.layout, self.tensors, dtype or self.layout.dtype, backend, caller)
 
 
-def dense(layout: Layout, parts: tuple[Tensor, ...], dtype: torch.dtype, backend: str, caller: str) -> Tensor:
+def dense(layout: Layout, tensors: tuple[Tensor, ...], dtype: torch.dtype, backend: str, caller: str) -> Tensor:
     """The dequantized weight [N, K] in ``dtype``.
 
     ``caller`` is its name. It tells the compiler that the weight made in forward is not to be kept for backward,
@@ -87,7 +87,7 @@ def dense(layout: Layout, parts: tuple[Tensor, ...], dtype: torch.dtype, backend
     """
     kind, shape, own_dtype, block_size = layout
     return torch.ops.bora_kernels.dequantize(
-        list(parts), kind, list(shape), list(block_size), own_dtype, dtype, caller, backend
+        list(tensors), kind, list(shape), list(block_size), own_dtype, dtype, caller, backend
     )
 
 
@@ -136,12 +136,12 @@ def _read_4bit(linear: Any, weight: Tensor, state: Any) -> Quantized:
         raise ValueError(
             f"linear.weight must hold {(N * K + 1) // 2} bytes for [{N}, {K}], got {packed.numel()} (sharded)"
         )
-    parts: tuple[Tensor, ...] = (packed, state.code, state.absmax)
+    tensors: tuple[Tensor, ...] = (packed, state.code, state.absmax)
     block_size: tuple[int, ...] = (state.blocksize,)
     if state.nested:
-        parts += (state.state2.absmax, state.state2.code, state.offset)
+        tensors += (state.state2.absmax, state.state2.code, state.offset)
         block_size += (state.state2.blocksize,)
-    return Quantized(Layout(state.quant_type, (N, K), state.dtype, block_size), parts)
+    return Quantized(Layout(state.quant_type, (N, K), state.dtype, block_size), tensors)
 
 
 def _read_int8(linear: Any, weight: Any) -> Quantized:
@@ -170,8 +170,8 @@ def _read_affine(weight: Any, name: str) -> Quantized:
         scale = scale.reshape(1, 1)
     if scale.ndim != 2 or N % scale.shape[0] or K % scale.shape[1]:
         raise ValueError(f"linear.weight must have a scale for each block of [{N}, {K}], got {list(scale.shape)}")
-    parts = (weight.qdata, scale) if zero_point is None else (weight.qdata, scale, zero_point.reshape(scale.shape))
-    return Quantized(Layout("affine", (N, K), weight.dtype, (N // scale.shape[0], K // scale.shape[1])), parts)
+    tensors = (weight.qdata, scale) if zero_point is None else (weight.qdata, scale, zero_point.reshape(scale.shape))
+    return Quantized(Layout("affine", (N, K), weight.dtype, (N // scale.shape[0], K // scale.shape[1])), tensors)
 
 
 def _plain(weight: Tensor) -> Tensor:
@@ -190,24 +190,24 @@ def _checked_shape(shape: torch.Size, linear: Any) -> tuple[int, int]:
 # --- the operator ----------------------------------------------------------------------------------------------------
 
 _library = define(
-    "dequantize(Tensor[] parts, str kind, int[] shape, int[] block_size, ScalarType own_dtype, ScalarType dtype,"
+    "dequantize(Tensor[] tensors, str kind, int[] shape, int[] block_size, ScalarType own_dtype, ScalarType dtype,"
     " str caller, str backend) -> Tensor"
 )
 
 
-def _dequantize(parts, kind, shape, block_size, own_dtype, dtype, caller, backend):
+def _dequantize(tensors, kind, shape, block_size, own_dtype, dtype, caller, backend):
     if kind not in _FOUR_BIT:
-        return _dequantize_rows(parts, kind, shape, block_size, own_dtype, dtype)
+        return _dequantize_rows(tensors, kind, shape, block_size, own_dtype, dtype)
     # from float32 the rounding to dtype is the only one, so the wide weight need not exist
     made = dtype if own_dtype == torch.float32 and dtype != torch.float64 else own_dtype
     if backend == "triton":
         from ..kernels import nf4
 
-        with torch.cuda.device_of(parts[0]):
-            return nf4.dequantize_nf4(parts, shape, block_size, made).to(dtype)
+        with torch.cuda.device_of(tensors[0]):
+            return nf4.dequantize_nf4(tensors, shape, block_size, made).to(dtype)
     import bitsandbytes  # noqa: F401  (registers its operators)
 
-    packed, _, absmax, *nested = parts
+    packed, _, absmax, *nested = tensors
     if nested:
         nested_absmax, nested_code, offset = nested
         absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
@@ -220,9 +220,9 @@ def _dequantize(parts, kind, shape, block_size, own_dtype, dtype, caller, backen
     return made_row.view(shape).to(dtype)
 
 
-def _dequantize_rows(parts, kind, shape, block_size, own_dtype, dtype):
+def _dequantize_rows(tensors, kind, shape, block_size, own_dtype, dtype):
     """Scaled integers or float8, in blocks of rows: float32 is never made for the whole weight."""
-    data, scale, *zero_point = parts
+    data, scale, *zero_point = tensors
     (N, K), (block_n, block_k) = shape, block_size
     scale = scale.view(N // block_n, K // block_k)
     out = torch.empty(shape, dtype=dtype, device=data.device)
@@ -241,8 +241,8 @@ def _dequantize_rows(parts, kind, shape, block_size, own_dtype, dtype):
     return out
 
 
-def _dequantize_fake(parts, kind, shape, block_size, own_dtype, dtype, caller, backend):
-    return torch.empty(shape, dtype=dtype, device=parts[0].device)
+def _dequantize_fake(tensors, kind, shape, block_size, own_dtype, dtype, caller, backend):
+    return torch.empty(shape, dtype=dtype, device=tensors[0].device)
 
 
 _library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
@@ -252,7 +252,7 @@ torch.library.register_fake("bora_kernels::dequantize", _dequantize_fake, lib=_l
 # --- quantizing again ------------------------------------------------------------------------------------------------
 
 
-def quantize_like(weight: Tensor, layout: Layout, parts: tuple[Tensor, ...]) -> Quantized:
+def quantize_like(weight: Tensor, layout: Layout, tensors: tuple[Tensor, ...]) -> Quantized:
     """A dense weight [N, K] quantized by the library of ``layout``, in the same layout.
 
     It rounds as the library does, see ``FusedBoraLinear.merge``. Raises ValueError for torchao scales that are not one
@@ -278,6 +278,6 @@ def quantize_like(weight: Tensor, layout: Layout, parts: tuple[Tensor, ...]) -> 
         raise ValueError(f"requantize needs a scale for each row, got one for each block of {list(block_size)}")
     linear = nn.Linear(shape[1], shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    integers = parts[0].dtype == torch.int8
-    quantize_(linear, Int8WeightOnlyConfig() if integers else Float8WeightOnlyConfig(weight_dtype=parts[0].dtype))
+    integers = tensors[0].dtype == torch.int8
+    quantize_(linear, Int8WeightOnlyConfig() if integers else Float8WeightOnlyConfig(weight_dtype=tensors[0].dtype))
     return _read_affine(linear.weight, type(linear.weight).__name__)

@@ -83,7 +83,7 @@ def results(call, x, layer=None):
 
 
 def parts(layer):
-    return [part.clone() for part in layer.weight.stored().parts]
+    return [part.clone() for part in layer.weight.stored().tensors]
 
 
 def all_equal(first, second):

@@ -38,7 +38,7 @@ def adapt(base, **options):
 
 
 def parts(layer):
-    return [part.clone() for part in read(layer._quantized()).parts]
+    return [part.clone() for part in read(layer._quantized()).tensors]
 
 
 @kinds

@@ -83,7 +83,7 @@ def test_wide_intermediates_are_made_in_blocks(kind, device, monkeypatch):
         row_norm, col_norm = adapted_weight.norms(expected)
         if kind not in FOUR_BIT:
             layout = stored.layout
-            dense = weights._dequantize(*(stored.parts, *layout[:2], layout.block_size, layout.dtype, BF16, "", ""))
+            dense = weights._dequantize(*(stored.tensors, *layout[:2], layout.block_size, layout.dtype, BF16, "", ""))
             assert torch.equal(dense, expected)
     assert sizes.largest <= 3 * 128
     for norm, dim in ((row_norm, 1), (col_norm, 0)):
@@ -170,7 +170,7 @@ def test_starts_as_the_dequantized_layer_and_copies_nothing(kind, cls, device):
     inputs = case.inputs(device)
     linear = quantized_linear(kind, inputs["weight"], inputs["bias"])
     layer = cls.from_linear(linear, r=4)
-    for own, theirs in zip(layer.weight.stored().parts, quantized.read(linear).parts, strict=True):
+    for own, theirs in zip(layer.weight.stored().tensors, quantized.read(linear).tensors, strict=True):
         assert own.data_ptr() == theirs.data_ptr()
     assert layer.bias is linear.bias
 

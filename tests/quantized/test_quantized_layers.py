@@ -38,7 +38,7 @@ def test_copies_and_pickles(kind, device):
     for twin in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
         assert all_equal(results(twin, x), expected)
         assert all_equal(parts(twin), parts(layer))
-        assert twin.weight.stored().parts[0].data_ptr() != layer.weight.stored().parts[0].data_ptr()
+        assert twin.weight.stored().tensors[0].data_ptr() != layer.weight.stored().tensors[0].data_ptr()
 
 
 @kinds
