@@ -17,7 +17,7 @@ LEVELS = {
         ("kernels",),
         ("quantized",),
         ("ops",),
-        ("functional", "blocks"),
+        ("functional", "blocks", "merging"),
         ("modules",),
         ("fusion",),
         ("adapters", "distributed", "serving"),

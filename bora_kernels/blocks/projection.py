@@ -28,7 +28,7 @@ class Projection(NamedTuple):
     compute_dtype: torch.dtype | None = None  # what a quantized weight is multiplied in
 
     def tensors(self) -> Tensors:
-        stored = self.weight.parts if isinstance(self.weight, quantized.Quantized) else (self.weight,)
+        stored = self.weight.tensors if isinstance(self.weight, quantized.Quantized) else (self.weight,)
         return (*(self.adapter or (None, None, None, None)), self.bias, *stored)
 
     def part(self) -> Part:
