@@ -219,7 +219,7 @@ def adapted_linear(
         fused = "torch" if options.backend == "dense" else options.backend  # the names that users know
         transforms.refuse(f'"{fused}"', 'backend must be "reference"', x, *stored, *adapter, bias)
     dropout = operators.draw_dropout(x, options) if options.dropout_p > 0.0 else None
-    if not torch.is_grad_enabled() or torch.compiler.is_exporting():  # an exported operator has its own derivative
+    if not torch.is_grad_enabled() or transforms.exporting():  # an exported operator has its own derivative
         needs = _ALL_NEEDS if torch.is_grad_enabled() else _NO_NEEDS
         return layer_forward(needs, x, adapter, bias, dropout, call, stored)[0]
     return BoraLinearFunction.apply(x, *adapter, bias, dropout, call, *stored)

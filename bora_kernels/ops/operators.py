@@ -95,6 +95,7 @@ def _forward(x, weight, adapter, flat_scales, bias, dropout, options, products, 
 def _forward_fake(x, weight, adapter, flat_scales, bias, dropout, options, products, save_product):
     y = x.new_empty(x.shape[0], weight.shape[0])
     (rank, columns), triton, dense = adapter.lora_A.shape, options.backend == "triton", options.backend == "dense"
+    transforms.refuse_onnx("torch" if dense else options.backend)  # the names that users know
     product = torch.empty_like(y) if save_product and separate_product(x.dtype, bias) and not dense else None
     u_shape = (*[projection_parts(columns, rank)] * triton, x.shape[0], rank)
     u = x.new_empty(0) if dense else x.new_empty(u_shape, dtype=accumulation_dtype(x.dtype))

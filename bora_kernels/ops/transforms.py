@@ -25,11 +25,14 @@ def plainly_eager() -> bool:
     return not (torch.compiler.is_compiling() or transforming() or torch.jit.is_tracing())
 
 
+def exporting() -> bool:
+    """As ``torch.compiler.is_exporting``, which the compiler of older versions takes for True always."""
+    return torch.compiler._is_exporting_flag
+
+
 def refuse(what: str, way_out: str, *tensors: Tensor | None) -> None:
     """Raise ValueError where these tensors are in a transform or a tracer that ``what`` has no rule for."""
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting() and _for_onnx():
-            raise ValueError(f"{way_out} in an export to ONNX, {_MERGE}, got {what}")
         return
     if transforming():
         raise ValueError(f"{way_out} in transforms of torch.func (grad, vmap, jvp and their kin), got {what}")
@@ -37,6 +40,15 @@ def refuse(what: str, way_out: str, *tensors: Tensor | None) -> None:
         raise ValueError(f"{way_out} for derivatives in forward mode, got {what}")
     if torch.jit.is_tracing():
         raise ValueError(f"{way_out} in torch.jit.trace and exports to ONNX, {_MERGE}, got {what}")
+
+
+def refuse_onnx(backend: str) -> None:
+    """Raise ValueError in an export to ONNX, which has no such operators.
+
+    For operators' fake kernels: every way of tracing comes there, and the exporter tries one after the other.
+    """
+    if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+        raise ValueError(f'backend must be "reference" in an export to ONNX, {_MERGE}, got "{backend}"')
 
 
 def in_forward_mode() -> bool:
@@ -71,13 +83,6 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
         return tuple(t if t is None else _NoSecondDerivative.apply(t.detach().requires_grad_()) for t in results)
 
     return call
-
-
-def _for_onnx() -> bool:
-    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
-
-
-vars(_for_onnx)["_dynamo_marked_constant"] = True  # what torch.compiler.assume_constant_result sets
 
 
 def _has_tangent(tensor: Tensor | None) -> bool:
