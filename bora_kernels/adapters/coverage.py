@@ -72,6 +72,8 @@ def own_forward(linear: nn.Linear) -> str | None:
         return (
             f"a {kind.__name__} computes in 8 bits; load the model in bfloat16, or quantized by bitsandbytes or torchao"
         )
+    if kind.__module__.startswith("torchao.quantization.qat"):
+        return f"a {kind.__name__} rounds its weight in each call (quantization-aware training), not the adapted weight"
     return f"a {kind.__name__} has a forward of its own"
 
 

@@ -21,6 +21,7 @@ from .layouts import Layouts
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT_DTYPES = (*_TRITON_DTYPES, torch.float64)
+_FLOAT_NAMES = "float32, bfloat16, float16 or float64"
 _MAX_RANK = 512
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None), Quantized))
 
@@ -115,7 +116,7 @@ def check_weight(weight: object, name: str = "weight", *, sharded: bool = False)
             raise TypeError(f"{name} must be a plain dense tensor, got a {kind} (sharded or quantized)")
     if weight.dtype not in _FLOAT_DTYPES:
         raise TypeError(
-            f"{name} must be float32, bfloat16, float16 or float64, got {weight.dtype} "
+            f"{name} must be {_FLOAT_NAMES}, got {weight.dtype} "
             f"({type(weight).__name__}: a quantized weight must be dequantized first)"
         )
     if weight.ndim != 2:
@@ -147,7 +148,7 @@ def check_tensors(
     if x.ndim == 0 or x.shape[-1] != K:
         raise ValueError(f"x must be [..., {K}] for weight [{N}, {K}], got {list(x.shape)}")
     if x.dtype not in _FLOAT_DTYPES:
-        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+        raise TypeError(f"x must be {_FLOAT_NAMES}, got {x.dtype}")
     if not is_quantized and x.dtype != weight.dtype and autocast_dtype(x) is None:
         raise TypeError(f"x must have weight's dtype {weight.dtype} (or run under torch.autocast), got {x.dtype}")
     if not isinstance(lora_A, Tensor) or lora_A.ndim != 2 or lora_A.shape[0] < 1:
@@ -166,7 +167,7 @@ def check_tensors(
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must be {list(shape)}, got {_describe(tensor)}")
         if tensor.dtype not in _FLOAT_DTYPES:
-            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+            raise TypeError(f"{name} must be {_FLOAT_NAMES}, got {tensor.dtype}")
     for name, argument in {"weight": weight, **{name: tensor for name, (tensor, _) in expected.items()}}.items():
         if argument is not None and argument.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {argument.device}")

@@ -81,6 +81,10 @@ KINDS = {
         _config("Falcon", hidden_size=WIDTH, **HEADS),
         transformers.FalconForCausalLM,
     ),
+    "llama": (
+        _config("Llama", hidden_size=WIDTH, intermediate_size=20, **HEADS),
+        transformers.LlamaForCausalLM,
+    ),
     "mixtral": (
         _config("Mixtral", intermediate_size=20, num_local_experts=4, **MIXTURE),
         transformers.MixtralForCausalLM,

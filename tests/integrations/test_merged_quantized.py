@@ -133,6 +133,24 @@ def test_merging_back_and_forth_keeps_the_marks(folder, kind):
     assert plain.config.quantization_config is not None and plain.is_quantized
 
 
+@ways
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_trainer_takes_a_quantized_model_through_peft_alone(folder, kind, way, tmp_path):
+    """transformers refuses a model that it quantized unless PEFT is around it; the guide says so."""
+    model = adapt(quantized(folder, kind), way)
+    data = [{"input_ids": ids, "labels": ids} for ids in IDS]
+    options = {"max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no", "report_to": [], "use_cpu": True}
+    arguments = transformers.TrainingArguments(str(tmp_path), disable_tqdm=True, **options)
+    if way == "convert":
+        with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models"):
+            transformers.Trainer(model=model, args=arguments, train_dataset=data)
+        return
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    transformers.Trainer(model=model, args=arguments, train_dataset=data).train()
+    still = [name for name, p in model.named_parameters() if name in before and torch.equal(p, before[name])]
+    assert not still, still
+
+
 # ---- state dicts of merged models ----
 
 

@@ -1,4 +1,4 @@
-"""Base layers whose call something waits for: offloading by accelerate, hooks, casting, ZeRO stage 3 of DeepSpeed."""
+"""Models whose weights are elsewhere between calls: offloading by accelerate, ZeRO stage 3 of DeepSpeed."""
 
 import copy
 import os
@@ -8,50 +8,22 @@ import textwrap
 
 import pytest
 import torch
-from torch import nn
 
 peft = pytest.importorskip("peft")
 accelerate = pytest.importorskip("accelerate")
+transformers = pytest.importorskip("transformers")
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module  # noqa: E402
+from helpers.four_kinds import IDS, Model, adapted, trained  # noqa: E402
+from helpers.people import adapt, loss_of, make, train  # noqa: E402
 
 from bora_kernels import convert  # noqa: E402
-from bora_kernels.integrations.peft import BoraConfig  # noqa: E402
 
 CPU = torch.device("cpu")
-IDS = torch.arange(10).view(2, 5)
 OFFLOADS = {
     "cpu": lambda model, folder: accelerate.cpu_offload(model, execution_device=CPU),
     "disk": lambda model, folder: accelerate.disk_offload(model, folder, execution_device=CPU),
 }
 offloads = pytest.mark.parametrize("offload", OFFLOADS.values(), ids=OFFLOADS)
-
-
-class Model(nn.Module):
-    """An embedding, a convolution, and linear layers with and without a bias."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.tokens, self.up = nn.Embedding(11, 12), nn.Linear(12, 20)
-        self.conv, self.down = nn.Conv1d(20, 6, 3, padding=1), nn.Linear(6, 4, bias=False)
-
-    def forward(self, ids):
-        x = self.up(self.tokens(ids)).relu()
-        return self.down(self.conv(x.mT).mT)
-
-
-def adapted(model, targets=("tokens", "up", "conv", "down")):
-    torch.manual_seed(1)
-    return peft.get_peft_model(model, BoraConfig(r=2, lora_alpha=4, target_modules=list(targets)))
-
-
-def trained(model):
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
-    return model
 
 
 def gradients(model):
@@ -111,105 +83,68 @@ def test_a_layer_that_only_moves_its_inputs_keeps_its_hook():
     assert converted.up._hf_hook.execution_device == "cpu" and "forward" in converted.up.__dict__
 
 
-# ---- hooks ----
+# ---- device_map of transformers, with "disk" ----
+
+DISK = {
+    "all": {"": "disk"},
+    "part": {
+        "model.embed_tokens": "cpu",
+        "model.rotary_emb": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "disk",
+        "lm_head": "disk",
+    },
+}
+device_maps = pytest.mark.parametrize("device_map", DISK.values(), ids=DISK)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("name", ["tokens", "up", "conv", "down"])
-def test_hooks_of_a_base_layer_see_inputs_and_adapted_outputs(name, when):
-    model, expected, seen = Model(), trained(adapted(Model())), []
-
-    def hook(layer):
-        layer.register_forward_pre_hook(lambda module, arguments: (seen.append(arguments[0]), None)[1])
-        layer.register_forward_hook(lambda module, arguments, output: (seen.append(output), output * 2)[1])
-
-    if when == "before":
-        hook(model.get_submodule(name))
-    model = trained(adapted(model))
-    if when == "after":
-        hook(model.base_model.model.get_submodule(name).base_layer)
-    outputs = []
-    expected.base_model.model.get_submodule(name).register_forward_hook(
-        lambda module, arguments, output: (outputs.extend([arguments[0], output]), output * 2)[1]
-    )
-    assert torch.equal(model(IDS), expected(IDS))
-    assert len(seen) == 2 and all(torch.equal(a, b) for a, b in zip(seen, outputs, strict=True))
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    make("llama").save_pretrained(folder)
+    return folder
 
 
-def test_hooks_go_with_a_converted_layer_and_their_handles_stay_good():
-    model, seen = Model(), []
-    handle = model.up.register_forward_hook(lambda module, arguments, output: seen.append(output))
-    convert(model)
-    model(IDS)
-    assert len(seen) == 1 and seen[0].grad_fn is not None
-    handle.remove()
-    model(IDS)
-    assert len(seen) == 1
+@pytest.fixture
+def load(saved, tmp_path):
+    def load(device_map=None):
+        options = {} if device_map is None else {"offload_folder": tmp_path / "offload"}
+        return transformers.AutoModelForCausalLM.from_pretrained(saved, device_map=device_map, **options)
+
+    return load
 
 
-def test_a_base_layer_that_is_cast_for_its_call():
-    """As layerwise casting does: float8 between calls, another dtype in them."""
-    model = trained(adapted(Model(), ["up"]))
-    base = model.base_model.model.up.base_layer
-    stored = base.weight.data.to(torch.float8_e4m3fn)
-    base.weight.data = stored.float()
-    expected = model(IDS)
+@device_maps
+def test_a_model_that_was_loaded_onto_disk_trains_and_merges(device_map, load):
+    def adapted(model):
+        torch.manual_seed(1)
+        return trained(adapt(model, "peft"))
 
-    def cast(dtype):
-        base.weight.data = base.weight.data.to(dtype)
-
-    cast(torch.float8_e4m3fn)
-    base.register_forward_pre_hook(lambda module, arguments: cast(torch.float32))
-    base.register_forward_hook(lambda module, arguments, output: cast(torch.float8_e4m3fn))
-    assert torch.equal(model(IDS), expected) and base.weight.dtype == torch.float8_e4m3fn
+    model, expected = adapted(load(device_map)), adapted(load())
+    assert model.base_model.model.model.layers[1].mlp.up_proj.base_layer.weight.is_meta
+    assert train(model, steps=3) == train(expected, steps=3)
+    with torch.no_grad():
+        loss = loss_of(expected)
+        torch.testing.assert_close(loss_of(model.merge_and_unload()), loss)
 
 
-class Halved(nn.Linear):
-    """What quantization-aware training puts in a layer's place: it multiplies by a function of its weight."""
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight / 2, self.bias)
-
-
-class Other(nn.Linear):
-    def forward(self, x):
-        return torch.einsum("...k,nk->...n", x, self.weight)
+def test_an_adapter_is_loaded_into_a_model_on_disk(load, tmp_path):
+    """As for LoRA, PEFT has to be told where the base is."""
+    expected = trained(adapt(load(), "peft"))
+    expected.save_pretrained(tmp_path / "adapter")
+    where = {"device_map": DISK["all"], "offload_dir": tmp_path / "adapters"}
+    model = peft.PeftModel.from_pretrained(load(DISK["all"]), tmp_path / "adapter", **where)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(loss_of(model), loss_of(expected))
 
 
-@pytest.mark.parametrize(
-    "kind, message", [(Halved, "weight as it is, got a Halved that changes it"), (Other, "got a Other that does not")]
-)
-def test_a_base_layer_that_was_replaced_after_adapting_is_refused(kind, message):
-    model = adapted(Model(), ["up"])
-    model.base_model.model.up.base_layer = kind(12, 20).requires_grad_(False)
-    with pytest.raises(ValueError, match=f"base_layer must multiply by its .*{message}"):
-        model(IDS)
-
-
-def test_a_base_layer_that_was_quantized_after_adapting_is_refused():
-    torchao = pytest.importorskip("torchao.quantization")
-    model = adapted(Model(), ["up"])
-    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), lambda module, name: name.endswith("up.base_layer"))
-    with pytest.raises(TypeError, match=r"weight must be a plain dense tensor, got a .* \(sharded or quantized\)"):
-        model(IDS)
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_hooks_of_a_quantized_base_layer_are_called(kind):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    torch.manual_seed(0)
-    linear = (
-        bitsandbytes.nn.Linear4bit(64, 32)
-        if kind == "nf4"
-        else bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
-    )
-    model = trained(adapted(nn.Sequential(linear.to("cpu")), ["0"]))
-    x, seen = torch.randn(3, 64), []
-    expected = model(x)
-    base = model.base_model.model[0].base_layer
-    base.register_forward_hook(lambda module, arguments, output: seen.extend([arguments[0], output]))
-    assert torch.equal(model(x), expected)
-    assert torch.equal(seen[0], x) and torch.equal(seen[1], expected) and "forward" not in base.__dict__
+@device_maps
+def test_convert_refuses_a_model_on_disk_and_leaves_it(device_map, load):
+    model = load(device_map)
+    with pytest.raises(ValueError, match="linear must hold its weight, .* adapt it through PEFT"):
+        convert(model)
+    assert torch.equal(loss_of(model), loss_of(load()))
 
 
 # ---- DeepSpeed ----

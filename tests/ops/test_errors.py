@@ -28,7 +28,11 @@ FUNCTION_ERRORS = {
     "x-shape": ({"x": ONES(M, N)}, ValueError, r"x must be \[..., 5\] for weight \[6, 5\], got \[3, 6\]"),
     "x-scalar": ({"x": ONES(())}, ValueError, r"x must be \[..., 5\] .* got \[\]"),
     "x-dtype": ({"x": ONES(M, K).half()}, TypeError, "x must have weight's dtype torch.float32 .*float16"),
-    "x-integer": ({"x": ONES(M, K).long()}, TypeError, "x must be a floating-point tensor, got torch.int64"),
+    "x-integer": (
+        {"x": ONES(M, K).long()},
+        TypeError,
+        "x must be float32, bfloat16, .* got torch.int64",
+    ),
     "x-list": ({"x": [[1.0] * K]}, TypeError, "x must be a Tensor, got list"),
     "x-device": ({"x": ONES(M, K, device="meta")}, ValueError, "weight must be on x's device meta, got cpu"),
     "weight-shape": (
@@ -70,7 +74,7 @@ FUNCTION_ERRORS = {
     "bias-dtype": (
         {"bias": ONES(N).bool()},
         TypeError,
-        "bias must be a floating-point tensor, got torch.bool",
+        "bias must be float32, bfloat16, float16 or float64, got torch.bool",
     ),
     "scaling-nan": ({"scaling": float("nan")}, ValueError, "scaling must be finite, got nan"),
     "scaling-inf": ({"scaling": float("inf")}, ValueError, "scaling must be finite, got inf"),

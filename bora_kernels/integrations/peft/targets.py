@@ -105,6 +105,8 @@ def _problem(base: Any, kind: type[nn.Module], quantized: bool, config: BoraConf
         return f"a {type(base).__name__} computes something else than a {kind.__name__}"
     if is_parametrized(base, "weight") or "weight" not in base._parameters:
         return "its weight is computed from others in each call (weight_norm, spectral_norm or pruning)"
+    if base.weight.dtype.itemsize == 1:
+        return f"its weight is {base.weight.dtype}; where each call casts it (layerwise casting), adapt the model first"
     if kind in (nn.Linear, Conv1D):
         validation.check_weight(base.weight)
         if kind is Conv1D and init == "olora":

@@ -76,7 +76,7 @@ class _InPlaceOfTheProduct(TorchFunctionMode):
         if args[places[1]] is not self.base.weight:
             raise ValueError(
                 f"base_layer must multiply by its weight as it is, got a {type(self.base).__name__} that changes it: "
-                "quantization-aware training and the like see no adapter; prepare the model before it is adapted"
+                "quantization-aware training would round W0 and not the adapted weight; leave adapted layers out of it"
             )
         self.made = True
         return self.product(args[places[0]])
