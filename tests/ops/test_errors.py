@@ -64,7 +64,7 @@ FUNCTION_ERRORS = {
         r"lora_A must be \[rank, 5\] with rank >= 1, got \[0, 5\]",
     ),
     "lora_A-none": ({"lora_A": None}, ValueError, "lora_A must be .* got NoneType"),
-    "lora_A-dtype": ({"lora_A": ONES(R, K).int()}, TypeError, "lora_A must be a floating.*got torch.int32"),
+    "lora_A-dtype": ({"lora_A": ONES(R, K).int()}, TypeError, "lora_A must be float32, bfloat16, .* got torch.int32"),
     "lora_B-shape": ({"lora_B": ONES(R, N)}, ValueError, r"lora_B must be \[6, 2\], got \[2, 6\]"),
     "lora_B-none": ({"lora_B": None}, ValueError, r"lora_B must be \[6, 2\], got NoneType"),
     "row-shape": ({"magnitude_row": ONES(K)}, ValueError, r"magnitude_row must be \[6\], got \[5\]"),
