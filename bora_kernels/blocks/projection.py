@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import quantized
 from ..contract import Adapter, Needs, Options, separate_product
-from ..ops import autograd, transforms, validation
+from ..ops import autograd, calls, transforms, validation
 
 # Of a projection: lora_A, lora_B, both magnitudes and bias, None for absent ones, and what the weight is stored as.
 Tensors = tuple[Any, ...]
@@ -51,7 +51,7 @@ class Part(NamedTuple):
 class Kept(NamedTuple):
     """What the forward of a projection leaves for its backward."""
 
-    call: validation.Call | None
+    call: calls.Call | None
     scales: Tensor | None = None
     product: Tensor | None = None  # before the bias
     u: Tensor | None = None
@@ -79,7 +79,7 @@ def forward(part: Part, x: Tensor, tensors: Tensors, needs: Needs) -> tuple[Tens
         return y, Kept(None)
     adapter = Adapter(*members)
     weight = stored[0] if part.layout is None else quantized.Quantized(part.layout, stored)
-    call = validation.prepare(x, (weight, *adapter, bias), part.options)[1]
+    call = calls.prepare(x, (weight, *adapter, bias), part.options)[1]
     if call.prepared is not None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         call = call._replace(prepared=None)  # what hooks hand back may lie in memory otherwise
     y, product, u, scales, needs_S, _ = autograd.layer_forward(needs, x, adapter, bias, None, call, stored)

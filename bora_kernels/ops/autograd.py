@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import quantized, reference
 from ..contract import Adapter, Needs, Options, given, separate_product
-from . import balance, operators, reuse, transforms, validation
+from . import balance, calls, operators, reuse, transforms
 
 
 class BoraLinearFunction(torch.autograd.Function):
@@ -31,7 +31,7 @@ class BoraLinearFunction(torch.autograd.Function):
         magnitude_col: Tensor | None,  # [K]
         bias: Tensor | None,  # [N]
         dropout: Tensor | None,  # what the backend draws its mask from
-        call: validation.Call,
+        call: calls.Call,
         *stored: Tensor,  # the weight [N, K], or what a quantized one is stored as
     ) -> Tensor:
         needs = Needs(*ctx.needs_input_grad[:5])
@@ -71,7 +71,7 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def layer_backward(
-    needs: Needs, dy: Tensor, saved: tuple[Any, ...], call: validation.Call, product_is_saved: bool
+    needs: Needs, dy: Tensor, saved: tuple[Any, ...], call: calls.Call, product_is_saved: bool
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, lora_A, lora_B, magnitude_row and magnitude_col, of which one at least is needed.
 
@@ -82,7 +82,7 @@ def layer_backward(
     options, layout, prepared = call
     flat_dy, weight = _flat(dy), stored[0]
     adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
-    plans: object | None = validation.prepare_backward(prepared, flat_dy, saved)
+    plans: object | None = calls.prepare_backward(prepared, flat_dy, saved)
     if layout is not None:
         weight = quantized.dense(layout, tuple(stored), dy.dtype, given(options.backend), "backward")
     adapter, power = balance.balanced(flat_dy, weight, adapter, options)
@@ -151,7 +151,7 @@ def layer_forward(
     adapter: Adapter,
     bias: Tensor | None,
     dropout: Tensor | None,
-    call: validation.Call,
+    call: calls.Call,
     stored: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, bool, bool]:
     """The output, and what a backward with these needs uses again: the product before the bias, u, the scales.
@@ -207,7 +207,7 @@ def adapted_linear(
     x: Tensor, weight: Tensor | quantized.Quantized, adapter: Adapter, bias: Tensor | None, options: Options
 ) -> Tensor:
     """``bora_linear`` on one device: checks the tensors, chooses the backend and runs it."""
-    x, call = validation.prepare(x, (weight, *adapter, bias), options)
+    x, call = calls.prepare(x, (weight, *adapter, bias), options)
     options = call.options
     if options.backend == "reference":
         keywords = options._asdict()

@@ -11,7 +11,7 @@ from torch import nn
 
 from bora_kernels import FusedBoraLinear, bora_linear
 from bora_kernels.contract import Options
-from bora_kernels.ops import layouts, operators, validation
+from bora_kernels.ops import calls, layouts, operators
 
 NAMES = ("lora_A", "lora_B", "magnitude_row", "magnitude_col")
 
@@ -130,7 +130,7 @@ def test_many_layouts_of_dy(device, keys):
     x = torch.randn(4, 24, device=device, requires_grad=True)
     values = torch.randn(4, 20, device=device)
     dys = []
-    for width in range(20, 20 + validation._MOST_BACKWARDS + 3):
+    for width in range(20, 20 + calls._MOST_BACKWARDS + 3):
         wide = torch.zeros(4, width, device=device)
         wide[:, :20] = values
         dys.append(wide[:, :20])
@@ -138,7 +138,7 @@ def test_many_layouts_of_dy(device, keys):
     for dy in (*dys, *dys):
         torch.testing.assert_close(step(module, x, dy), expected)
     known = [key for key in keys if key is not None]
-    assert len(set(known)) == validation._MOST_BACKWARDS and None in keys
+    assert len(set(known)) == calls._MOST_BACKWARDS and None in keys
 
 
 # ---- refusals ----
@@ -150,13 +150,13 @@ def test_a_tensor_that_moved_to_another_device(name, index, device):
     case = Case(5, 24, 20, 2)
     inputs, dy = case.inputs(device), case.upstream(device)
     x, tensors = inputs["x"], [inputs[n] for n in ("weight", *NAMES, "bias")]
-    prepared = validation.prepare(x, tuple(tensors), Options(SCALING, backend="triton"))[1].prepared
+    prepared = calls.prepare(x, tuple(tensors), Options(SCALING, backend="triton"))[1].prepared
     scales, u = torch.randn(88, device=device), torch.randn(1, 5, 2, device=device)
     saved = [x, *tensors[1:5], scales, dy.clone(), u, None, tensors[0]]
-    assert validation.prepare_backward(prepared, dy, tuple(saved)) is not None
+    assert calls.prepare_backward(prepared, dy, tuple(saved)) is not None
     saved[index] = saved[index].to("meta")
     with pytest.raises(ValueError, match=f"{name} must be on dy's device {dy.device} as in forward, got meta"):
-        validation.prepare_backward(prepared, dy, tuple(saved))
+        calls.prepare_backward(prepared, dy, tuple(saved))
 
 
 @pytest.mark.parametrize("name", ["x", *NAMES, "weight"])
