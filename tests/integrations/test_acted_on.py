@@ -1,5 +1,7 @@
 """Base layers whose call something waits for, or that something replaces: hooks, casting, fake quantization."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -233,3 +235,14 @@ def test_hooks_of_a_quantized_base_layer_are_called(kind):
     base.register_forward_hook(lambda module, arguments, output: seen.extend([arguments[0], output]))
     assert torch.equal(model(x), expected)
     assert torch.equal(seen[0], x) and torch.equal(seen[1], expected) and "forward" not in base.__dict__
+
+
+def test_an_offloaded_quantized_base_layer_is_refused():
+    """What waits for its call would be fetched, and the packed weight is read without."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = adapted(nn.Sequential(bitsandbytes.nn.Linear4bit(64, 32).to("cpu")), ["0"])
+    base = model.base_model.model[0].base_layer
+    base.forward = functools.partial(type(base).forward, base)  # as accelerate's hooks and others replace it
+    with pytest.raises(ValueError, match="got a quantized Linear4bit that is offloaded"):
+        model(torch.randn(3, 64))
