@@ -17,6 +17,8 @@ _NAMES = {
     "frozen": ("frozen {level}", "#8c8c8c"),
     "peft-lora": ("PEFT LoRA, fp32 adapter", "#9ccbea"),
     "peft-lora-half": ("PEFT LoRA, {dtype} adapter", "#2f7fb8"),
+    "lora-by-hand": ("LoRA by hand, fp32 adapter", "#b9b3dc"),
+    "lora-by-hand-half": ("LoRA by hand, {dtype} adapter", "#6a5fb0"),
     "peft-dora": ("PEFT DoRA, fp32 adapter", "#f3d19b"),
     "peft-dora-half": ("PEFT DoRA, {dtype} adapter", "#d98f0b"),
     "dense-bora": ("BoRA, dense formula", "#7fc0a4"),
@@ -24,7 +26,7 @@ _NAMES = {
     "fused-dora": ("FusedDoraLinear, detached", "#d9746a"),
     "fused-bora": ("FusedBoraLinear", "#b3201c"),
 }
-_LINES = ("frozen", "peft-lora-half", "peft-dora-half", "fused-bora")
+_LINES = ("frozen", "peft-lora-half", "lora-by-hand-half", "peft-dora-half", "fused-bora")
 _FIELDS = (("median", 1e3, "ms", "time of a step"), ("peak_bytes", 2**-20, "MiB", "peak memory of a step"))
 _MODELS = {"llama3-8b": "Four layers of Llama-3-8B", "tiny": "Four layers of a tiny Llama"}
 _LIBRARIES = {"torch": "PyTorch", "triton": "Triton", "peft": "PEFT"}
@@ -84,7 +86,7 @@ def _widest(records: list[dict], value, same: tuple[str, ...]) -> list[dict]:
 
 
 def _lines(records: list[dict]) -> Figure | None:
-    """Time and memory of four providers over tokens, each line with its name and its numbers."""
+    """Time and memory of five providers over tokens, each line with its name and its numbers."""
     if not records:
         return None
     fields = _measured_fields(records)
@@ -111,7 +113,7 @@ def _lines(records: list[dict]) -> Figure | None:
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xlim(ticks[0] / 1.4, ticks[-1] * 2.2)
         axes.grid(color="0.92")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(_LINES), frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.draw_without_rendering()  # now it is known where the points lie
     for axes in figure.axes:
         _number_points(axes)

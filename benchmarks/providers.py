@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import bora_kernels
 from bora_kernels import FusedBoraLinear, FusedDoraLinear, reference
 
+from .by_hand import LoraByHand
 from .cases import BASES, DTYPES, LEVELS, MODES, Case
 from .models import Workload, linear_layer
 
@@ -172,6 +173,12 @@ def dense(formula: Formula, compiled: bool = False) -> Callable:
     return adapt
 
 
+def _by_hand(root: nn.Module, targets: list[str], rank: int, adapter_dtype: torch.dtype) -> list[Adapter]:
+    for name in targets:
+        root.set_submodule(name, LoraByHand(linear_layer(root, name), rank, SCALING, adapter_dtype))
+    return [_parameters(root.get_submodule(name), "lora") for name in targets]
+
+
 def _fused(layer_type: type[FusedBoraLinear], detach_norm: bool) -> Callable:
     def adapt(root: nn.Module, targets: list[str], rank: int, adapter_dtype: torch.dtype) -> list[Adapter]:
         for name in targets:
@@ -236,11 +243,14 @@ _peer = functools.partial(Provider, charted=True, library="peft")
 _layer = functools.partial(Provider, levels=("layer",))
 _dense_base = functools.partial(Provider, bases=("dense",))
 _ours = functools.partial(Provider, ours=True, graphed=True)
+_hand = functools.partial(_dense_base, formula=_LORA, adapt=_by_hand, charted=True, graphed=True)
 
 PROVIDERS = [
     Provider("frozen", "frozen nn.Linear", _NONE, dense(_NONE), charted=True, graphed=True),
     _peer("peft-lora", "PEFT LoRA", _LORA, _peft("lora")),
     _peer("peft-lora-half", f"PEFT LoRA, {_HALF}", _LORA, _peft("lora"), half=True),
+    _hand("lora-by-hand", "LoRA, fused by hand"),
+    _hand("lora-by-hand-half", f"LoRA, fused by hand, {_HALF}", half=True),
     _peer("peft-dora", "PEFT DoRA", _DORA, _peft("dora"), by_default=_full_layer),
     _peer("peft-dora-half", f"PEFT DoRA, {_HALF}", _DORA, _peft("dora"), half=True),
     _layer("dense-dora", "dense DoRA", _DORA, dense(_DORA)),

@@ -21,6 +21,7 @@ _COLUMNS = (
 _ROWS = {
     "frozen": "no adapter",
     "peft-lora-half": "LoRA, PEFT",
+    "lora-by-hand-half": "LoRA, fused by hand",
     "peft-dora-half": "DoRA, PEFT",
     "dense-bora": "BoRA, its formula in PyTorch",
     "fused-dora": "**DoRA, `FusedDoraLinear`**",
@@ -36,6 +37,8 @@ def text(result: dict) -> str:
     lines = ["| | " + " | ".join(column[0] for column in _COLUMNS) + " |", "|---|" + "---:|" * len(_COLUMNS)]
     for provider, name in _ROWS.items():
         records = [(cases.get(case, {}).get(provider, {}), field, scale) for _, case, field, scale in _COLUMNS]
+        if not any(record.get("median") for record, *_ in records):
+            continue
         cells = [_cell(record.get(field), scale) for record, field, scale in records]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     length, rank, dtype = (_LAYER[CASE_FIELDS.index(field)] for field in ("length", "rank", "dtype"))
@@ -43,7 +46,7 @@ def text(result: dict) -> str:
         "Time of a training step (forward and backward), and the most memory that it takes beside the weights.\n"
         f"{length} tokens, rank {rank}, {dtype} base, {environment['device']}, PyTorch {versions['torch']}, "
         f"Triton {versions['triton']}, PEFT {versions['peft']}.\n"
-        f"PEFT's adapters are in {dtype}, its faster setting, this package's in float32."
+        f"The peers' adapters are in {dtype}, their faster setting, this package's in float32."
     )
     return caption + "\n\n" + "\n".join(lines)
 

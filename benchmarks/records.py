@@ -14,6 +14,7 @@ PEERS: dict[
 ] = {  # what ratios are to: of several, the fastest (for memory the smallest) of those that were measured
     "frozen": [("frozen",)],
     "LoRA": [("peft-lora", "peft-lora-half")],
+    "LoRA by hand": [("lora-by-hand", "lora-by-hand-half")],
     "DoRA": [("peft-dora", "peft-dora-half"), ("dense-dora",)],
 }
 

@@ -20,6 +20,8 @@ SUMMARY = (
     "frozen",
     "peft-lora",
     "peft-lora-half",
+    "lora-by-hand",
+    "lora-by-hand-half",
     "peft-dora",
     "peft-dora-half",
     "dense-bora",
@@ -39,9 +41,10 @@ TFLOP/s counts the frozen layer's own products alone, for every provider; "of GE
 square product measured in the session ({gemm}).
 Memory: the most that was allocated at once over what was there before the step (weights, adapter, input and
 the output's gradient); gradients are new tensors of the step for every provider.
-Ratios: time (memory) over that of the frozen layer, of PEFT's LoRA and of PEFT's DoRA, of two adapter dtypes
-the better one{dense}. "error" is the largest error against the exact result over that of the dense reference
-in the same dtypes; it has to be at most about 2 for this package and 8 for peers, or there is no time."""
+Ratios: time (memory) over that of the frozen layer, of PEFT's LoRA, of LoRA fused by hand (one autograd function
+of matrix products) and of PEFT's DoRA, of two adapter dtypes the better one{dense}. "error" is the largest
+error against the exact result over that of the dense reference in the same dtypes; it has to be at most about
+2 for this package and 8 for peers, or there is no time."""
 
 
 def details(key: tuple, case: dict[str, dict], gemm: dict[str, float]) -> str:

@@ -26,7 +26,7 @@ LEVELS = {
         ("analysis",),
     ),
     "benchmarks": (
-        ("benchmarks", "cases", "collectives", "communication", "measure", "records"),
+        ("benchmarks", "by_hand", "cases", "collectives", "communication", "measure", "records"),
         ("charts", "models", "readme"),
         ("providers", "report"),
         ("verify",),

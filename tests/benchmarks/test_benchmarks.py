@@ -38,6 +38,8 @@ def result(tmp_path: Path) -> Path:
             _record("frozen", tokens, 1.0, 100),
             _record("peft-lora", tokens, 2.0, 150),
             _record("peft-lora-half", tokens, 1.6, 200),
+            _record("lora-by-hand", tokens, 1.8, 120),
+            _record("lora-by-hand-half", tokens, 1.5, 160),
             _record("peft-dora", tokens, None, status="failed"),
             _record("peft-dora-half", tokens, 3.0, 400),
             _record("fused-bora", tokens, 1.2, 120),
@@ -59,9 +61,9 @@ def _cells(text: str, provider: str) -> list[str]:
 
 def test_report_ratios(result: Path) -> None:
     text = report.markdown(records.load(result))
-    # ms, ktokens/s, TFLOP/s, of GEMM, MiB; time over frozen, the faster LoRA, the DoRA that ran; then memory
-    assert _cells(text, "fused-bora") == "1.200 107 0.833 42% 120 1.20 0.75 0.40 1.20 0.80 0.30 1.00".split()
-    assert _cells(text, "frozen")[5:8] == ["1.00", "0.62", "0.33"]
+    # ms, ktokens/s, TFLOP/s, of GEMM, MiB; time over frozen, LoRA, LoRA by hand, the DoRA that ran; memory
+    assert _cells(text, "fused-bora") == "1.200 107 0.833 42% 120 1.20 0.75 0.80 0.40 1.20 0.80 1.00 0.30 1.00".split()
+    assert _cells(text, "frozen")[5:9] == ["1.00", "0.62", "0.67", "0.33"]
     assert _cells(text, "peft-dora")[0] == "failed: off"
     assert "1.200 · 120 (1.20×)" in text  # the summary
     for fact in ("a device", "a CPU", "torch 1.2", "commit abc", "a clock", "bf16 2 TFLOP/s"):
@@ -120,7 +122,7 @@ def test_report_merges_whole_cases(result: Path, tmp_path: Path) -> None:
     assert (tmp_path / "merged" / "report.md").exists()
     cases = records.by_case(records.load(merged)["records"])
     medians = {key[4]: {name: record.get("median") for name, record in case.items()} for key, case in cases.items()}
-    assert len(medians[128]) == 6 and medians[256] == {"frozen": 2e-3} and medians[512] == {"fused-bora": 3e-3}
+    assert len(medians[128]) == 8 and medians[256] == {"frozen": 2e-3} and medians[512] == {"fused-bora": 3e-3}
     assert records.load(merged)["environment"]["date"] == "2000-01-01; 2000-01-02"
     assert records.load(merged)["gemm_tflops"] == {"bf16": 2.0, "fp32": 1.0}
 
@@ -285,6 +287,8 @@ def test_providers_that_take_long_are_measured_once_unless_asked_for_more() -> N
         assert places[name][:7] == 7 * [True] and not any(places[name][7:])
     for name in ("frozen", "peft-lora", "peft-lora-half", "peft-dora-half", "fused-bora"):
         assert all(places[name])
+    dense = [case.base == "dense" for case in (lead, *others, *model_cases("cuda"))]
+    assert places["lora-by-hand"] == places["lora-by-hand-half"] == dense
 
 
 def test_patterns_of_cases() -> None:
