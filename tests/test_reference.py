@@ -11,8 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from bora_kernels.reference import bora_linear_ref, bora_weight_ref
 
 M, N, K, R = 3, 4, 5, 2
-SCALING = 0.7
-DROPOUT_P = 0.25
+SCALING, DROPOUT_P = 0.7, 0.25
 NORMED = [("row_col", "bora"), ("col_row", "bora"), ("row_col", "dora")]
 CASES = [*NORMED, ("row_col", "lora")]
 all_cases = pytest.mark.parametrize("norm_order, member", CASES, ids=map("-".join, CASES))
@@ -298,6 +297,5 @@ ERRORS = {
 
 @pytest.mark.parametrize("wrong, message", ERRORS.values(), ids=ERRORS)
 def test_error_names_the_argument(wrong, message):
-    arguments = {"x": make_x(M, K), **make_weights(), "scaling": SCALING}
     with pytest.raises(ValueError, match=message):
-        bora_linear_ref(**(arguments | wrong))
+        bora_linear_ref(**({"x": make_x(M, K), **make_weights(), "scaling": SCALING} | wrong))

@@ -1,4 +1,4 @@
-"""Adapters on disk: what is written and read back, by this package and by PEFT; and merging."""
+"""Adapters on disk: what is written and read back."""
 
 import json
 import subprocess
@@ -7,11 +7,11 @@ import textwrap
 
 import pytest
 import torch
-from helpers.adapted_models import CONFIG, TENSORS, K, Model, N, X, base, methods, perturb, saved, trained
+from helpers.adapted_models import CONFIG, TENSORS, K, N, X, base, methods, perturb, saved, trained
 from torch import nn
 
 import bora_kernels
-from bora_kernels import adapter_state_dict, convert, load_adapter, merge_adapter, save_adapter
+from bora_kernels import adapter_state_dict, convert, load_adapter, save_adapter
 from bora_kernels.adapters.conversion import adapted_layers, adapter_parameters
 
 safetensors = pytest.importorskip("safetensors.torch", reason="adapter files need safetensors")
@@ -235,103 +235,3 @@ def test_loading_in_another_process_without_peft(tmp_path):
         assert torch.equal(load_adapter(model, {str(tmp_path)!r}).eval()(expected["x"]), expected["y"])
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)
-
-
-# ---- merging ----
-
-
-@methods
-def test_merged_model_is_plain(method):
-    model = trained(method=method, dtype=torch.bfloat16, head=True)
-    weights = {name: layer.effective_weight() for name, layer in adapted_layers(model).items()}
-    y = model(X.bfloat16())
-    head = model.head
-    assert merge_adapter(model) is model
-    assert not adapted_layers(model) and model.again is model.block["down"] and model.head is head
-    for name, weight in weights.items():
-        assert type(model.get_submodule(name)) is nn.Linear and torch.equal(model.get_submodule(name).weight, weight)
-    torch.testing.assert_close(model(X.bfloat16()), y, rtol=0.02, atol=0.02)
-
-
-def test_merging_a_tied_weight_says_so():
-    model = nn.ModuleDict({"embedding": nn.Embedding(5, K), "lm_head": nn.Linear(K, 5, bias=False)})
-    model["lm_head"].weight = model["embedding"].weight
-    before = model["embedding"].weight.clone()
-    convert(model, target_modules=["lm_head"])
-    nn.init.normal_(model["lm_head"].lora_B)
-    with pytest.warns(UserWarning, match="lm_head shared its weight with embedding and no longer does"):
-        merge_adapter(model)
-    assert torch.equal(model["embedding"].weight, before) and not torch.equal(model["lm_head"].weight, before)
-
-
-def test_two_adapters_for_one_shared_layer_are_refused(tmp_path):
-    model = convert(Model(shared=False), r=2, target_modules=["down", "again"])
-    save_adapter(model, tmp_path)
-    with pytest.raises(ValueError, match="must fit the model: block.down is the same layer as again"):
-        load_adapter(Model(), tmp_path)
-
-
-# ---- PEFT ----
-
-
-@pytest.fixture
-def peft():
-    """PEFT, knowing BoRA."""
-    pytest.importorskip("bora_kernels.integrations.peft", reason="the PEFT integration is needed")
-    return pytest.importorskip("peft")
-
-
-def unshared():
-    """PEFT adapts a shared layer in its first place only."""
-    torch.manual_seed(0)
-    return Model(shared=False)
-
-
-@methods
-@pytest.mark.parametrize("head", [False, True], ids=["adapter", "adapter-and-head"])
-def test_peft_loads_what_is_saved(method, head, peft, tmp_path):
-    options = {"method": method, "norm_order": "col_row", "rslora": True}
-    model = convert(unshared(), r=2, alpha=4, target_modules=["up"], **options)
-    convert(model, r=3, alpha=6, target_modules=["down"], **options)
-    if head:
-        model.head.requires_grad_()
-    perturb(model)
-    save_adapter(model, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(unshared(), tmp_path).eval()
-    assert torch.equal(theirs(X), model(X))
-    theirs.save_pretrained(tmp_path)
-    again = load_adapter(unshared(), tmp_path).eval()
-    assert torch.equal(again(X), model(X))
-
-
-@methods
-@pytest.mark.parametrize("head", [None, ["head"]], ids=["adapter", "adapter-and-head"])
-def test_what_peft_saves_is_loaded(method, head, peft, tmp_path):
-    from bora_kernels.integrations.peft import BoraConfig
-
-    config = BoraConfig(
-        r=2,
-        lora_alpha=4,
-        target_modules=["up", "down"],
-        rank_pattern={"down": 3},
-        alpha_pattern={"block.down": 5},
-        use_dora=method == "dora",
-        modules_to_save=head,
-    )
-    theirs = perturb(peft.get_peft_model(unshared(), config))
-    theirs.save_pretrained(tmp_path)
-    model = load_adapter(unshared(), tmp_path).eval()
-    assert torch.equal(model(X), theirs(X))
-    assert {n: (m.r, m.alpha) for n, m in adapted_layers(model).items()} == {"block.up": (2, 4), "block.down": (3, 5)}
-
-
-def test_dora_of_peft_is_loaded(tmp_path):
-    """To rounding: PEFT takes the norms in another way."""
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["up", "down"], use_dora=True)
-    theirs = perturb(peft.get_peft_model(unshared(), config))
-    theirs.save_pretrained(tmp_path)
-    model = load_adapter(unshared(), tmp_path).eval()
-    assert {type(layer) for layer in adapted_layers(model).values()} == {bora_kernels.FusedDoraLinear}
-    assert all(layer.detach_norm for layer in adapted_layers(model).values())
-    torch.testing.assert_close(model(X), theirs(X))
