@@ -27,6 +27,7 @@ def results(model: Model, linear: nn.Linear) -> None:
     assert_type(bora_kernels.convert(nn.Sequential(linear), adapter_dtype=torch.bfloat16), nn.Sequential)
     assert_type(bora_kernels.load_adapter(model, "folder"), Model)
     assert_type(bora_kernels.merge_adapter(model), Model)
+    assert_type(bora_kernels.unfuse(bora_kernels.fuse(model)), Model)
     assert_type(FusedBoraLinear.from_linear(linear), FusedBoraLinear)
     assert_type(FusedDoraLinear.from_linear(linear, dropout=0.1), FusedDoraLinear)
     assert_type(FusedColumnLinear.from_linear(linear).lora_A, nn.Parameter)

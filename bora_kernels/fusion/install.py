@@ -96,12 +96,15 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def is_waited_for(module: nn.Module) -> bool:
     """Whether something would miss the call of this module: hooks, or a forward that someone else put there."""
-    attributes = module.__dict__
-    if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return True
-    if attributes["_backward_hooks"] or attributes["_backward_pre_hooks"]:
-        return True
-    return "forward" in attributes and not has_own_forward(module)
+    return "forward" in own and not has_own_forward(module)
+
+
+def is_any_waited_for(module: nn.Module) -> bool:
+    """The same of a module and all inside it."""
+    return is_waited_for(module) or any(is_any_waited_for(m) for m in module._modules.values() if m is not None)
 
 
 def must_be_plain() -> bool:

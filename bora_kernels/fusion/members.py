@@ -23,9 +23,8 @@ from .install import is_waited_for
 
 def read(layer: nn.Module) -> Projection | str:
     """What this layer computes when it is called now, or why that is for its own forward to do."""
-    kind = type(layer)
-    reader = _READERS.get(f"{kind.__module__}.{kind.__qualname__}")
-    return f"its class, {kind.__qualname__}, is not known" if reader is None else reader(layer)
+    reader = _reader(type(layer))
+    return f"its class, {type(layer).__qualname__}, is not known" if reader is None else reader(layer)
 
 
 def project(layer: nn.Module) -> Projection | str:
@@ -35,14 +34,12 @@ def project(layer: nn.Module) -> Projection | str:
 
 def is_known(layer: nn.Module) -> bool:
     """Whether what a layer of this class computes can be read off it."""
-    kind = type(layer)
-    return f"{kind.__module__}.{kind.__qualname__}" in _READERS
+    return _reader(type(layer)) is not None
 
 
 def is_peft_lora(layer: nn.Module) -> bool:
     """Whether this is a linear layer of PEFT's own LoRA or DoRA."""
-    kind = type(layer)
-    return _READERS.get(f"{kind.__module__}.{kind.__qualname__}") is _read_peft_lora
+    return _reader(type(layer)) is _read_peft_lora
 
 
 def is_plain(x: object, projection: Projection | str) -> bool:
@@ -63,9 +60,11 @@ def can_run_on(x: Tensor, projection: Projection) -> str | None:
     """Why this input cannot be multiplied by these tensors, or None if it can."""
     weight, bias, adapter, _, compute_dtype = projection
     device = x.device
-    for tensor in (weight, bias, *(adapter or ())):
-        if tensor is not None and tensor.device != device:
-            return "its tensors and its input are on several devices"
+    if weight.device != device:
+        return "its weight and its input are on two devices"
+    for tensor in (bias, *(adapter or ())):
+        if tensor is not None and (tensor.device != device or type(tensor) not in _PLAIN):
+            return "its tensors and its input are on several devices, or sharded"
     autocast = torch.is_autocast_enabled(device.type) and x.dtype != torch.float64
     if isinstance(weight, quantized.Quantized):
         if x.dtype != compute_dtype or (autocast and torch.get_autocast_dtype(device.type) != compute_dtype):
@@ -80,22 +79,22 @@ def can_run_on(x: Tensor, projection: Projection) -> str | None:
 
 def _read_linear(layer: Any) -> Projection | str:
     weight = _frozen(layer)
-    return weight if isinstance(weight, str) else Projection(weight, layer.bias)
+    return weight if isinstance(weight, str) else Projection(weight, _tensor(layer, "bias"))
 
 
 def _read_fused(layer: Any) -> Projection | str:
     """``FusedBoraLinear`` and its kin."""
     if layer.merged:
         return "it is merged"
-    stored = not isinstance(layer.weight, Tensor)
-    weight = layer.weight.stored() if stored else _dense(layer.weight)
+    stored = "weight" in layer._modules
+    weight = layer._modules["weight"].stored() if stored else _dense(_tensor(layer, "weight"))
     if isinstance(weight, str):
         return weight
-    adapter = Adapter(layer.lora_A, layer.lora_B, layer.magnitude_row, layer.magnitude_col)
+    adapter = Adapter(*[_tensor(layer, name) for name in Adapter._fields])
     dropout_p = layer.dropout if layer.training else 0.0
     options = Options(layer.scaling, layer.norm_order, layer.detach_norm, dropout_p, backend=layer.backend)
     compute_dtype = (layer.compute_dtype or weight.dtype) if stored else None
-    return Projection(weight, layer.bias, adapter, options, compute_dtype)
+    return Projection(weight, _tensor(layer, "bias"), adapter, options, compute_dtype)
 
 
 def _read_peft_bora(layer: Any) -> Projection | str:
@@ -108,9 +107,11 @@ def _read_peft_bora(layer: Any) -> Projection | str:
         return "its base layer was replaced"
     if layer._share(name) != 1.0:
         return "its adapter has a scale of its own"
-    return _peft_projection(
-        layer, name, layer._magnitudes(name), Options(**layer._options(name), backend=layer.backend)
-    )
+    dropout_p = _dropout(layer, name)
+    if isinstance(dropout_p, str):
+        return dropout_p
+    options = Options(**layer._options(name), dropout_p=dropout_p, backend=layer.backend)
+    return _peft_projection(layer, name, layer._magnitudes(name), options)
 
 
 def _read_peft_lora(layer: Any) -> Projection | str:
@@ -120,19 +121,20 @@ def _read_peft_lora(layer: Any) -> Projection | str:
         return problem
     if not getattr(layer, "cast_input_dtype_enabled", True):
         return "PEFT is told not to cast inputs"
-    options, row = Options(layer.scaling[name]), None
-    variant = layer.lora_variant.get(name)
-    if variant is not None:
-        if type(variant).__name__ != "DoraLinearVariant":
-            return "its adapter is a variant of LoRA other than DoRA"
-        magnitude = layer._modules["lora_magnitude_vector"]._modules[name]
-        if is_waited_for(magnitude):
-            return _HOOKED
-        row, options = magnitude.weight, options._replace(detach_norm=True)
-    projection = _peft_projection(layer, name, (row, None), options)
-    if variant is not None and isinstance(projection, Projection) and projection.options.dropout_p > 0.0:
+    dropout_p, variant = _dropout(layer, name), layer.lora_variant.get(name)
+    if isinstance(dropout_p, str):
+        return dropout_p
+    if variant is None:
+        return _peft_projection(layer, name, (None, None), Options(layer.scaling[name], dropout_p=dropout_p))
+    if type(variant).__name__ != "DoraLinearVariant":
+        return "its adapter is a variant of LoRA other than DoRA"
+    if dropout_p > 0.0:
         return "PEFT's dropout of DoRA acts on the whole layer"
-    return projection
+    magnitude = layer._modules["lora_magnitude_vector"]._modules[name]
+    if is_waited_for(magnitude):
+        return _HOOKED
+    options = Options(layer.scaling[name], detach_norm=True)
+    return _peft_projection(layer, name, (_tensor(magnitude, "weight"), None), options)
 
 
 _HOOKED = "a hook or another forward waits for the call of a part of it"
@@ -145,7 +147,9 @@ def _active_adapter(layer: Any) -> tuple[str, str | None]:
     if layer.merged_adapters:
         return "", "it is merged"
     active, present = layer._active_adapter, layer._modules["lora_A"]._modules
-    names = [name for name in ((active,) if isinstance(active, str) else active) if name in present]
+    if type(active) is str:
+        return active, None if active in present else "no adapter is active"
+    names = [name for name in active if name in present]
     if len(names) != 1:
         return "", "several adapters are active" if names else "no adapter is active"
     return names[0], None
@@ -158,28 +162,43 @@ def _peft_projection(
     modules = layer._modules
     base = modules["base_layer"]
     A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-    dropout = modules["lora_dropout"]._modules[name]
-    for part in (base, A, B, dropout):
-        if is_waited_for(part):
-            return _HOOKED
-    if type(A) is not nn.Linear or type(B) is not nn.Linear or A.bias is not None or B.bias is not None:
-        return "its factors are no plain linear layers, or have a bias"
-    if type(dropout) is nn.Dropout and dropout.p < 1.0:
-        options = options._replace(dropout_p=dropout.p if dropout.training else 0.0)
-    elif type(dropout) is not nn.Identity:
-        return "its dropout is none of PyTorch's, or drops everything"
+    if is_waited_for(base) or is_waited_for(A) or is_waited_for(B):
+        return _HOOKED
+    if type(A) is not nn.Linear or type(B) is not nn.Linear:
+        return "its factors are no plain linear layers"
+    if _tensor(A, "bias") is not None or _tensor(B, "bias") is not None:
+        return "its factors have a bias"
     weight = _frozen(base)
     if isinstance(weight, str):
         return weight
     compute_dtype = getattr(base, "compute_dtype", None) if isinstance(weight, quantized.Quantized) else None
-    return Projection(weight, base.bias, Adapter(A.weight, B.weight, *magnitudes), options, compute_dtype)
+    adapter = Adapter(_tensor(A, "weight"), _tensor(B, "weight"), *magnitudes)
+    return Projection(weight, _tensor(base, "bias"), adapter, options, compute_dtype)
+
+
+def _dropout(layer: Any, name: str) -> float | str:
+    """The probability that is active on the input of an adapter, or why there is none to tell."""
+    dropout = layer._modules["lora_dropout"]._modules[name]
+    if is_waited_for(dropout):
+        return _HOOKED
+    if type(dropout) is nn.Identity:
+        return 0.0
+    if type(dropout) is not nn.Dropout or dropout.p >= 1.0:
+        return "its dropout is none of PyTorch's, or drops everything"
+    return dropout.p if dropout.training else 0.0
+
+
+def _tensor(module: nn.Module, name: str) -> Any:
+    """A parameter, which some engines of sharding keep as a plain attribute."""
+    parameters = module._parameters  # a module's attributes are slow to look up
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def _frozen(linear: Any) -> Tensor | quantized.Quantized | str:
     """The weight [N, K] of a layer that multiplies by it, or why there is none to take."""
     kind = type(linear)
     if kind is nn.Linear:
-        return _dense(linear.weight)
+        return _dense(_tensor(linear, "weight"))
     name = f"{kind.__module__}.{kind.__qualname__}"
     if name in _DENSE:
         weight = _dense(linear.weight)
@@ -217,3 +236,12 @@ _READERS: dict[str, Callable[[Any], Projection | str]] = {
     "peft.tuners.lora.layer.Linear": _read_peft_lora,
     "peft.tuners.lora.bnb.Linear4bit": _read_peft_lora,
 }
+_by_class: dict[type, Callable[[Any], Projection | str] | None] = {}
+
+
+def _reader(kind: type) -> Callable[[Any], Projection | str] | None:
+    if torch.compiler.is_compiling():
+        return _READERS.get(f"{kind.__module__}.{kind.__qualname__}")
+    if kind not in _by_class:
+        _by_class[kind] = _READERS.get(f"{kind.__module__}.{kind.__qualname__}")
+    return _by_class[kind]

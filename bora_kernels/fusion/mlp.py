@@ -10,7 +10,7 @@ from torch import nn
 from ..blocks import Projection, gated_mlp
 from ..contract import given
 from . import normed, search
-from .install import fused_forward, is_waited_for, must_be_plain, plain
+from .install import fused_forward, is_any_waited_for, must_be_plain, plain
 from .members import can_run_on, is_plain, project, single_only
 
 
@@ -46,7 +46,7 @@ def _members(module: nn.Module, plan: Plan) -> tuple[Projection, Projection, Pro
             child = children[name]
             if child is not value:
                 return f"{name} was replaced"
-            if child is not None and any(map(is_waited_for, child.modules())):
+            if child is not None and is_any_waited_for(child):
                 return f"a hook or another forward waits for the call of {name}"
             if isinstance(child, nn.Dropout) and child.training and child.p > 0.0:
                 return f"{name} is active"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..blocks.gated_mlp import Activation
-from .install import is_waited_for, plain
+from .install import is_any_waited_for, plain
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -176,7 +176,7 @@ def on_the_side(device: torch.device) -> Iterator[None]:
 def _probe(module: nn.Module, gate: str, up: str, down: str) -> GatedMLP | str | None:
     """Compares what the module calls ``down`` with to each activation, with gate and up in both roles."""
     for name, child in module._modules.items():
-        if name not in (gate, up, down) and child is not None and any(map(is_waited_for, child.modules())):
+        if name not in (gate, up, down) and child is not None and is_any_waited_for(child):
             return f"a hook or another forward waits for the call of {name}"
     candidates = [(act, swapped) for act in ACTIVATIONS for swapped in (False, True)]
     for scale in _SCALES:
