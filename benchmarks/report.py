@@ -4,6 +4,9 @@ Writes ``report.md`` and, with matplotlib, PNG charts of time and memory; the ta
 results of one machine and commit are merged, and ``--merged FILE`` keeps the merged result. A case is never put
 together from several results, whose ratios would be between processes: the last result that has the case counts. So
 split a run by ``--levels`` and ``--cases``, not by ``--providers``.
+
+``BEFORE.json AFTER.json --compare`` prints instead what got slower, and what faster, by more than 5 %. The exit status
+is 0 where nothing got slower or was lost, 1 where something did, 2 for files that cannot be compared.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import readme
+from .compare import compare
 from .records import PEERS, by_case, load, merge, ratio, title, to_json
 
 SUMMARY = (
@@ -158,7 +162,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="folder to write to (default: beside the first, with its name)")
     parser.add_argument("--merged", type=Path, help="file to write the merged result to")
     parser.add_argument("--readme", type=Path, help="only write the table of this README anew, from one result")
+    parser.add_argument(
+        "--compare", action="store_true", help="only say what changed from the first result to the second"
+    )
     options = parser.parse_args(arguments)
+    if options.compare:
+        return _compare(options.results)
     try:
         if options.readme is not None:
             if len(options.results) != 1:
@@ -185,6 +194,18 @@ def main(arguments: list[str] | None = None) -> int:
     print(text, end="")
     print(f"written to {folder}: report.md {' '.join(charts)}", file=sys.stderr)
     return 0
+
+
+def _compare(paths: list[Path]) -> int:
+    try:
+        if len(paths) != 2:
+            raise ValueError(f"--compare must have two results, got {len(paths)}")
+        found = compare(*map(load, paths))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(found)
+    return 1 if found.slower or found.lost else 0
 
 
 if __name__ == "__main__":

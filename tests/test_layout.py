@@ -27,7 +27,7 @@ LEVELS = {
     ),
     "benchmarks": (
         ("benchmarks", "by_hand", "cases", "collectives", "communication", "measure", "records"),
-        ("charts", "models", "readme"),
+        ("charts", "compare", "models", "readme"),
         ("providers", "report"),
         ("verify",),
         ("harness", "sharding"),
