@@ -11,6 +11,7 @@ from bora_kernels.reference import bora_linear_ref
 
 K, I, N, R = 20, 24, 18, 3  # beyond the sizes that are evaluated densely
 EPS = 1e-5
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh")}
 MEMBERS = {
     "bora": (True, True),
@@ -26,7 +27,7 @@ def make_layer(n, k, kind, bias=False, dtype=torch.float32, trained=True, seed=0
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator).to(DEVICE)
 
     weight = (draw(n, k) / k**0.5).to(dtype)
     offset = draw(n).to(dtype) if bias else None
@@ -61,7 +62,7 @@ def reference(x, layer):
 def results(outputs, x, layers, seed=9):
     """Outputs and all gradients there are, for gradients of the outputs that depend on the seed."""
     generator = torch.Generator().manual_seed(seed)
-    dys = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
+    dys = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
     adapters = [
         (i, name, t) for i, layer in enumerate(layers) for name, t in (layer.adapter or Adapter(x, x))._asdict().items()
     ]
@@ -74,7 +75,7 @@ def results(outputs, x, layers, seed=9):
 
 
 def tokens(dtype=torch.float32, shape=(2, 5, K), grad=True):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_(grad)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(DEVICE, dtype).requires_grad_(grad)
 
 
 def assert_mlp(kinds, activation="silu", dtype=torch.float32, grad=True, offset=None, backend=None, **options):
@@ -84,7 +85,7 @@ def assert_mlp(kinds, activation="silu", dtype=torch.float32, grad=True, offset=
         make_layer(n, k, kind, dtype=dtype, seed=i, backend=backend, **options)
         for i, ((n, k), kind) in enumerate(zip(sizes, kinds, strict=True))
     ]
-    weight = 1 + 0.1 * torch.randn(K, generator=torch.Generator().manual_seed(8)).to(dtype)
+    weight = (1 + 0.1 * torch.randn(K, generator=torch.Generator().manual_seed(8))).to(DEVICE, dtype)
     act = ACTIVATIONS[activation]
 
     def run(x, layers, block):
@@ -149,7 +150,7 @@ def assert_shared(kinds, dtype=torch.float32, offset=None, bias=True, backend=No
         make_layer(n, K, kind, bias=bias, dtype=dtype, seed=i, backend=backend)
         for i, (n, kind) in enumerate(zip(sizes, kinds, strict=True))
     ]
-    weight = (1 + 0.1 * torch.randn(K, generator=torch.Generator().manual_seed(8))).to(dtype)
+    weight = (1 + 0.1 * torch.randn(K, generator=torch.Generator().manual_seed(8))).to(DEVICE, dtype)
 
     def run(x, layers, block):
         if not block:
@@ -223,7 +224,7 @@ def test_what_a_block_keeps():
     tokens_, wide = 40, {K: 0, I: 0, N: 0, R: 0}
     layers = [make_layer(n, k, "bora", seed=i) for i, (n, k) in enumerate(((I, K), (I, K), (N, I)))]
     x = tokens(shape=(tokens_, K))
-    weight = torch.ones(K)
+    weight = torch.ones(K, device=DEVICE)
     normed = rms_norm(x, weight, EPS)
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
@@ -262,7 +263,7 @@ def test_outputs_may_be_changed_in_place():
 def test_autocast():
     layers = [make_layer(n, k, "bora", seed=i) for i, (n, k) in enumerate(((I, K), (I, K), (N, I)))]
     x = tokens()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         y, q = gated_mlp(x, *layers, "silu"), shared_input(x, layers[:2])[0]
         expected = shared_input(x.bfloat16(), layers[:2])[0]
     assert y.dtype == q.dtype == torch.bfloat16 and torch.equal(q, expected)
@@ -276,11 +277,11 @@ def test_compiled_to_one_graph(backend):
     pytest.importorskip("triton")
     torch._dynamo.reset()
     layers = [make_layer(n, k, "bora", seed=i, backend=backend) for i, (n, k) in enumerate(((I, K), (I, K), (N, I)))]
-    x = tokens()
+    x, weight = tokens(), torch.ones(K, device=DEVICE)
 
     def call(x):
-        h = rms_norm(x, torch.ones(K), EPS, 1.0)
-        origin = NormOrigin(x.detach(), torch.ones(K), 1.0, EPS)
+        h = rms_norm(x, weight, EPS, 1.0)
+        origin = NormOrigin(x.detach(), weight, 1.0, EPS)
         return gated_mlp(h, *layers, "silu", origin), *shared_input(h, layers[:2], origin)
 
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
@@ -292,9 +293,9 @@ def test_compiled_to_one_graph(backend):
 def test_errors_name_the_argument():
     layers = [make_layer(n, k, "bora", seed=i) for i, (n, k) in enumerate(((I, K), (I, K), (N, I)))]
     with pytest.raises(ValueError, match=f"x must be .*{K}"):
-        gated_mlp(torch.randn(3, K + 1), *layers, "silu")
-    wrong = layers[2]._replace(adapter=layers[2].adapter._replace(lora_B=torch.randn(N + 1, R)))
+        gated_mlp(tokens(shape=(3, K + 1)), *layers, "silu")
+    wrong = layers[2]._replace(adapter=layers[2].adapter._replace(lora_B=torch.randn(N + 1, R, device=DEVICE)))
     with pytest.raises(ValueError, match="lora_B must be"):
-        gated_mlp(torch.randn(3, K), *layers[:2], wrong, "silu")
+        gated_mlp(tokens(shape=(3, K)), *layers[:2], wrong, "silu")
     with pytest.raises(ValueError, match="activation must be one of silu, gelu, gelu_tanh, got 'relu'"):
-        gated_mlp(torch.randn(3, K), *layers, "relu")
+        gated_mlp(tokens(shape=(3, K)), *layers, "relu")

@@ -41,6 +41,7 @@ FAMILIES = {
     "gpt2": ({"n_embd": 32, "n_layer": 1, "n_head": 2}, (0, 0, 0)),
     "bitnet": ({}, (0, 5, 5)),
 }
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WAYS = {
     "convert": lambda model: convert(model, r=3),
     "lora": lambda model: peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=targets(model))),
@@ -62,7 +63,7 @@ def make(family, way):
     config = transformers.AutoConfig.for_model(family, **(SIZES | options))
     kind = transformers.AutoModelForSeq2SeqLM if family == "t5" else transformers.AutoModelForCausalLM
     torch.manual_seed(0)
-    return train(WAYS[way](kind.from_config(config).eval()))
+    return train(WAYS[way](kind.from_config(config).eval().to(DEVICE)))
 
 
 def train(model):
@@ -78,7 +79,7 @@ def train(model):
 
 def results(model):
     model.zero_grad()
-    ids = torch.randint(1, 40, (2, 5), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(1, 40, (2, 5), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     output = model(input_ids=ids, labels=ids)
     output.loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -141,19 +142,23 @@ def test_half_precision(family, way, calls):
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, **(SIZES | options))
     kind = transformers.AutoModelForSeq2SeqLM if family == "t5" else transformers.AutoModelForCausalLM
-    plain = train(WAYS[way](kind.from_config(config).to(torch.bfloat16).eval()))
+    plain = train(WAYS[way](kind.from_config(config).to(DEVICE, torch.bfloat16).eval()))
     assert_same_results(fuse(copy.deepcopy(plain)), plain)
     assert calls["gated_mlp"] and calls["shared_input"] and calls["rms_norm"]
 
 
 def test_some_layers_adapted_only(calls):
     """A group of those that are; an MLP with frozen members."""
-    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval().to(DEVICE)
     plain = train(convert(base, r=2, target_modules=["q_proj", "v_proj", "up_proj"]))
     assert_same_results(fuse(copy.deepcopy(plain)), plain)
     assert calls["gated_mlp"] == calls["shared_input"] == 1
     plain = train(
-        convert(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval(), r=2, target_modules=["o_proj"])
+        convert(
+            transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval().to(DEVICE),
+            r=2,
+            target_modules=["o_proj"],
+        )
     )
     fused = fuse(copy.deepcopy(plain))
     assert not [part for part in explain(fused).fused if part.kind != "RMSNorm"]
@@ -162,7 +167,7 @@ def test_some_layers_adapted_only(calls):
 
 def test_ranks_and_methods_mixed_in_a_block(calls):
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval().to(DEVICE)
     convert(model, r=2, target_modules=["q_proj", "up_proj"])
     convert(model, r=5, target_modules=["k_proj", "down_proj"], method="dora", detach_norm=True)
     plain = train(convert(model, r=1, target_modules=["v_proj", "gate_proj"], norm_order="col_row"))
