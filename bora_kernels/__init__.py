@@ -7,6 +7,7 @@ from .adapters.diagnostics import explain
 from .adapters.groups import parameter_groups
 from .adapters.lora_files import save_as_lora
 from .adapters.storage import adapter_state_dict, load_adapter, merge_adapter, save_adapter
+from .adapters.warm_up import warm_up
 from .functional import bora_linear
 from .fusion.fuse import fuse, unfuse
 from .modules import FusedBoraLinear, FusedColumnLinear, FusedDoraLinear
@@ -35,4 +36,5 @@ __all__ = [
     "save_adapter",
     "save_as_lora",
     "unfuse",
+    "warm_up",
 ]

@@ -22,6 +22,19 @@ def hooked() -> bool:
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
+def compile_and_load(kernel: Any, grid: tuple[int, ...], tensors: tuple, arguments: dict) -> None:
+    """Make ready what a launch needs, on the current device: the kernel, its launcher, and its place in memory."""
+    compiled = kernel.warmup(*tensors, grid=grid, **arguments)
+    getattr(compiled, "run", None)  # loads the kernel when it is first looked at
+
+
+def share_cache(kernel: Any, device: int) -> None:
+    """Make Triton's table of a kernel's variants, which several threads would each make their own of."""
+    caches = getattr(kernel, "device_caches", None)
+    if caches is not None:
+        caches[device]  # noqa: B018 # made when it is first looked at
+
+
 class Kernel(NamedTuple):
     """A compiled kernel, as the driver takes it."""
 

@@ -6,13 +6,14 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-_thread = threading.local()  # .recording: the stage that this thread records, if any
+# .recording: the stage that this thread records, if any; .planner: what takes its launches in their place, if any
+_thread = threading.local()
 
 Reference = tuple[int, int]  # a tensor's owner (inputs first, then allocations in order), and the offset in bytes
 
@@ -40,6 +41,15 @@ class Launch(NamedTuple):
     operands: tuple[Operand | None, ...]  # its leading arguments
     arguments: dict  # the others, by name
     beside: int | None  # the number of the launch that it runs beside, if any
+
+
+class PlannedLaunch(NamedTuple):
+    """A launch that did not happen."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    tensors: tuple
+    arguments: dict
 
 
 class Allocation:
@@ -110,6 +120,10 @@ def launch(kernel, grid: tuple[int, ...], tensors: tuple, **arguments) -> None:
 
     Each of ``tensors`` is a Tensor, a TensorDescriptor or None.
     """
+    planner = getattr(_thread, "planner", None)
+    if planner is not None:
+        planner.append(PlannedLaunch(kernel, grid, tensors, arguments))
+        return
     compiled = kernel[grid](*tensors, **arguments)
     recording = getattr(_thread, "recording", None)
     if recording is not None:
@@ -131,6 +145,22 @@ def beside_last_launch() -> Iterator[None]:
         yield
     finally:
         recording.beside = None
+
+
+class Planner(Protocol):
+    """What takes launches that do not happen."""
+
+    def append(self, launch: PlannedLaunch, /) -> None: ...
+
+
+@contextmanager
+def planning(planner: Planner) -> Iterator[None]:
+    """Launches of this thread in here do not happen, they go to the planner; results are whatever was in memory."""
+    outer, _thread.planner = getattr(_thread, "planner", None), planner
+    try:
+        yield
+    finally:
+        _thread.planner = outer
 
 
 def record(function: Callable[..., tuple], tensors: tuple, options: dict) -> tuple[Recording, tuple]:

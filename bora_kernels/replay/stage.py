@@ -26,6 +26,7 @@ from torch import Tensor
 from . import switch
 from .cache import Entry, plan_cache
 from .compiled import hooked
+from .compiling import compile_stage
 from .plan import Plan
 from .recording import extent, record
 
@@ -78,6 +79,7 @@ def _record(function: Callable, plans: dict, key: tuple, tensors: tuple, options
     inputs = [tensor for tensor in tensors if tensor is not None]
     if _overlap(inputs):  # an address would not tell which of them a kernel read; others with this key may be apart
         return function(*tensors, **options)
+    compile_stage(function, tensors, options)
     recording, results = record(function, tensors, options)
     try:
         plan = Plan.of(recording, results, inputs[0].get_device())

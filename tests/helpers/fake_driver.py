@@ -78,12 +78,13 @@ class Driver:
 
     def play(self, monkeypatch):
         """Take the driver's place, and let tensors on the CPU be taken for such on a device; for a fixture."""
-        from bora_kernels.replay import driver, plan, plan_cache, switch
+        from bora_kernels.replay import driver, plan, plan_cache, stage, switch
 
         monkeypatch.setattr(plan, "current_stream", lambda index: 7)
         monkeypatch.setattr(plan, "allocate", lambda *args: torch.empty_strided(*args[:2], dtype=args[2]))
         monkeypatch.setattr(driver, "cuda", lambda: self)
         monkeypatch.setattr(driver, "parameter_sizes", lambda function: self.kernels[function].sizes)
+        monkeypatch.setattr(stage, "compile_stage", lambda *_: None)  # the kernels here need no compiler
         monkeypatch.setattr(plan, "_thread", plan._Thread())
         monkeypatch.setattr(switch, "_warned", set())
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
