@@ -16,7 +16,8 @@ from ...adapters import coverage, unquantized
 from ...adapters.files import present_name
 from . import through
 from .config import BoraConfig
-from .layers import BoraLayer, check_single
+from .layers import BoraLayer
+from .merging import check_single
 from .mixed import MixedBatches
 from .quantized import BoraQuantizedLinear
 from .targets import changes_base, choose_targets, layer_class
