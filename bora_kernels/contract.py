@@ -81,6 +81,10 @@ class Scales(NamedTuple):
 
     The products are what the Triton backend has left over from the norms and needs again for an exact gradient: V times
     the other axis's factor, which for the axis normalized second carries the square of the first scale.
+
+    ``cancelled`` is not 0 where s·B·A leaves little of W0 in a line of the axis normalized first, or of the second.
+    Such a line's scale is large, and so is the line's part of every sum over the other axis: differences of W0 and
+    s·B·A are too inexact there, and what is computed from them is computed from V.
     """
 
     row_norm: Tensor | None = None  # [N]
@@ -89,6 +93,7 @@ class Scales(NamedTuple):
     col_scale: Tensor | None = None  # [K], g = m_c / col_norm
     row_product: Tensor | None = None  # [N, R]
     col_product: Tensor | None = None  # [K, R]
+    cancelled: Tensor | None = None  # [4], of which two are to fill 16 bytes
 
     @property
     def members(self) -> Members:
@@ -102,7 +107,8 @@ def _sections(
     (N, K), (row, col) = shape, members
     shapes: list[tuple[int, ...] | None]
     shapes = [(N,) if row else None, (N,) if row else None, (K,) if col else None, (K,) if col else None]
-    shapes += [(N, R) if products and row else None, (K, R) if products and col else None, None]
+    shapes += [(N, R) if products and row else None, (K, R) if products and col else None]
+    shapes += [(4,) if row or col else None, None]
     starts, start = [], 0
     for field in shapes:
         starts.append(start)

@@ -46,6 +46,23 @@ def load_vector(ptr, offs, size):
 
 
 @triton.jit
+def any_set(ptr, COUNT: tl.constexpr):
+    """Whether one of COUNT numbers is not 0."""
+    found = tl.full((), 0.0, tl.float32)
+    for i in tl.static_range(COUNT):
+        found += tl.load(ptr + i)
+    return found != 0.0
+
+
+@triton.jit
+def choose(word_ptr, one, other):
+    """one where there is word of cancelled lines, else the other."""
+    if any_set(word_ptr, 2):
+        other = one
+    return other
+
+
+@triton.jit
 def load_matrix(ptr, offs_i, offs_j, size_i, size_j, stride_i, stride_j):
     """A masked tile [i, j] as stored; offsets are int64 before they meet a stride."""
     ptrs = ptr + offs_i.to(tl.int64)[:, None] * stride_i + offs_j.to(tl.int64)[None, :] * stride_j

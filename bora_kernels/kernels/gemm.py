@@ -8,17 +8,21 @@ does both. Where the hardware has tensor descriptors (TMA) and the operands are 
 
 There the low-rank product lengthens the inner dimension: one loop runs over the columns of t and then over those of
 the projection, which meets the factor as ``split_low_rank`` lays them out.
+
+Where the update cancels lines of W0, the two products are large and nearly opposite. Once the norms leave word of such
+lines (``norms``), V itself meets t over a float32 W. In half precision the low-rank product is then made of the same
+rounded t as the base product, and of more digits: what is left is t·Vᵀ, with as many as float32 has to spare.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..replay.recording import empty, launch
-from .common import dot_split, keep_mask, load_matrix, load_projection, load_vector
-from .config import TRITON_DTYPES, cdiv, gemm_config, is_aligned, is_half, parts_in_use, split_config, target
+from .common import any_set, choose, dot_split, keep_mask, load_matrix, load_projection, load_vector
+from .config import TRITON_DTYPES, cdiv, gemm_config, is_aligned, is_half, parts_in_use, target
+from .tail import split_low_rank
 
 
 @triton.jit
@@ -30,14 +34,18 @@ def _scaled_gemm_kernel(
     out,  # [M, O], contiguous
     product,  # [M, O], contiguous: scale⊙(…) before the bias, with stand_in for zero scales
     projection_ptr,  # [PARTS, M, R], contiguous
+    rounded_ptr,  # [PARTS, M, R]: what stands for it where lines are cancelled
     factor_ptr,  # [R, O]
+    inner_ptr,  # [C, R]: W + scaling·(inner·factor)ᵀ is V
+    word_ptr,  # [2]: not 0 where lines are cancelled
     scale_ptr,  # [O]
     bias_ptr,  # [O]
     seed_ptr,  # [1]
     M, O, C,
-    stride_tm, stride_tc, stride_wo, stride_wc, stride_fr, stride_fo,
-    stand_in, out_stand_in, dropout_p,
-    R: tl.constexpr, PARTS: tl.constexpr, TAIL: tl.constexpr,
+    stride_tm, stride_tc, stride_wo, stride_wc, stride_fr, stride_fo, stride_ic, stride_ir,
+    scaling, stand_in, out_stand_in, dropout_p,
+    R: tl.constexpr, PARTS: tl.constexpr, TAIL: tl.constexpr, SPARE_STEPS: tl.constexpr,
+    HAS_WORD: tl.constexpr, HAS_ROUNDED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_O: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
     GROUP_SIZE_M: tl.constexpr, STORES: tl.constexpr,
     W_ROWS_ARE_OUTPUTS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -48,6 +56,13 @@ def _scaled_gemm_kernel(
     num_tiles_o = tl.cdiv(O, BLOCK_SIZE_O)
     group_tiles = GROUP_SIZE_M * num_tiles_o
     steps = tl.cdiv(C, BLOCK_SIZE_C)
+    all_steps = steps + tl.cdiv(TAIL, BLOCK_SIZE_C)
+    if HAS_WORD:
+        if WIDE:
+            from_v = any_set(word_ptr, 2)
+            all_steps = tl.where(from_v, 0, all_steps)
+        elif SPARE_STEPS > 0:  # of the tail's third term
+            all_steps -= tl.where(any_set(word_ptr, 2), 0, SPARE_STEPS)
     # as one loop with the inner one, the next tile's loads run under the end of this one
     for tile in tl.range(tl.program_id(0), num_tiles_m * num_tiles_o, tl.num_programs(0), flatten=TAIL > 0):
         # groups of GROUP_SIZE_M tiles along m share the tiles of w while they are in cache
@@ -58,7 +73,14 @@ def _scaled_gemm_kernel(
         offs_m = start_m + tl.arange(0, BLOCK_SIZE_M)
 
         acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_O), dtype=tl.float32)
-        for k in range(steps + tl.cdiv(TAIL, BLOCK_SIZE_C)):
+        if WIDE and HAS_WORD:
+            if from_v:
+                acc = _product_with_v(
+                    acc, t, w, inner_ptr, factor_ptr, start_m, start_o, M, O, C,
+                    stride_tm, stride_tc, stride_wo, stride_wc, stride_fr, stride_fo, stride_ic, stride_ir, scaling,
+                    R, BLOCK_SIZE_C, BLOCK_SIZE_R, W_ROWS_ARE_OUTPUTS, USE_DESCRIPTORS, PRECISION,
+                )  # fmt: skip
+        for k in range(all_steps):
             start_c = k * BLOCK_SIZE_C
             if USE_DESCRIPTORS:
                 t_from, w_from = t, w
@@ -80,11 +102,19 @@ def _scaled_gemm_kernel(
         if TAIL == 0:
             offs_o = start_o + tl.arange(0, BLOCK_SIZE_O)
             low_rank = tl.zeros_like(acc) if HAS_DROPOUT else acc
-            for r in range(0, R, BLOCK_SIZE_R):
+            if HAS_ROUNDED:
+                projection_ptr = choose(word_ptr, rounded_ptr, projection_ptr)
+            ranks = tl.where(from_v, 0, R) if WIDE and HAS_WORD else R
+            for r in range(0, ranks, BLOCK_SIZE_R):
                 offs_r = r + tl.arange(0, BLOCK_SIZE_R)
-                projection = load_projection(projection_ptr, offs_m, offs_r, M, M, R, PARTS).to(DTYPE)
+                projection = load_projection(projection_ptr, offs_m, offs_r, M, M, R, PARTS)
                 factor = load_matrix(factor_ptr, offs_r, offs_o, R, O, stride_fr, stride_fo).to(tl.float32)
-                low_rank = dot_split(projection, factor, low_rank, PRECISION)
+                high = projection.to(DTYPE)
+                low_rank = dot_split(high, factor, low_rank, PRECISION)
+                if HAS_WORD and not WIDE:  # as a third term of a tail
+                    if any_set(word_ptr, 2):
+                        low = (projection - high.to(tl.float32)).to(DTYPE)
+                        low_rank = tl.dot(low, factor.to(DTYPE), low_rank)
             if HAS_DROPOUT:
                 keep = keep_mask(tl.load(seed_ptr), offs_m, offs_o, dropout_p)
                 acc += tl.where(keep, low_rank / (1.0 - dropout_p), 0.0)
@@ -106,6 +136,33 @@ def _scaled_gemm_kernel(
                 acc, out, product, scale_ptr, bias_ptr, start_m, start_o, M, O, stand_in, out_stand_in,
                 HAS_SCALE, HAS_BIAS, SAVE_PRODUCT, USE_DESCRIPTORS, DTYPE,
             )  # fmt: skip
+
+
+@triton.jit
+def _product_with_v(
+    acc, t, w, inner_ptr, factor_ptr, start_m, start_o, M, O, C,
+    stride_tm, stride_tc, stride_wo, stride_wc, stride_fr, stride_fo, stride_ic, stride_ir, scaling,
+    R: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
+    W_ROWS_ARE_OUTPUTS: tl.constexpr, USE_DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + t·Vᵀ for one tile."""
+    offs_m, offs_o = start_m + tl.arange(0, acc.shape[0]), start_o + tl.arange(0, acc.shape[1])
+    for start_c in tl.range(0, C, BLOCK_SIZE_C, num_stages=1):  # rare: no memory for a pipeline
+        offs_c = start_c + tl.arange(0, BLOCK_SIZE_C)
+        if USE_DESCRIPTORS:
+            t_tile = t.load([start_m, start_c])
+            v = w.load([start_o, start_c]).T if W_ROWS_ARE_OUTPUTS else w.load([start_c, start_o])
+        else:
+            t_tile = load_matrix(t, offs_m, offs_c, M, C, stride_tm, stride_tc)
+            v = load_matrix(w, offs_c, offs_o, C, O, stride_wc, stride_wo)
+        low_rank = tl.zeros((BLOCK_SIZE_C, acc.shape[1]), dtype=tl.float32)
+        for r in tl.range(0, R, BLOCK_SIZE_R, num_stages=1):
+            offs_r = r + tl.arange(0, BLOCK_SIZE_R)
+            inner = load_matrix(inner_ptr, offs_c, offs_r, C, R, stride_ic, stride_ir).to(tl.float32)
+            factor = load_matrix(factor_ptr, offs_r, offs_o, R, O, stride_fr, stride_fo).to(tl.float32)
+            low_rank = tl.dot(inner, factor, low_rank, input_precision="ieee")
+        acc = dot_split(t_tile, v.to(tl.float32) + scaling * low_rank, acc, PRECISION)
+    return acc
 
 
 @triton.jit
@@ -136,54 +193,19 @@ def _store_tile(out, tile, start_m, start_o, offs_m, offs_o, M, O, USE_DESCRIPTO
         tl.store(ptrs, tile, mask=(offs_m < M)[:, None] & (offs_o < O)[None, :])
 
 
-@triton.jit
-def _tail_kernel(
-    projection_ptr,  # [PARTS, M, R], contiguous
-    factor_ptr,  # [R, O]
-    t_tail_ptr,  # [M, TERMS·R]
-    w_tail_ptr,  # [O, TERMS·R]
-    M, O,
-    stride_fr, stride_fo, stride_tm, stride_wo, stride_wr,
-    R: tl.constexpr, PARTS: tl.constexpr, TERMS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
-    pid, num_blocks_m = tl.program_id(0), tl.cdiv(M, BLOCK_SIZE)
-    offs_r = tl.program_id(1) * BLOCK_SIZE_R + tl.arange(0, BLOCK_SIZE_R)
-    if pid < num_blocks_m:
-        offs_m = pid * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-        projection = load_projection(projection_ptr, offs_m, offs_r, M, M, R, PARTS)
-        _store_tail(t_tail_ptr, projection, offs_m, offs_r, M, stride_tm, 1, R, TERMS, False, DTYPE)
-    else:
-        offs_o = (pid - num_blocks_m) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-        factor = load_matrix(factor_ptr, offs_o, offs_r, O, R, stride_fo, stride_fr).to(tl.float32)
-        _store_tail(w_tail_ptr, factor, offs_o, offs_r, O, stride_wo, stride_wr, R, TERMS, True, DTYPE)
-
-
-@triton.jit
-def _store_tail(
-    ptr, values, offs_i, offs_r, size_i, stride_i, stride_r,
-    R: tl.constexpr, TERMS: tl.constexpr, SPLIT: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """As TERMS times R columns: terms that add up to the values with SPLIT, copies otherwise."""
-    mask = (offs_i < size_i)[:, None] & (offs_r < R)[None, :]
-    for term in tl.static_range(TERMS):
-        rounded = values.to(DTYPE)
-        columns = (term * R + offs_r).to(tl.int64)
-        tl.store(ptr + offs_i.to(tl.int64)[:, None] * stride_i + columns[None, :] * stride_r, rounded, mask=mask)
-        if SPLIT:
-            values -= rounded.to(tl.float32)
-
-
 def scaled_gemm(
     t: Tensor,
     W: Tensor,
     projection: Tensor,
+    rounded: Tensor | None,
     factor: Tensor,
+    inner: Tensor,
+    word: Tensor | None,
     scale: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
     *,
+    scaling: float,
     dropout_p: float,
     stand_in: float,
     out_stand_in: float,
@@ -192,10 +214,12 @@ def scaled_gemm(
 ) -> tuple[Tensor, Tensor]:
     """out [M, O] in t's dtype, and the product before the bias (out itself unless ``save_product``).
 
-    t [M, C], W [O, C] (any strides), projection [parts, M, R] as ``project`` leaves it, factor [R, O], scale and
-    bias [O]. A zero scale counts as ``out_stand_in`` in the output and as ``stand_in`` in a product that is apart.
+    t [M, C], W [O, C] (any strides), projection and rounded [parts, M, R] as ``project`` leaves them of t and inner
+    [C, R], factor [R, O], scale and bias [O]. ``word`` is what the norms say of cancelled lines, None with dropout,
+    where none cancel. A zero scale counts as ``out_stand_in`` in the output, as ``stand_in`` in a product apart.
     """
     (M, C), O, (allocated, _, R) = t.shape, W.shape[0], projection.shape
+    wide = not is_half(W.dtype)
     parts = parts_in_use(allocated, M, target(t.get_device())[1])
     save_product = save_product and scale is not None
     out = empty((M, O), t.dtype, t.device)
@@ -205,13 +229,14 @@ def scaled_gemm(
     descriptors_fit = W.dtype == t.dtype and all(map(fits_descriptor, (t, stored_w, out)))
     grid, config = gemm_config(M, O, C, t.dtype, W.get_device(), descriptors_fit, is_aligned(t), seed is not None)
     operands: tuple = (t, W, None, None, out, product)
-    tail = 0
+    tail = spare_steps = 0
     if config["USE_DESCRIPTORS"]:
+        block_m, block_o, block_c = config["BLOCK_SIZE_M"], config["BLOCK_SIZE_O"], config["BLOCK_SIZE_C"]
         t_tail = w_tail = None
         if seed is None:
-            t_tail, w_tail = split_low_rank(projection, factor, parts, t.dtype, rows_are_outputs)
+            t_tail, w_tail = split_low_rank(projection, rounded, factor, word, parts, t.dtype, rows_are_outputs)
             tail = t_tail.shape[1]
-        block_m, block_o, block_c = config["BLOCK_SIZE_M"], config["BLOCK_SIZE_O"], config["BLOCK_SIZE_C"]
+            spare_steps = cdiv(tail, block_c) - cdiv(min(tail, 2 * R), block_c)
         w_block = [block_o, block_c] if rows_are_outputs else [block_c, block_o]
         out_block = [block_m, block_o // config["STORES"]]
         operands = (
@@ -223,49 +248,19 @@ def scaled_gemm(
     launch(
         _scaled_gemm_kernel,
         grid,
-        (*operands, projection, factor, scale, bias, seed),
+        (*operands, projection, rounded, factor, inner if wide else None, word, scale, bias, seed),
         M=M, O=O, C=C,
         stride_tm=t.stride(0), stride_tc=t.stride(1), stride_wo=W.stride(0), stride_wc=W.stride(1),
-        stride_fr=factor.stride(0), stride_fo=factor.stride(1),
-        stand_in=stand_in, out_stand_in=out_stand_in, dropout_p=dropout_p,
-        R=R, PARTS=parts, TAIL=tail, W_ROWS_ARE_OUTPUTS=rows_are_outputs, HAS_SCALE=scale is not None,
+        stride_fr=factor.stride(0), stride_fo=factor.stride(1), stride_ic=inner.stride(0) * wide,
+        stride_ir=inner.stride(1) * wide,
+        scaling=scaling, stand_in=stand_in, out_stand_in=out_stand_in, dropout_p=dropout_p,
+        R=R, PARTS=parts, TAIL=tail, SPARE_STEPS=spare_steps, HAS_WORD=word is not None,
+        HAS_ROUNDED=rounded is not None, WIDE=wide,
+        W_ROWS_ARE_OUTPUTS=rows_are_outputs, HAS_SCALE=scale is not None,
         HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None, SAVE_PRODUCT=save_product,
         DTYPE=TRITON_DTYPES[t.dtype], PRECISION=precision, **config,
     )  # fmt: skip
     return out, product
-
-
-def split_low_rank(
-    projection: Tensor, factor: Tensor, parts: int, dtype: torch.dtype, rows_are_outputs: bool
-) -> tuple[Tensor, Tensor]:
-    """Tails [M, T] and [O, T] of the inner dimension, whose product is projection·factor; the second is stored as
-    [T, O] unless ``rows_are_outputs``.
-
-    A half-precision projection meets the factor as two terms, its rounded value and what that leaves of it, so that no
-    small update of the factor is lost: T = 2R, and the projection is there twice. In float32 T = R.
-    """
-    _, M, R = projection.shape
-    O, terms = factor.shape[1], 2 if is_half(dtype) else 1
-    t_tail = _aligned_rows(M, terms * R, dtype, factor.device)
-    w_tail = _aligned_rows(*((O, terms * R) if rows_are_outputs else (terms * R, O)), dtype, factor.device)
-    strides_w = w_tail.stride() if rows_are_outputs else w_tail.stride()[::-1]
-    config = split_config(R)
-    block = config["BLOCK_SIZE"]
-    launch(
-        _tail_kernel,
-        (cdiv(M, block) + cdiv(O, block), cdiv(R, config["BLOCK_SIZE_R"])),
-        (projection, factor, t_tail, w_tail),
-        M=M, O=O,
-        stride_fr=factor.stride(0), stride_fo=factor.stride(1), stride_tm=t_tail.stride(0),
-        stride_wo=strides_w[0], stride_wr=strides_w[1],
-        R=R, PARTS=parts, TERMS=terms, DTYPE=TRITON_DTYPES[dtype], **config,
-    )  # fmt: skip
-    return t_tail, w_tail
-
-
-def _aligned_rows(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialized [rows, cols] whose rows start at multiples of 16 bytes."""
-    return empty((rows, cdiv(cols, 8) * 8), dtype, device)[:, :cols]
 
 
 def descriptor(matrix: Tensor | None, block: list[int]) -> TensorDescriptor | None:

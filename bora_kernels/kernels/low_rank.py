@@ -17,8 +17,27 @@ from torch import Tensor
 
 from ..contract import given, projection_parts
 from ..replay.recording import empty, launch
-from .common import dot_split, keep_mask, live_magnitude, load_matrix, load_projection, load_vector, round_with_dither
-from .config import cdiv, combine_config, is_aligned, is_packed, parts_in_use, project_config, reduce_config, target
+from .common import (
+    any_set,
+    dot_split,
+    keep_mask,
+    live_magnitude,
+    load_matrix,
+    load_projection,
+    load_vector,
+    round_with_dither,
+)
+from .config import (
+    cdiv,
+    combine_config,
+    is_aligned,
+    is_half,
+    is_packed,
+    parts_in_use,
+    project_config,
+    reduce_config,
+    target,
+)
 
 
 @triton.jit
@@ -28,13 +47,16 @@ def _project_kernel(
     factor_ptr,  # [R, C]
     scaled_ptr,  # [M, C], contiguous
     projection_ptr,  # [parts, M, R], contiguous: one part for each split of C
+    rounded_ptr,  # [parts, M, R], the same of t_scaled; only where lines are cancelled
+    word_ptr,  # [2]: not 0 where they are
     seed_ptr,  # [1]
     M, C, split_size,
     stride_tm, stride_tc, stride_fr, stride_fc,
     scaling, dropout_p,
     R: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
-    PACKED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_ROUNDED: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     if PACKED:
         stride_fc = R
@@ -61,6 +83,18 @@ def _project_kernel(
         acc = dot_split(t, factor, acc, PRECISION)
     ptrs = projection_ptr + (part.to(tl.int64) * M + offs_m)[:, None] * R + offs_r[None, :]
     tl.store(ptrs, acc * scaling, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
+    if HAS_ROUNDED:
+        if any_set(word_ptr, 2):
+            acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_R), dtype=tl.float32)
+            for c in tl.range(part * split_size, end, BLOCK_SIZE_C, num_stages=1):
+                offs_c = c + tl.arange(0, BLOCK_SIZE_C)
+                t = load_matrix(t_ptr, offs_m, offs_c, M, C, stride_tm, stride_tc)
+                scale = load_vector(scale_ptr, offs_c, C)
+                scaled = round_with_dither(t.to(tl.float32) * scale[None, :], offs_m, offs_c, t.dtype)
+                factor = load_matrix(factor_ptr, offs_c, offs_r, C, R, stride_fc, stride_fr).to(tl.float32)
+                acc = dot_split(scaled, factor, acc, PRECISION)
+            ptrs = rounded_ptr + (part.to(tl.int64) * M + offs_m)[:, None] * R + offs_r[None, :]
+            tl.store(ptrs, acc * scaling, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
 
 
 @triton.jit
@@ -156,15 +190,17 @@ def project(
     t: Tensor,
     factor: Tensor,
     scale: Tensor | None,
+    word: Tensor | None,
     seed: Tensor | None,
     *,
     scaling: float,
     dropout_p: float,
     precision: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """t⊙scale [M, C] rounded with dither (t itself without a scale), and s·(drop(t)⊙scale)·factorᵀ.
 
-    The latter is float32 and in parts [parts, M, R], one for each split of C; whoever loads it adds them.
+    The latter is float32 and in parts [parts, M, R], one for each split of C; whoever loads it adds them. The third is
+    the same of the rounded t⊙scale, where there is ``word`` of cancelled lines; None where the two cannot differ.
 
     Kept elements are scaled by 1 / (1 − p), which ``scaling`` takes along.
     """
@@ -174,19 +210,22 @@ def project(
     arch, processors = target(t.get_device())
     parts = parts_in_use(allocated, M, processors)
     projection = empty((allocated, M, R), torch.float32, t.device)
+    differs = word is not None and scale is not None and is_half(t.dtype)
+    rounded = empty((allocated, M, R), torch.float32, t.device) if differs else None
     config = project_config(arch, R, t.dtype, is_aligned(t), seed is not None)
     block_c = config["BLOCK_SIZE_C"]
     launch(
         _project_kernel,
         (cdiv(M, config["BLOCK_SIZE_M"]), cdiv(R, config["BLOCK_SIZE_R"]), parts),
-        (t, scale, factor, scaled, projection, seed),
+        (t, scale, factor, scaled, projection, rounded, word, seed),
         M=M, C=C, split_size=cdiv(cdiv(C, parts), block_c) * block_c,
         stride_tm=t.stride(0), stride_tc=t.stride(1), stride_fr=factor.stride(0), stride_fc=factor.stride(1),
         scaling=scaling / (1.0 - dropout_p), dropout_p=dropout_p,
-        R=R, PACKED=is_packed(factor.T), HAS_SCALE=scale is not None, HAS_DROPOUT=seed is not None,
+        R=R, PACKED=is_packed(factor.T), HAS_SCALE=scale is not None, HAS_ROUNDED=differs,
+        HAS_DROPOUT=seed is not None,
         PRECISION=precision, **config,
     )  # fmt: skip
-    return scaled, projection
+    return scaled, projection, rounded
 
 
 def reduce(

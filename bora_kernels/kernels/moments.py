@@ -5,12 +5,14 @@ and a coefficient c [J], always the same two sums:
 
     products_i = Σ_j V_ij·c_j·Z_j   [R]        squares_i = Σ_j c_j·V_ij²
 
-V itself is not formed. With X = W0·(c⊙Z) and the Gram matrix G = Zᵀ·(c⊙Z) [R, R] they are
+V itself is not formed, as a rule. With X = W0·(c⊙Z) and the Gram matrix G = Zᵀ·(c⊙Z) [R, R] they are
 
     (a) products = X + s·P·G                   (b) squares = Σ_j c_j·W0_ij² + s·Σ_r P⊙(X + products)
 
 ``moments`` reads W0 once and leaves X, G and Σ_j c_j·W0_ij², in parts that a finishing kernel adds in a fixed order, by
 ``load_products`` and ``load_squares``. Over the other axis it is the same kernel on the transposed view.
+
+Where the update cancels lines of W0, (a) and (b) are differences of large numbers, and ``sums_of_v`` forms V.
 """
 
 import torch
@@ -30,16 +32,20 @@ def _moments_kernel(
     coefficient_ptr,  # [J]
     products_ptr,  # [splits, I + R, R]: X, and below it G
     squares_ptr,  # [splits, I]
+    cleared_ptr,  # [4]: set to 0
     I, J, split_size,
     stride_wi, stride_wj, stride_zj, stride_zr,
     R: tl.constexpr,
     BLOCK_SIZE_I: tl.constexpr, BLOCK_SIZE_J: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
-    PACKED: tl.constexpr, HAS_COEFFICIENT: tl.constexpr, HAS_SQUARES: tl.constexpr,
+    PACKED: tl.constexpr, HAS_COEFFICIENT: tl.constexpr, HAS_SQUARES: tl.constexpr, HAS_CLEARED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     if PACKED:
         stride_zj = R
     pid_i, split, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if HAS_CLEARED:
+        if pid_i + split + pid_r == 0:
+            tl.store(cleared_ptr + tl.arange(0, 4), tl.zeros((4,), dtype=tl.float32))
     offs_r = pid_r * BLOCK_SIZE_R + tl.arange(0, BLOCK_SIZE_R)
     num_blocks = tl.cdiv(I, BLOCK_SIZE_I)
     start, end = split * split_size, tl.minimum((split + 1) * split_size, J)
@@ -111,10 +117,48 @@ def load_squares(squares_ptr, offs_i, splits, I):
     return squares
 
 
+@triton.jit
+def sums_of_v(
+    mask, products_ptr, w_ptr, p_ptr, z_ptr, c_ptr, offs_i, I, J,
+    stride_wi, stride_wj, stride_pi, stride_pr, stride_zj, stride_zr,
+    scaling,
+    R: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_COEFFICIENT: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
+):  # fmt: skip
+    """squares from V itself, and products to products_ptr [I, R] for the lines in mask: slow, and right."""
+    squares = tl.zeros((offs_i.shape[0],), dtype=tl.float32)
+    for r in range(0, R if HAS_PRODUCTS else 1, BLOCK_SIZE):
+        offs_r = r + tl.arange(0, BLOCK_SIZE)
+        squares = tl.zeros((offs_i.shape[0],), dtype=tl.float32)
+        products = tl.zeros((offs_i.shape[0], BLOCK_SIZE), dtype=tl.float32)
+        for j in tl.range(0, J, BLOCK_SIZE, num_stages=1):  # rare: no registers for a pipeline
+            offs_j = j + tl.arange(0, BLOCK_SIZE)
+            low_rank = tl.zeros((offs_i.shape[0], BLOCK_SIZE), dtype=tl.float32)
+            for q in tl.range(0, R, BLOCK_SIZE, num_stages=1):
+                offs_q = q + tl.arange(0, BLOCK_SIZE)
+                p = load_matrix(p_ptr, offs_i, offs_q, I, R, stride_pi, stride_pr).to(tl.float32)
+                z = load_matrix(z_ptr, offs_q, offs_j, R, J, stride_zr, stride_zj).to(tl.float32)
+                low_rank = tl.dot(p, z, low_rank, input_precision="ieee")
+            v = load_matrix(w_ptr, offs_i, offs_j, I, J, stride_wi, stride_wj).to(tl.float32) + scaling * low_rank
+            weighted = v * load_vector(c_ptr, offs_j, J)[None, :] if HAS_COEFFICIENT else v
+            squares += tl.sum(weighted * v, axis=1)
+            if HAS_PRODUCTS:
+                z = load_matrix(z_ptr, offs_j, offs_r, J, R, stride_zj, stride_zr).to(tl.float32)
+                products = tl.dot(weighted, z, products, input_precision="ieee")
+        if HAS_PRODUCTS:
+            ptrs = products_ptr + offs_i.to(tl.int64)[:, None] * R + offs_r[None, :]
+            tl.store(ptrs, products, mask=(mask & (offs_i < I))[:, None] & (offs_r < R)[None, :])
+    return squares
+
+
 def moments(
-    W: Tensor, Z: Tensor, coefficient: Tensor | None, precision: str, squares_needed: bool = True
+    W: Tensor,
+    Z: Tensor,
+    coefficient: Tensor | None,
+    precision: str,
+    squares_needed: bool = True,
+    cleared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Parts of X and G [splits, I + R, R] and of Σ_j c_j·W_ij² [splits, I]."""
+    """Parts of X and G [splits, I + R, R] and of Σ_j c_j·W_ij² [splits, I]; sets ``cleared`` [4] to 0."""
     (I, J), R = W.shape, Z.shape[1]
     arch, _ = target(W.get_device())
     splits, config = moments_config(arch, I, J, R, W.dtype, is_aligned(W))
@@ -126,10 +170,10 @@ def moments(
     launch(
         _moments_kernel,
         (cdiv(I, block_i) + cdiv(R, block_i), splits, cdiv(R, block_r)),
-        (W, Z, coefficient, products, squares),
+        (W, Z, coefficient, products, squares, cleared),
         I=I, J=J, split_size=cdiv(cdiv(J, splits), block_j) * block_j,
         stride_wi=W.stride(0), stride_wj=W.stride(1), stride_zj=Z.stride(0), stride_zr=Z.stride(1),
         R=R, PACKED=is_packed(Z), HAS_COEFFICIENT=coefficient is not None, HAS_SQUARES=squares_needed,
-        DTYPE=TRITON_DTYPES[operand], PRECISION=precision, **config,
+        HAS_CLEARED=cleared is not None, DTYPE=TRITON_DTYPES[operand], PRECISION=precision, **config,
     )  # fmt: skip
     return products, squares

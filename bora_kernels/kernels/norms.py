@@ -8,8 +8,9 @@ The four uses of these, numbered as in ``ops.torch_backend``:
     second axis, c = λ               (11)
 
 Where the update cancels most of a line of W0, (b) cancels too: what is left has the error of Σ_j c_j·W0_ij², and may be
-negative. The kernel that finishes a norm sees it by that sum, and forms V for such a line. No launch is spent on it,
-and no time where there is no such line.
+negative. The kernel that finishes a norm sees it by that sum, forms V for such a line, and leaves word of it: the field
+``cancelled`` of ``contract.Scales``. By that line's scale and coefficients all sums over the other axis cancel as well,
+and are taken from V where there is word. No launch is spent on it, and no time where there is no such line.
 """
 
 from typing import NamedTuple
@@ -20,42 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..replay.recording import empty, launch
-from .common import live_magnitude, load_matrix, load_vector
+from .common import any_set, live_magnitude, load_matrix, load_vector
 from .config import cdiv, finish_config
-from .moments import load_products, load_squares, moments
-
-
-@triton.jit
-def _second_look(
-    cancelled, kept_ptr, w_ptr, p_ptr, z_ptr, c_ptr, offs_i, I, J,
-    stride_wi, stride_wj, stride_pi, stride_pr, stride_zj, stride_zr,
-    scaling,
-    R: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_COEFFICIENT: tl.constexpr, HAS_KEPT: tl.constexpr,
-):  # fmt: skip
-    """Σ_j c_j·V_ij² from V itself; products, (a), of the cancelled lines go to kept."""
-    squares = tl.zeros((offs_i.shape[0],), dtype=tl.float32)
-    for r in range(0, R if HAS_KEPT else 1, BLOCK_SIZE):
-        offs_r = r + tl.arange(0, BLOCK_SIZE)
-        squares = tl.zeros((offs_i.shape[0],), dtype=tl.float32)
-        products = tl.zeros((offs_i.shape[0], BLOCK_SIZE), dtype=tl.float32)
-        for j in tl.range(0, J, BLOCK_SIZE, num_stages=1):  # rare: no registers for a pipeline
-            offs_j = j + tl.arange(0, BLOCK_SIZE)
-            low_rank = tl.zeros((offs_i.shape[0], BLOCK_SIZE), dtype=tl.float32)
-            for q in tl.range(0, R, BLOCK_SIZE, num_stages=1):
-                offs_q = q + tl.arange(0, BLOCK_SIZE)
-                p = load_matrix(p_ptr, offs_i, offs_q, I, R, stride_pi, stride_pr).to(tl.float32)
-                z = load_matrix(z_ptr, offs_q, offs_j, R, J, stride_zr, stride_zj).to(tl.float32)
-                low_rank = tl.dot(p, z, low_rank, input_precision="ieee")
-            v = load_matrix(w_ptr, offs_i, offs_j, I, J, stride_wi, stride_wj).to(tl.float32) + scaling * low_rank
-            weighted = v * load_vector(c_ptr, offs_j, J)[None, :] if HAS_COEFFICIENT else v
-            squares += tl.sum(weighted * v, axis=1)
-            if HAS_KEPT:
-                z = load_matrix(z_ptr, offs_j, offs_r, J, R, stride_zj, stride_zr).to(tl.float32)
-                products = tl.dot(weighted, z, products, input_precision="ieee")
-        if HAS_KEPT:
-            ptrs = kept_ptr + offs_i.to(tl.int64)[:, None] * R + offs_r[None, :]
-            tl.store(ptrs, products, mask=(cancelled & (offs_i < I))[:, None] & (offs_r < R)[None, :])
-    return squares
+from .moments import load_products, load_squares, moments, sums_of_v
 
 
 @triton.jit
@@ -71,12 +39,15 @@ def _finish_norm_kernel(
     scale_ptr,  # [I]
     coefficient_ptr,  # [I]: scale², or squares without a magnitude
     kept_ptr,  # [I, R]: products
+    word_ptr,  # [FLAGS]: not 0 where lines of the axes before were cancelled
+    cancelled_ptr,  # []: set to 1 where one of these lines is
     splits, I, J,
     stride_wi, stride_wj, stride_pi, stride_pr, stride_zj, stride_zr,
     scaling, eps,
     R: tl.constexpr,
     BLOCK_SIZE_I: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
-    HAS_COEFFICIENT: tl.constexpr, HAS_MAGNITUDE: tl.constexpr, HAS_KEPT: tl.constexpr, SECOND_LOOK: tl.constexpr,
+    HAS_COEFFICIENT: tl.constexpr, HAS_MAGNITUDE: tl.constexpr, HAS_KEPT: tl.constexpr,
+    SIGNED: tl.constexpr, FLAGS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     offs_i = tl.program_id(0) * BLOCK_SIZE_I + tl.arange(0, BLOCK_SIZE_I)
@@ -92,16 +63,22 @@ def _finish_norm_kernel(
         if HAS_KEPT:
             ptrs = kept_ptr + offs_i.to(tl.int64)[:, None] * R + offs_r[None, :]
             tl.store(ptrs, products, mask=mask_i[:, None] & (offs_r < R)[None, :])
-    if SECOND_LOOK:
+    if SIGNED:  # the sum may cancel where no line does
+        cancelled = mask_i & (offs_i < 0)
+    else:
         cancelled = squares * 4.0 < load_squares(squares_ptr, offs_i, splits, I)  # half of the norm is gone
         if tl.max(cancelled.to(tl.int32), axis=0) > 0:
-            tl.debug_barrier()  # products of the same lines were stored above, by other threads
-            seen = _second_look(
-                cancelled, kept_ptr, w_ptr, p_ptr, z_ptr, c_ptr, offs_i, I, J,
-                stride_wi, stride_wj, stride_pi, stride_pr, stride_zj, stride_zr,
-                scaling, R, 16, HAS_COEFFICIENT, HAS_KEPT,
-            )  # fmt: skip
-            squares = tl.where(cancelled, seen, squares)
+            tl.store(cancelled_ptr, 1.0)
+    if any_set(word_ptr, FLAGS):
+        cancelled = mask_i
+    if tl.max(cancelled.to(tl.int32), axis=0) > 0:
+        tl.debug_barrier()  # products of the same lines were stored above, by other threads
+        seen = sums_of_v(
+            cancelled, kept_ptr, w_ptr, p_ptr, z_ptr, c_ptr, offs_i, I, J,
+            stride_wi, stride_wj, stride_pi, stride_pr, stride_zj, stride_zr,
+            scaling, R, 16, HAS_COEFFICIENT, HAS_KEPT,
+        )  # fmt: skip
+        squares = tl.where(cancelled, seen, squares)
     if HAS_MAGNITUDE:
         squares = tl.where(squares < 0.0, 0.0, squares)  # by rounding, at most; NaN stays
         norm = tl.maximum(tl.sqrt(squares), eps, propagate_nan=tl.PropagateNan.ALL)
@@ -115,9 +92,13 @@ def _finish_norm_kernel(
 
 @triton.jit
 def _finish_path_kernel(
-    products_ptr,  # [splits, I + R, R]
+    products_ptr,  # [splits, I + R, R]; overwritten
     squares_ptr,  # [splits, I]
+    w_ptr,  # [I, J]
     p_ptr,  # [I, R]
+    z_ptr,  # [J, R]
+    c_ptr,  # [J]: the coefficient summed with
+    word_ptr,  # [2]: not 0 where lines are cancelled
     norm_ptr,  # [I]
     scale_ptr,  # [I]
     magnitude_ptr,  # [I]
@@ -125,8 +106,8 @@ def _finish_path_kernel(
     kept_ptr,  # [I, R]: V·Q, or Vᵀ·(first_scale²⊙P)
     d_magnitude_ptr,  # [I], added to
     d_factor_ptr,  # [I, R], added to
-    splits, I,
-    stride_pi, stride_pr, stride_di, stride_dr,
+    splits, I, J,
+    stride_wi, stride_wj, stride_pi, stride_pr, stride_zj, stride_zr, stride_di, stride_dr,
     scaling, eps, stand_in,
     R: tl.constexpr,
     BLOCK_SIZE_I: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
@@ -137,16 +118,27 @@ def _finish_path_kernel(
     mask_i = offs_i < I
     coefficient = load_vector(coefficient_ptr, offs_i, I) if FIRST or HAS_KEPT else tl.zeros_like(offs_i)
     weight_of_products = tl.full((BLOCK_SIZE_I,), 1.0, dtype=tl.float32)
-    if FIRST and HAS_PRODUCTS:
-        squares = load_squares(squares_ptr, offs_i, splits, I)
-        for r in range(0, R, BLOCK_SIZE_R):
-            offs_r = r + tl.arange(0, BLOCK_SIZE_R)
-            x, products = load_products(
-                products_ptr, p_ptr, offs_i, offs_r, splits, I, stride_pi, stride_pr, scaling,
-                R, BLOCK_SIZE_R, PRECISION,
+    squares = tl.zeros((BLOCK_SIZE_I,), dtype=tl.float32)
+    if HAS_PRODUCTS:
+        from_v = any_set(word_ptr, 2)
+        if from_v:
+            squares = sums_of_v(  # products lie over X of the first split, which only this program reads
+                mask_i, products_ptr, w_ptr, p_ptr, z_ptr, c_ptr, offs_i, I, J,
+                stride_wi, stride_wj, stride_pi, stride_pr, stride_zj, stride_zr,
+                scaling, R, 16, True, HAS_FACTOR,
             )  # fmt: skip
-            p = load_matrix(p_ptr, offs_i, offs_r, I, R, stride_pi, stride_pr).to(tl.float32)
-            squares += scaling * tl.sum(p * (x + products), axis=1)  # (b): w of (8)
+            tl.debug_barrier()  # other threads read them
+        elif FIRST:
+            squares = load_squares(squares_ptr, offs_i, splits, I)
+            for r in range(0, R, BLOCK_SIZE_R):
+                offs_r = r + tl.arange(0, BLOCK_SIZE_R)
+                x, products = load_products(
+                    products_ptr, p_ptr, offs_i, offs_r, splits, I, stride_pi, stride_pr, scaling,
+                    R, BLOCK_SIZE_R, PRECISION,
+                )  # fmt: skip
+                p = load_matrix(p_ptr, offs_i, offs_r, I, R, stride_pi, stride_pr).to(tl.float32)
+                squares += scaling * tl.sum(p * (x + products), axis=1)  # (b): w of (8)
+    if FIRST and HAS_PRODUCTS:
         scale, norm = load_vector(scale_ptr, offs_i, I), load_vector(norm_ptr, offs_i, I)
         weight_of_products = scale * scale
         path = weight_of_products * squares
@@ -160,10 +152,13 @@ def _finish_path_kernel(
             offs_r = r + tl.arange(0, BLOCK_SIZE_R)
             update = tl.zeros((BLOCK_SIZE_I, BLOCK_SIZE_R), dtype=tl.float32)
             if HAS_PRODUCTS:
-                _, products = load_products(
-                    products_ptr, p_ptr, offs_i, offs_r, splits, I, stride_pi, stride_pr, scaling,
-                    R, BLOCK_SIZE_R, PRECISION,
-                )  # fmt: skip
+                if from_v:
+                    products = load_matrix(products_ptr, offs_i, offs_r, I, R, R, 1)
+                else:
+                    _, products = load_products(
+                        products_ptr, p_ptr, offs_i, offs_r, splits, I, stride_pi, stride_pr, scaling,
+                        R, BLOCK_SIZE_R, PRECISION,
+                    )  # fmt: skip
                 update += weight_of_products[:, None] * products
             if HAS_KEPT:
                 update += coefficient[:, None] * load_matrix(kept_ptr, offs_i, offs_r, I, R, R, 1)
@@ -181,6 +176,7 @@ def norm_and_scale(
     norm: Tensor,
     scale: Tensor,
     kept: Tensor | None,
+    cancelled: Tensor,
     *,
     scaling: float,
     eps: float,
@@ -189,41 +185,59 @@ def norm_and_scale(
     """Norms over j of V = W [I, J] + s·P [I, R]·Z [J, R]ᵀ weighted by the coefficient [J] (None: 1).
 
     Writes norm [I], scale = magnitude / norm [I] and, where asked for, V·(c⊙Z) to kept [I, R]. Returns scale² [I].
+    Of ``cancelled`` [4] it writes the first without a coefficient, and the second with one, which then is that of the
+    other axis.
     """
-    return _finish_norm(W, P, Z, magnitude, coefficient, norm, scale, kept, scaling, eps, precision)
+    word, written = (None, cancelled) if coefficient is None else (cancelled[:1], cancelled[1:2])
+    return _finish_norm(
+        W, P, Z, magnitude, coefficient, norm, scale, kept, word, written, scaling=scaling, eps=eps, precision=precision
+    )
 
 
 def weighted_sums(
-    W: Tensor, P: Tensor, Z: Tensor, coefficient: Tensor | None, *, scaling: float, signed: bool, precision: str
-) -> tuple[Tensor, Tensor]:
+    W: Tensor,
+    P: Tensor,
+    Z: Tensor,
+    coefficient: Tensor | None,
+    word: Tensor | None,
+    *,
+    scaling: float,
+    signed: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     """squares [I] and products [I, R], equations (b) and (a), where the norms need more than this W: a shard, say.
 
-    ``signed`` is for coefficients of either sign, whose sums may cancel without the lines.
+    ``word`` is what such calls before said of cancelled lines; the third tensor [4] says whether a line is cancelled
+    here. ``signed`` is for coefficients of either sign, whose sums may cancel without the lines.
     """
     products = empty(P.shape, torch.float32, W.device)
+    cancelled = empty((4,), torch.float32, W.device)
     squares = _finish_norm(
-        W, P, Z, None, coefficient, None, None, products, scaling, 0.0, precision, second_look=not signed
-    )
-    return squares, products
+        W, P, Z, None, coefficient, None, None, products, word, cancelled,
+        scaling=scaling, eps=0.0, precision=precision, clear=True, signed=signed,
+    )  # fmt: skip
+    return squares, products, cancelled
 
 
 def _finish_norm(
-    W, P, Z, magnitude, coefficient, norm, scale, kept, scaling, eps, precision, second_look=True
-) -> Tensor:
-    products, squares = moments(W, Z, coefficient, precision)
+    W, P, Z, magnitude, coefficient, norm, scale, kept, word, cancelled, *,
+    scaling, eps, precision, clear=None, signed=False,
+) -> Tensor:  # fmt: skip
+    clear = coefficient is None if clear is None else clear  # the first of a layer's
+    products, squares = moments(W, Z, coefficient, precision, cleared=cancelled if clear else None)
     I, R = P.shape
     result = empty((I,), torch.float32, W.device)
     config = finish_config(R, W.dtype)
     launch(
         _finish_norm_kernel,
         (cdiv(I, config["BLOCK_SIZE_I"]),),
-        (products, squares, W, P, Z, coefficient, magnitude, norm, scale, result, kept),
+        (products, squares, W, P, Z, coefficient, magnitude, norm, scale, result, kept, word, cancelled),
         splits=len(products), I=I, J=W.shape[1],
         stride_wi=W.stride(0), stride_wj=W.stride(1), stride_pi=P.stride(0), stride_pr=P.stride(1),
         stride_zj=Z.stride(0), stride_zr=Z.stride(1),
         scaling=scaling, eps=eps,
         R=R, HAS_COEFFICIENT=coefficient is not None, HAS_MAGNITUDE=magnitude is not None, HAS_KEPT=kept is not None,
-        SECOND_LOOK=second_look, PRECISION=precision, **config,
+        SIGNED=signed, FLAGS=0 if word is None else min(2, len(word)), PRECISION=precision, **config,
     )  # fmt: skip
     return result
 
@@ -243,9 +257,11 @@ class Axis(NamedTuple):
 
 
 def add_norm_path(
-    axis: Axis, other: Axis, *, first: bool, scaling: float, eps: float, stand_in: float, precision: str
+    axis: Axis, other: Axis, word: Tensor, *, first: bool, scaling: float, eps: float, stand_in: float, precision: str
 ) -> None:
     """Adds the path through the norms to the axis's d_factor and, if it is the first, to its d_magnitude.
+
+    ``word`` is what the norms said of cancelled lines.
 
     First, equations (8) to (10): other.coefficient is κ (None for DoRA), and axis.coefficient becomes λ in place.
     Second, equation (11): other.coefficient is λ and axis.coefficient κ (None for DoRA).
@@ -262,9 +278,13 @@ def add_norm_path(
     launch(
         _finish_path_kernel,
         (cdiv(I, config["BLOCK_SIZE_I"]),),
-        (products, squares, P, norm, scale, magnitude, coefficient, kept, d_magnitude, d_factor),
-        splits=splits, I=I,
-        stride_pi=P.stride(0), stride_pr=P.stride(1), stride_di=strides[0], stride_dr=strides[1],
+        (
+            products, squares, W, P, other.P, other.coefficient, word, norm, scale, magnitude, coefficient, kept,
+            d_magnitude, d_factor,
+        ),
+        splits=splits, I=I, J=W.shape[1],
+        stride_wi=W.stride(0), stride_wj=W.stride(1), stride_pi=P.stride(0), stride_pr=P.stride(1),
+        stride_zj=other.P.stride(0), stride_zr=other.P.stride(1), stride_di=strides[0], stride_dr=strides[1],
         scaling=scaling, eps=eps, stand_in=stand_in,
         R=R, FIRST=first, HAS_PRODUCTS=products is not None, HAS_KEPT=coefficient is not None,
         HAS_FACTOR=d_factor is not None, PRECISION=precision, **config,

@@ -1,7 +1,8 @@
 """How many floating-point operations the operators stand for, for ``torch.utils.flop_counter``.
 
 As there, a product of matrices [m, k] and [k, n] counts 2·m·k·n and nothing else counts. Counted are the products of
-equations (1) to (11) of ``torch_backend``; the parts that a backend splits an operand into are its own affair.
+equations (1) to (11) of ``torch_backend``; the parts that a backend splits an operand into, and what it tells cancelled
+lines by, are its own affair.
 """
 
 from __future__ import annotations

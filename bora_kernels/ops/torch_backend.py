@@ -33,6 +33,7 @@ from ..contract import (
     Adapter,
     Needs,
     Options,
+    Scales,
     accumulation_dtype,
     flatten_scales,
     given,
@@ -41,7 +42,7 @@ from ..contract import (
     zero_stand_in,
 )
 from ..rounding import HALF_PRECISION, fold
-from .adapted_weight import block_rows, norm_paths, norms_and_scales
+from .adapted_weight import block_rows, norm_paths, norms_and_scales, times_v
 
 
 def forward(
@@ -67,8 +68,12 @@ def forward(
         flat_scales = made = flatten_scales(norms_and_scales(weight, adapter, options), weight.shape, R)
     scales, dropout_p = split_scales(flat_scales, weight.shape, R, adapter.members), options.dropout_p
     u = _project(_dropped(x, mask, dropout_p), adapter.lora_A, scales.col_scale, options.scaling)  # (1)
-    product = wide_matmul(folded(x, scales.col_scale), weight.T)
-    _add_split_matmul(product, _operand(u, x.dtype), adapter.lora_B.T)  # (2)
+    x_folded = folded(x, scales.col_scale)
+    if _takes_v(x, scales, mask):
+        product = times_v(x_folded, weight, adapter, options.scaling, transposed=False)
+    else:
+        product = wide_matmul(x_folded, weight.T)
+        _add_split_matmul(product, _operand(u, x.dtype), adapter.lora_B.T)  # (2)
     live = _live(scales.row_scale, zero_stand_in(x.dtype))
     apart = separate_product(x.dtype, bias)
     kept = _times(product, live).to(x.dtype, copy=True) if apart and save_product else None
@@ -105,11 +110,15 @@ def backward(
 
     dx = D = None
     if needs.x or needs_D:
-        inner = wide_matmul(folded(dy, scales.row_scale), weight)
-        if mask is None:
-            _add_split_matmul(inner, _operand(v, dy.dtype), lora_A)
+        dy_folded = folded(dy, scales.row_scale)
+        if _takes_v(dy, scales, mask):
+            inner = times_v(dy_folded, weight, adapter, options.scaling, transposed=True)
         else:
-            inner += _dropped(split_matmul(_operand(v, dy.dtype), lora_A), mask, dropout_p)
+            inner = wide_matmul(dy_folded, weight)
+            if mask is None:
+                _add_split_matmul(inner, _operand(v, dy.dtype), lora_A)
+            else:
+                inner += _dropped(split_matmul(_operand(v, dy.dtype), lora_A), mask, dropout_p)
         live = _live(scales.col_scale, stand_in)
         if needs_D:
             D = _times(_token_sums(inner, given(x)), live)  # (5)
@@ -136,6 +145,13 @@ def backward(
         dm_row if needs.magnitude_row else None,
         dm_col if needs.magnitude_col else None,
     )
+
+
+def _takes_v(t: Tensor, scales: Scales, mask: Tensor | None) -> bool:
+    """Whether products are made of V: where lines are cancelled, which dropout prevents, and where that can be read."""
+    if t.dtype in HALF_PRECISION or t.device.type != "cpu" or mask is not None or scales.cancelled is None:
+        return False
+    return bool(scales.cancelled.any())
 
 
 def _token_sums(s: Tensor, t: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from ..contract import (
     Adapter,
     Needs,
     Options,
+    given,
     projection_parts,
     scales_size,
     separate_product,
@@ -80,11 +81,12 @@ def _forward(
         u = empty((projection_parts(K, R), 0, R), torch.float32, x.device)
         return y, product if save_product else None, u, made
     scales = split_scales(flat_scales, weight.shape, R, members)
-    x_scaled, u = project(
-        x, lora_A, scales.col_scale, seed, scaling=scaling, dropout_p=dropout_p, precision=precision
+    word = None if dropout_p else scales.cancelled
+    x_scaled, u, rounded_u = project(
+        x, lora_A, scales.col_scale, word, seed, scaling=scaling, dropout_p=dropout_p, precision=precision
     )  # (1)
     y, product = scaled_gemm(
-        x_scaled, weight, u, lora_B.T, scales.row_scale, bias, None,
+        x_scaled, weight, u, rounded_u, lora_B.T, lora_A.T, word, scales.row_scale, bias, None, scaling=scaling,
         dropout_p=0.0, stand_in=stand_in, out_stand_in=out_stand_in, save_product=save_product, precision=precision,
     )  # (2)  # fmt: skip
     return y, product if save_product else None, u, made
@@ -96,9 +98,9 @@ def _compute_scales(weight, adapter, scales, *, norm_order, scaling, eps, precis
     col = (weight.T, lora_A.T, lora_B, magnitude_col), (scales.col_norm, scales.col_scale, scales.col_product)
     first, second = (row, col) if adapter.members.rows_first(norm_order) else (col, row)
     options = {"scaling": scaling, "eps": eps, "precision": precision}
-    coefficient = norms.norm_and_scale(*first[0], None, *first[1], **options)
+    coefficient = norms.norm_and_scale(*first[0], None, *first[1], scales.cancelled, **options)
     if all(adapter.members):
-        norms.norm_and_scale(*second[0], coefficient, *second[1], **options)
+        norms.norm_and_scale(*second[0], coefficient, *second[1], scales.cancelled, **options)
 
 
 def backward(
@@ -137,18 +139,19 @@ def _backward(
     paths = needs.norm_paths(members, options)
     needs_S, needs_D = needs.sums(members, paths)
     scales = split_scales(flat_scales, weight.shape, lora_A.shape[0], members)
+    word = None if dropout_p else scales.cancelled
     dtype, device = dy.dtype, dy.device
     stand_in = zero_stand_in(dtype)
     dx = dA = dB = dm_row = dm_col = row_coefficient = col_coefficient = dx_product = None
 
     if needs.x or needs.lora_A or needs_D:
-        dy_scaled, v = project(
-            dy, lora_B.T, scales.row_scale, None, scaling=scaling, dropout_p=0.0, precision=precision
+        dy_scaled, v, rounded_v = project(
+            dy, lora_B.T, scales.row_scale, word, None, scaling=scaling, dropout_p=0.0, precision=precision
         )  # (3)
     if needs.x or needs_D:
         dx, dx_product = scaled_gemm(
-            dy_scaled, weight.T, v, lora_A, scales.col_scale, None, seed,
-            dropout_p=dropout_p, precision=precision, **_kept_product(needs_D, dtype, None),
+            dy_scaled, weight.T, v, rounded_v, lora_A, lora_B, word, scales.col_scale, None, seed,
+            scaling=scaling, dropout_p=dropout_p, precision=precision, **_kept_product(needs_D, dtype, None),
         )  # (4)  # fmt: skip
     if needs.lora_B or needs_S:
         with beside_last_launch():  # the product, which arithmetic bounds and not memory
@@ -182,27 +185,37 @@ def _backward(
         )  # fmt: skip
         first, second = (row, col) if members.rows_first(norm_order) else (col, row)
         common = {"scaling": scaling, "eps": eps, "stand_in": stand_in, "precision": weight_precision}
-        norms.add_norm_path(first, second, first=True, **common)  # (8), (9), (10)
+        norms.add_norm_path(first, second, given(scales.cancelled), first=True, **common)  # (8), (9), (10)
         if second.d_factor is not None:
-            norms.add_norm_path(second, first, first=False, **common)  # (11)
+            norms.add_norm_path(second, first, given(scales.cancelled), first=False, **common)  # (11)
 
     results = (dx, dA, dB, dm_row, dm_col)
     return tuple(result if need else None for result, need in zip(results, needs, strict=True))
 
 
 def weighted_sums(
-    W: Tensor, P: Tensor, Z: Tensor, coefficient: Tensor | None, *, scaling: float, signed: bool = False
-) -> tuple[Tensor, Tensor]:
+    W: Tensor,
+    P: Tensor,
+    Z: Tensor,
+    coefficient: Tensor | None,
+    cancelled: Tensor | None = None,
+    *,
+    scaling: float,
+    signed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of V = W [I, J] + s·P [I, R]·Z [J, R]ᵀ: Σ_j c_j·V_ij² [I] and V·(c⊙Z) [I, R], in float32 (c = None: 1).
 
-    ``signed`` says that c has entries of either sign.
+    And a tensor [4] that is not 0 where the update cancels a line; ``cancelled`` is what sums over the other axis, or
+    for the norms, said of that. ``signed`` says that c has entries of either sign.
     """
-    return _weighted_sums(W, P, Z, coefficient, scaling=scaling, signed=signed, precision=_precision(W.dtype))
+    return _weighted_sums(
+        W, P, Z, coefficient, cancelled, scaling=scaling, signed=signed, precision=_precision(W.dtype)
+    )
 
 
 @stage
-def _weighted_sums(W, P, Z, coefficient, *, scaling, signed, precision):
-    return norms.weighted_sums(W, P, Z, coefficient, scaling=scaling, signed=signed, precision=precision)
+def _weighted_sums(W, P, Z, coefficient, cancelled, *, scaling, signed, precision):
+    return norms.weighted_sums(W, P, Z, coefficient, cancelled, scaling=scaling, signed=signed, precision=precision)
 
 
 def mixed_linear(

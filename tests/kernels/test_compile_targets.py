@@ -20,7 +20,7 @@ from helpers.cross_compile import SHARED_MEMORY_LIMIT, CompileError, CompileRequ
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bora_kernels.contract import Adapter, Needs, Options, separate_product
-from bora_kernels.kernels import config, gemm, low_rank, mixed, mixed_project, moments, nf4, norms
+from bora_kernels.kernels import config, gemm, low_rank, mixed, mixed_project, moments, nf4, norms, tail
 from bora_kernels.ops import triton_backend
 
 TYPES = {
@@ -80,7 +80,7 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch):
     recorded = []
-    for module in (gemm, low_rank, mixed, mixed_project, moments, nf4, norms):
+    for module in (gemm, low_rank, mixed, mixed_project, moments, nf4, norms, tail):
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder(kernel, recorded))
@@ -104,7 +104,10 @@ def run_layer(case: Case) -> None:
         torch.empty_like(y), x, weight, adapter, scales, product, u, seed, options, Needs(True, True, True, True, True)
     )
     triton_backend.weighted_sums(weight, lora_B, lora_A.T, None, scaling=2.0)  # of a shard
-    triton_backend.weighted_sums(weight.T, lora_A.T, lora_B, magnitudes[0], scaling=2.0)
+    for signed in (False, True):
+        triton_backend.weighted_sums(
+            weight.T, lora_A.T, lora_B, magnitudes[0], torch.empty(4), scaling=2.0, signed=signed
+        )
 
 
 def run_dequantization(dtype: torch.dtype, block: int, nested: bool) -> None:

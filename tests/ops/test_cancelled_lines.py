@@ -1,4 +1,4 @@
-"""Long rows and columns of W0 that the update cancels: their norms are right to a fraction of what is left."""
+"""Long rows and columns of W0 that the update cancels: all is right to a fraction of what is left of them."""
 
 import pytest
 import torch
@@ -7,31 +7,56 @@ from helpers.cases import (
     HALVES,
     NAMES,
     SCALING,
-    VARIANTS,
     Case,
     backends,
     cancelled,
     check_layer,
+    conventions,
     dtypes,
     orders,
     require,
+    run,
+    variants,
 )
 
-from bora_kernels.contract import Adapter, Options, split_scales
+from bora_kernels import bora_linear
+from bora_kernels.contract import COMPLETE, Adapter, Options, split_scales
 from bora_kernels.ops import operators
 
 # What norms may err beside twice the error of float32 sums: the products of a bf16 weight are made of two bf16 terms.
 BOUNDS = {torch.float32: 4e-6, torch.float16: 4e-6, torch.bfloat16: 2e-5}
 
 
+def undone(inputs, axis, left):
+    """``cancelled``, with what is left of the line in another direction than W0's, so that no gradient is 0 for it."""
+    inputs = cancelled(inputs, axis, 0.0)
+    name = "lora_A" if axis == "row" else "lora_B"
+    factor = inputs[name] if axis == "row" else inputs[name].T
+    generator = torch.Generator(factor.device).manual_seed(1)
+    noise = torch.randn(factor.shape[1], generator=generator, device=factor.device)
+    factor[0] += left * factor[0].norm() * noise / noise.norm()
+    return inputs
+
+
 def scales(inputs, backend, order, dtype=None):
+    """Norms and scales."""
+    return all_scales(inputs, backend, order, dtype)[:4]
+
+
+def word(inputs, backend, order):
+    """What norms say of cancelled lines."""
+    return all_scales(inputs, backend, order).cancelled
+
+
+def all_scales(inputs, backend, order, dtype=None):
+    inputs = {name: t for name, t in inputs.items() if name != "bias"}
     tensors = {name: t if dtype is None else t.to(dtype) for name, t in inputs.items()}
     adapter = Adapter(*(tensors[name] for name in Adapter._fields))
     options = Options(SCALING, order, backend=backend)
     made = operators.forward(
         tensors["x"], tensors["weight"], adapter, None, None, None, options, products=True, save_product=False
     )[3]
-    return split_scales(made, inputs["weight"].shape, inputs["lora_A"].shape[0], adapter.members)[:4]
+    return split_scales(made, inputs["weight"].shape, inputs["lora_A"].shape[0], adapter.members)
 
 
 @backends
@@ -43,7 +68,6 @@ def scales(inputs, backend, order, dtype=None):
 def test_norms(backend, order, dtype, left, axis, N, K, R, device):
     require(backend, dtype)
     inputs = cancelled(Case(4, N, K, R, dtype=dtype, bias=False).inputs(device), axis, left)
-    del inputs["bias"]
     exact = scales(inputs, "torch", order, torch.float64)
     plain = scales(inputs, "torch", order, torch.float32)
     for name, value, one, true in zip(("ρ", "a", "γ", "g"), scales(inputs, backend, order), plain, exact, strict=True):
@@ -51,11 +75,181 @@ def test_norms(backend, order, dtype, left, axis, N, K, R, device):
         assert error <= 2 * plain_error + BOUNDS[dtype], (name, NAMES[dtype], error, plain_error)
 
 
-@pytest.mark.skipif(CUDA, reason="half-precision products round an operand of W0's size")
-@pytest.mark.parametrize("member, order", VARIANTS, ids=map("-".join, VARIANTS))
-@pytest.mark.parametrize("dtype", HALVES, ids=NAMES.get)
-@pytest.mark.parametrize("axis, left", [("row", 0.05), ("row", 1e-3), ("col", 0.05), ("col", 1e-3)])
-def test_layers_of_pytorch_operations_on_a_cpu(dtype, member, order, axis, left, device):
+def require_products(backend, dtype):
+    """PyTorch operations multiply half precision on a GPU, where the update and W0 meet x rounded apart."""
+    require(backend, dtype)
+    if CUDA and backend == "torch":
+        pytest.skip("products of PyTorch operations on a GPU cancel")
+
+
+@backends
+@dtypes
+@variants
+@pytest.mark.parametrize("axis, left", [("row", 0.05), ("row", 1e-3), ("col", 0.2), ("col", 1e-3)])
+def test_layers(backend, dtype, member, order, axis, left, device):
+    """Outputs and gradients; a difference of W0's and the update's errs √K times more, and far more if rounded."""
+    require_products(backend, dtype)
     for seed, (N, K, R) in enumerate([(40, 70, 5), (35, 33, 20)]):
         case = Case(21, N, K, R, dtype=dtype, member=member, order=order, bias=seed == 0, seed=seed)
-        check_layer("torch", cancelled(case.inputs(device), axis, left), case.upstream(device), norm_order=order)
+        check_layer(backend, undone(case.inputs(device), axis, left), case.upstream(device), norm_order=order)
+
+
+@backends
+@conventions
+@variants
+@pytest.mark.parametrize("axis, left", [("row", 0.01), ("col", 1e-3)])
+def test_gradients_of_0(backend, detach_norm, member, order, axis, left, device):
+    """A line that keeps W0's direction: what its factor's own column gets cancels in exact gradients."""
+    for seed, (N, K, R) in enumerate([(26, 50, 1), (61, 20, 17)]):
+        case = Case(9, N, K, R, member=member, order=order, bias=seed == 0, seed=seed)
+        inputs, dy = cancelled(case.inputs(device), axis, left), case.upstream(device)
+        check_layer(backend, inputs, dy, norm_order=order, detach_norm=detach_norm)
+
+
+@backends
+@dtypes
+@orders
+def test_a_row_and_a_column_with_detached_norms(backend, dtype, order, device):
+    """Of two ranks, beside 22 others."""
+    require_products(backend, dtype)
+    case = Case(30, 45, 61, 24, dtype=dtype, order=order, seed=4)
+    inputs = undone(case.inputs(device), "row", 0.02)
+    A, B, W = inputs["lora_A"], inputs["lora_B"], inputs["weight"].float()
+    A[5] = 0.0
+    column = W[:, 3] + SCALING * B @ A[:, 3]
+    A[5, 3], B[:, 5] = -1 / SCALING, 0.99 * column
+    V = W + SCALING * B @ A
+    assert V[1].norm() < 0.03 * W[1].norm() and V[:, 3].norm() < 0.011 * column.norm()
+    check_layer(backend, inputs, case.upstream(device), norm_order=order, detach_norm=True)
+
+
+@backends
+@orders
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
+def test_a_rank_that_undoes_all_of_its_rows(backend, order, dtype, device):
+    """W0 of rank 2 whose rows are brought down to 1 % of themselves, all of them."""
+    require_products(backend, dtype)
+    case = Case(25, 37, 58, 3, dtype=dtype, order=order, bias=False, seed=5)
+    inputs = case.inputs(device)
+    A, B = inputs["lora_A"], inputs["lora_B"]
+    inputs["weight"] = (-SCALING * B[:, :2] @ A[:2]).to(dtype)
+    B[:, 2] *= 0.01
+    check_layer(backend, inputs, case.upstream(device), norm_order=order)
+
+
+@pytest.mark.parametrize("axis", ["row", "col"])
+def test_float64(axis, device):
+    case = Case(12, 29, 50, 4, dtype=torch.float64, seed=6)
+    check_layer("torch", cancelled(case.inputs(device), axis, 1e-3), case.upstream(device))
+
+
+@backends
+@pytest.mark.parametrize("axis", ["row", "col"])
+def test_under_autocast(backend, axis, device):
+    """A float32 weight meets bfloat16 inputs: rounding it alone would leave nothing of such a line."""
+    dtype = torch.bfloat16
+    require_products(backend, dtype)
+    case = Case(40, 34, 47, 6, dtype=dtype, seed=7)
+    inputs = case.inputs(device)
+    inputs["weight"] = torch.randn(34, 47, generator=torch.Generator(device).manual_seed(7), device=device) / 7
+    inputs = undone(inputs, axis, 5e-3)
+
+    def layer(**arguments):
+        with torch.autocast(torch.device(device).type, dtype):
+            return bora_linear(**arguments)
+
+    check_layer(backend, inputs, case.upstream(device), layer=layer)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=NAMES.get)
+@pytest.mark.parametrize("R", [4, 12, 24])
+@pytest.mark.parametrize("left", [1.0, 5e-3])
+def test_tail_of_a_product(dtype, R, left, device, monkeypatch):
+    """Of tiles that descriptors load: its third term is left out, with the steps it takes, where no line cancels."""
+    require("triton", dtype)
+    from bora_kernels.kernels import config
+
+    seen, plain_tile = [], config.gemm_tile
+
+    def tile(arch, processors, M, O, dtype, descriptors_fit, *rest):
+        seen.append(descriptors_fit)
+        chosen = plain_tile(arch, processors, M, O, dtype, descriptors_fit, *rest)
+        return chosen | {"USE_DESCRIPTORS": descriptors_fit, "BLOCK_SIZE_C": 16} if arch == 0 else chosen
+
+    monkeypatch.setattr(config, "gemm_tile", tile)
+    config.gemm_config.cache_clear()
+    case = Case(24, 48, 72, R, dtype=dtype, seed=3)
+    inputs = case.inputs(device) if left == 1.0 else undone(case.inputs(device), "row", left)
+    check_layer("triton", inputs, case.upstream(device))
+    config.gemm_config.cache_clear()
+    assert all(seen)
+
+
+@backends
+@orders
+@dtypes
+def test_word_of_cancelled_lines(backend, order, dtype, device):
+    """Left by the norms, and only where there are such lines: ordinary layers take no more time."""
+    require(backend, dtype)
+    if CUDA and backend == "torch":
+        pytest.skip("it could not be read without waiting for the device")
+    case = Case(4, 40, 57, 5, dtype=dtype, order=order, bias=False, seed=8)
+    ordinary = case.inputs(device)
+    large = ordinary | {"lora_B": 30 * ordinary["lora_B"]}
+    zero = ordinary | {"weight": ordinary["weight"].clone(), "lora_B": ordinary["lora_B"].clone()}
+    zero["weight"][3], zero["lora_B"][3] = 0.0, 0.0
+    for inputs in (ordinary, large, zero):
+        assert not word(inputs, backend, order).any()
+    rows_first = order == "row_col"
+    for axis in ("row", "col"):
+        first, second = word(cancelled(ordinary, axis, 0.1), backend, order)[:2].bool().tolist()
+        assert first if (axis == "row") == rows_first else second
+
+
+@backends
+def test_lines_cancel_with_the_same_bits_each_time(backend, device):
+    case = Case(16, 70, 65, 5, seed=9)
+    inputs, dy = cancelled(case.inputs(device), "row", 1e-3), case.upstream(device)
+    one, other = (run(bora_linear, inputs, dy, scaling=SCALING, backend=backend) for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@backends
+def test_of_a_sharded_weight(backend, device):
+    """Norms, their word, and the paths through them, with the whole weight as the only shard."""
+    require(backend, torch.float32)
+    if CUDA and backend == "torch":
+        pytest.skip("products of PyTorch operations on a GPU cancel")
+    from bora_kernels.ops.adapted_weight import norm_paths
+    from bora_kernels.ops.sharded import norms as sharded
+
+    for axis, order in (("row", "row_col"), ("col", "row_col"), ("row", "col_row"), ("col", "col_row")):
+        case = Case(4, 40, 57, 5, order=order, seed=10)
+        inputs = cancelled(case.inputs(device), axis, 1e-3)
+        dm = torch.randn(40, device=device), torch.randn(57, device=device)
+        results = []
+        for name, dtype in ((backend, None), ("torch", None), ("torch", torch.float64)):
+            weight = inputs["weight"].to(dtype)
+            adapter = Adapter(*(inputs[field].to(dtype) for field in Adapter._fields))
+            options = Options(SCALING, order, backend=name)
+            scales = sharded.norms_and_scales(weight, adapter, options, COMPLETE)
+            zeros = torch.zeros_like(adapter.lora_A), torch.zeros_like(adapter.lora_B)
+            wide = [t.to(weight.dtype) for t in dm]
+            if dtype is None:
+                results.append(sharded.add_norm_paths(weight, adapter, scales, *wide, *zeros, options))
+            else:
+                results.append(norm_paths(weight, adapter, scales, *wide, options))
+        for actual, plain, exact in zip(*results, strict=True):
+            error, plain_error = (((t - exact).norm() / exact.norm()).item() for t in (actual, plain))
+            assert error <= 4 * plain_error + 1e-6, (axis, order, error, plain_error)
+
+
+@pytest.mark.gpu
+@orders
+@dtypes
+@pytest.mark.parametrize("R", [16, 40])
+@pytest.mark.parametrize("axis", ["row", "col"])
+def test_large_layers(order, dtype, R, axis, device):
+    for left in (0.05, 1e-3):
+        case = Case(512, 1024, 2048, R, dtype=dtype, order=order, bias=False, seed=R)
+        check_layer("triton", undone(case.inputs(device), axis, left), case.upstream(device), norm_order=order)

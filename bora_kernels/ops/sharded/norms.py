@@ -33,16 +33,17 @@ def norms_and_scales(weight: Tensor, adapter: Adapter, options: Options, complet
     W, P, Q = first_second(weight, adapter, rows_first)
     m_first, m_second = adapter.magnitudes(rows_first)
     complete_first, complete_second = complete if rows_first else reversed(complete)
-    squares, first_product = weighted_sums(W, P, Q, None, scaling=options.scaling)
+    squares, first_product, cancelled = weighted_sums(W, P, Q, None, scaling=options.scaling)
     first = _norm_and_scale(squares, m_first, complete_first, options.eps)
     second: tuple[Tensor | None, Tensor | None] = (None, None)
     second_product = None
     if m_second is not None:
-        squares, second_product = weighted_sums(W.T, Q, P, first[1].square(), scaling=options.scaling)
+        squares, second_product, more = weighted_sums(W.T, Q, P, first[1].square(), cancelled, scaling=options.scaling)
+        cancelled = cancelled + more
         second = _norm_and_scale(squares, m_second, complete_second, options.eps)
     if rows_first:
-        return Scales(*first, *second, first_product, second_product)
-    return Scales(*second, *first, second_product, first_product)
+        return Scales(*first, *second, first_product, second_product, cancelled)
+    return Scales(*second, *first, second_product, first_product, cancelled)
 
 
 def _norm_and_scale(
@@ -86,13 +87,13 @@ def add_norm_paths(
     if dm_second is not None:
         second_norm, second_scale, second_product, dm_second = map(given, second)
         kappa = torch.where(second_norm > eps, dm_second * (second_scale / second_norm), 0.0).neg_()
-        squares, products = weighted_sums(W, P, Q, kappa, scaling=scaling, signed=True)
+        squares, products, _ = weighted_sums(W, P, Q, kappa, scales.cancelled, scaling=scaling, signed=True)
         dm_first = torch.addcmul(dm_first, first_ratio, squares)  # (8)
     if complete_first is not None:
         dm_first = complete_first(dm_first)
     lam = torch.where(first_norm > eps, dm_first * first_ratio, 0.0).neg_()  # (9)
     dP = lam[:, None] * first_product  # (10)
-    _, dQ = weighted_sums(W.T, Q, P, lam, scaling=scaling, signed=True)
+    _, dQ, _ = weighted_sums(W.T, Q, P, lam, scales.cancelled, scaling=scaling, signed=True)
     if dm_second is not None:
         dP.addcmul_(first_scale.square()[:, None], products)
         dQ.addcmul_(kappa[:, None], second_product)  # (11)
