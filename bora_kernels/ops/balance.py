@@ -4,6 +4,9 @@ The magnitude of the axis normalized first is free up to a factor c: with it a a
 stays. x⊙g and dy⊙a are float16, which ends at 65504 and has its full precision from 6e-5 on. So the first magnitude is
 taken times the power of two that brings a and g near each other, and its gradient too. Layers whose scales are within
 a factor of 32 of each other, as at the start of training, keep theirs.
+
+With one magnitude nothing is free: the scale is ‖W'‖ / ‖V‖ line by line, and from 1e-4 to 1e3 it has room. A sharded
+layer keeps its magnitudes as they are, since a power would have to be agreed on among the ranks.
 """
 
 from __future__ import annotations
@@ -34,17 +37,12 @@ def _power(
     weight: Tensor, adapter: Adapter, m_first: Tensor, m_second: Tensor, rows_first: bool, options: Options
 ) -> Tensor:
     W, P, Q = first_second(weight, adapter, rows_first)
-    V = W[:_LINES].float() + options.scaling * (P[:_LINES].float() @ Q.float().T)
-    squares = m_first.float().square()  # of the lines of H
-    first = _mean_log2(m_first[:_LINES].float() / V.square().sum(1).sqrt())
-    second = _mean_log2(m_second.float() / (squares.sum() / len(m_second)).sqrt())
-    exponent = ((second - first) / 2).nan_to_num(0.0, 0.0, 0.0).round().clamp(-_MOST, _MOST)
-    exponent = torch.where(exponent.abs() < _LEAST, 0, exponent).to(torch.int32)
-    return ((exponent + 127) << 23).view(torch.float32)  # exact, unlike exp2
-
-
-def _mean_log2(scale: Tensor) -> Tensor:
-    """The mean exponent of scales that are neither zero nor infinite."""
-    exponents = scale.abs().log2()
-    counted = exponents.isfinite()
-    return torch.where(counted, exponents, 0).sum() / counted.sum()
+    V = torch.addmm(W[:_LINES].float(), P[:_LINES].float(), Q.float().T, alpha=options.scaling)
+    lines, first, second = (
+        torch.linalg.vector_norm(m, dtype=torch.float32) for m in (m_first[:_LINES], m_first, m_second)
+    )
+    # about g / a, of which the power is the square root: ‖m_second‖ / ‖m_first‖ over ‖m_first‖ / ‖V‖
+    ratio = second * torch.linalg.vector_norm(V) / (first * lines)
+    exponent = ratio.log2().mul_(0.5).nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(-_MOST, _MOST)
+    exponent = torch.hardshrink(exponent, _LEAST - 0.5).to(torch.int32)
+    return exponent.add_(127).bitwise_left_shift_(23).view(torch.float32)  # exact, unlike exp2

@@ -37,6 +37,18 @@ def test_base_and_first_magnitude_times_anything(backend, order, c, device):
 
 
 @backends
+@pytest.mark.parametrize("member", ["dora", "columns"])
+@pytest.mark.parametrize("c", [1e-4, 1e3])
+def test_a_single_scale(backend, member, c, device):
+    """Without a second one no factor is free to move: the scale is as far from 1 as W' is from W0, which has room."""
+    case = Case(33, 40, 70, 5, dtype=FP16, member=member, seed=4)
+    inputs = case.inputs(device)
+    for name in ("weight", "lora_B"):
+        inputs[name] *= c
+    check_layer(backend, inputs, case.upstream(device))
+
+
+@backends
 @orders
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, FP16], ids=str)
 def test_magnitudes_of_any_dtype(backend, order, adapter_dtype, device):
