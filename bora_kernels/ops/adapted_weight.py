@@ -40,12 +40,18 @@ def norms(weight: Tensor, adapter: Adapter | None = None, *, scaling: float = 1.
 
 
 def norms_and_scales(
-    weight: Tensor, adapter: Adapter, options: Options, *, taps: int = 1, complete: Completion = COMPLETE
+    weight: Tensor,
+    adapter: Adapter,
+    options: Options,
+    *,
+    taps: int = 1,
+    complete: Completion = COMPLETE,
+    judge: bool = False,
 ) -> Scales:
     """Norms and scales of the adapted weight, in float32 (float64 for a float64 weight).
 
-    ``complete`` is for a weight that is a shard of a larger one: the norms are those of the whole. Whether lines are
-    cancelled is said on CPUs alone, where it can be read (``times_v``).
+    ``complete`` is for a weight that is a shard of a larger one: the norms are those of the whole. With ``judge`` they
+    say whether lines are cancelled, which waits for the device.
     """
     if not any(adapter.members):
         return Scales()
@@ -57,12 +63,11 @@ def norms_and_scales(
     taps_first, taps_second = (1, taps) if rows_first else (taps, 1)
     first_norm = torch.empty(V.shape[0] // taps_first, dtype=dtype, device=weight.device)
     second_squares = torch.zeros(V.shape[1], dtype=dtype, device=weight.device)
-    cancelled, on_cpu = torch.zeros(4, dtype=dtype), weight.device.type == "cpu"
+    first_cancels = second_cancels = False
     if complete_first is not None:  # before the other axis can be scaled, which takes a second sweep
         for V_rows, norm in _blocks(V, P, Q, scaling, dtype, first_norm, taps=taps_first):
             norm.copy_(_together(V_rows.square_().sum(1), taps_first))
-        if on_cpu:
-            cancelled[0] = _cancels(first_norm, P, Q, None, scaling, taps_first)
+        first_cancels = judge and _cancels(first_norm, P, Q, None, scaling, taps_first)
         first_norm = complete_first(first_norm).sqrt().clamp_min(eps)
     if complete_first is None or m_second is not None:
         for V_rows, norm, m in _blocks(V, P, Q, scaling, dtype, first_norm, m_first, taps=taps_first):
@@ -71,14 +76,14 @@ def norms_and_scales(
             if m_second is not None:
                 second_squares += V_rows.mul_(_apart(m / norm, taps_first)[:, None]).square_().sum(0)
     first = first_norm, m_first.to(dtype) / first_norm
-    if on_cpu and complete_first is None:
-        cancelled[0] = _cancels(first_norm.square(), P, Q, None, scaling, taps_first)
-    word = cancelled if on_cpu else None
+    if complete_first is None:
+        first_cancels = judge and _cancels(first_norm.square(), P, Q, None, scaling, taps_first)
     if m_second is None:
+        word = _word(first_norm, first_cancels)
         return Scales(*first, cancelled=word) if rows_first else Scales(None, None, *first, cancelled=word)
     second_squares = _together(second_squares, taps_second)
-    if on_cpu:
-        cancelled[1] = _cancels(second_squares, Q, P, _apart(first[1], taps_first), scaling, taps_second)
+    second_cancels = judge and _cancels(second_squares, Q, P, _apart(first[1], taps_first), scaling, taps_second)
+    word = _word(first_norm, first_cancels, second_cancels)
     if complete_second is not None:
         second_squares = complete_second(second_squares)
     second_norm = second_squares.sqrt().clamp_min(eps)
@@ -86,12 +91,17 @@ def norms_and_scales(
     return Scales(*first, *second, cancelled=word) if rows_first else Scales(*second, *first, cancelled=word)
 
 
-def _cancels(squares: Tensor, P: Tensor, Q: Tensor, scale: Tensor | None, scaling: float, taps: int) -> Tensor:
+def _word(like: Tensor, *cancels: bool) -> Tensor | None:
+    """``Scales.cancelled``; None, which counts as 0, where no line is."""
+    return like.new_tensor([*cancels, 0.0, 0.0, 0.0][:4]) if any(cancels) else None
+
+
+def _cancels(squares: Tensor, P: Tensor, Q: Tensor, scale: Tensor | None, scaling: float, taps: int) -> bool:
     """Whether a line of V is shorter than half of its line of s·P·Qᵀ, with Q times a scale: its line of W0 is not."""
     P, Q = P.to(squares.dtype), Q.to(squares.dtype)
     Q = Q if scale is None else Q * scale[:, None]
     update = _together((P @ (Q.T @ Q)).mul_(P).sum(1), taps)
-    return (update * (scaling * scaling / 4) > squares).any()
+    return torch.sub(squares, update, alpha=scaling * scaling / 4).min().item() < 0
 
 
 def times_v(t: Tensor, weight: Tensor, adapter: Adapter, scaling: float, *, transposed: bool) -> Tensor:

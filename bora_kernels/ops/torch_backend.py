@@ -65,7 +65,8 @@ def forward(
     """
     made, R = None, adapter.lora_A.shape[0]
     if flat_scales is None and any(adapter.members):
-        flat_scales = made = flatten_scales(norms_and_scales(weight, adapter, options), weight.shape, R)
+        judge = weight.device.type == "cpu" and x.dtype not in HALF_PRECISION
+        flat_scales = made = flatten_scales(norms_and_scales(weight, adapter, options, judge=judge), weight.shape, R)
     scales, dropout_p = split_scales(flat_scales, weight.shape, R, adapter.members), options.dropout_p
     u = _project(_dropped(x, mask, dropout_p), adapter.lora_A, scales.col_scale, options.scaling)  # (1)
     x_folded = folded(x, scales.col_scale)
@@ -151,7 +152,7 @@ def _takes_v(t: Tensor, scales: Scales, mask: Tensor | None) -> bool:
     """Whether products are made of V: where lines are cancelled, which dropout prevents, and where that can be read."""
     if t.dtype in HALF_PRECISION or t.device.type != "cpu" or mask is not None or scales.cancelled is None:
         return False
-    return bool(scales.cancelled.any())
+    return any(scales.cancelled.tolist())
 
 
 def _token_sums(s: Tensor, t: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def require_products(backend, dtype):
 def test_layers(backend, dtype, member, order, axis, left, device):
     """Outputs and gradients; a difference of W0's and the update's errs √K times more, and far more if rounded."""
     require_products(backend, dtype)
-    for seed, (N, K, R) in enumerate([(40, 70, 5), (35, 33, 20)]):
+    for seed, (N, K, R) in enumerate([(40, 70, 14), (35, 33, 20)]):
         case = Case(21, N, K, R, dtype=dtype, member=member, order=order, bias=seed == 0, seed=seed)
         check_layer(backend, undone(case.inputs(device), axis, left), case.upstream(device), norm_order=order)
 
@@ -110,7 +110,7 @@ def test_gradients_of_0(backend, detach_norm, member, order, axis, left, device)
 @dtypes
 @orders
 def test_a_row_and_a_column_with_detached_norms(backend, dtype, order, device):
-    """Of two ranks, beside 22 others."""
+    """Of two ranks, beside 22 others. Factors' gradients are left out: where both lines meet is nearly all of them."""
     require_products(backend, dtype)
     case = Case(30, 45, 61, 24, dtype=dtype, order=order, seed=4)
     inputs = undone(case.inputs(device), "row", 0.02)
@@ -120,7 +120,8 @@ def test_a_row_and_a_column_with_detached_norms(backend, dtype, order, device):
     A[5, 3], B[:, 5] = -1 / SCALING, 0.99 * column
     V = W + SCALING * B @ A
     assert V[1].norm() < 0.03 * W[1].norm() and V[:, 3].norm() < 0.011 * column.norm()
-    check_layer(backend, inputs, case.upstream(device), norm_order=order, detach_norm=True)
+    trained = ("x", "magnitude_row", "magnitude_col")
+    check_layer(backend, inputs, case.upstream(device), norm_order=order, detach_norm=True, trained=trained)
 
 
 @backends
@@ -191,8 +192,8 @@ def test_tail_of_a_product(dtype, R, left, device, monkeypatch):
 def test_word_of_cancelled_lines(backend, order, dtype, device):
     """Left by the norms, and only where there are such lines: ordinary layers take no more time."""
     require(backend, dtype)
-    if CUDA and backend == "torch":
-        pytest.skip("it could not be read without waiting for the device")
+    if backend == "torch" and (CUDA or dtype in HALVES):
+        pytest.skip("on a CPU half precision needs no word, and on a GPU nothing could read it without waiting")
     case = Case(4, 40, 57, 5, dtype=dtype, order=order, bias=False, seed=8)
     ordinary = case.inputs(device)
     large = ordinary | {"lora_B": 30 * ordinary["lora_B"]}
