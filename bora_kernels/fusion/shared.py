@@ -6,7 +6,7 @@ same x, unchanged and under the same circumstances; else each computes its own.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +18,26 @@ from .layers import adapted_layer
 from .members import can_run_on, is_peft_lora, is_plain, read, single_only
 
 
+class Ready(NamedTuple):
+    """What was computed for layers that are still to be called."""
+
+    x: Tensor
+    state: tuple
+    outputs: dict[int, Tensor]
+
+
 class Group:
     """Layers that a module calls with one input one after the other, and what is ready for those still to come."""
 
     def __init__(self, layers: tuple[nn.Module, ...]) -> None:
         self.layers = layers
-        self._clear()
-
-    def _clear(self) -> None:
-        self.x: Tensor | None = None  # what the outputs were computed from
-        self.state: tuple = ()
-        self.outputs: dict[int, Tensor] = {}
+        self.ready: Ready | None = None  # put there and read as one, since threads may share a model
 
     def __getstate__(self) -> tuple[nn.Module, ...]:
         return self.layers  # a copy begins with nothing ready
 
     def __setstate__(self, layers: tuple[nn.Module, ...]) -> None:
-        self.layers = layers
-        self._clear()
+        self.layers, self.ready = layers, None
 
     def members(self) -> list[Projection] | str:
         """What the layers compute now, or why each has to be asked."""
@@ -51,16 +53,17 @@ class Group:
 
     def take(self, index: int, x: object) -> Tensor | None:
         """What is ready for this layer."""
-        if self.x is None or self.x is not x or index not in self.outputs or self.state != _state(self.x):
+        ready = self.ready
+        if ready is None or ready.x is not x or index not in ready.outputs or ready.state != _state(ready.x):
             return None
-        y = self.outputs.pop(index)
-        if not self.outputs:
-            self._clear()
+        y = ready.outputs.pop(index)
+        if not ready.outputs:
+            self.ready = None
         return y
 
     def compute(self, index: int, x: Tensor) -> Tensor | None:
         """What this layer gives, with the others' made ready; or None where it has to compute alone."""
-        self._clear()
+        self.ready = None
         if not torch.compiler.is_compiling() and x.is_inference():  # which has no version that would tell of a change
             return None
         members = self.members()
@@ -68,7 +71,7 @@ class Group:
             return None
         outputs = dict(enumerate(shared_input(x, members, normed.origin(x))))
         y = outputs.pop(index)
-        self.x, self.state, self.outputs = x, _state(x), outputs
+        self.ready = Ready(x, _state(x), outputs)
         return y
 
 
@@ -95,5 +98,5 @@ def shared_layer(layer: nn.Module, group: Group, index: int, *args: Any, **kwarg
             y = group.compute(index, x)
         if y is not None:
             return y
-    group._clear()
+    group.ready = None
     return adapted_layer(layer, *args, **kwargs) if is_peft_lora(layer) else plain(layer, *args, **kwargs)
