@@ -43,7 +43,8 @@ def _output(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
     if offset == 0.0:
         return F.rms_norm(x, weight.shape, weight, eps)
     acc = accumulation_dtype(x.dtype)
-    return F.rms_norm(x.to(acc), weight.shape, offset + weight.to(acc), eps).to(x.dtype)
+    y = F.rms_norm(x.to(acc), weight.shape, offset + weight.to(acc), eps)
+    return y if x.dtype == acc else y.to(x.dtype)  # a last cast that changes nothing has no gradient in PyTorch 2.11
 
 
 class _RMSNorm(torch.autograd.Function):

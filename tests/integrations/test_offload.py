@@ -86,7 +86,7 @@ def test_a_layer_that_only_moves_its_inputs_keeps_its_hook():
 # ---- device_map of transformers, with "disk" ----
 
 DISK = {
-    "all": {"": "disk"},
+    "weights": {"model": "disk", "model.rotary_emb": "cpu", "lm_head": "disk"},
     "part": {
         "model.embed_tokens": "cpu",
         "model.rotary_emb": "cpu",
@@ -133,8 +133,9 @@ def test_an_adapter_is_loaded_into_a_model_on_disk(load, tmp_path):
     """As for LoRA, PEFT has to be told where the base is."""
     expected = trained(adapt(load(), "peft"))
     expected.save_pretrained(tmp_path / "adapter")
-    where = {"device_map": DISK["all"], "offload_dir": tmp_path / "adapters"}
-    model = peft.PeftModel.from_pretrained(load(DISK["all"]), tmp_path / "adapter", **where)
+    device_map = {f"base_model.model.{name}": device for name, device in DISK["weights"].items()}
+    where = {"device_map": device_map, "offload_dir": tmp_path / "adapters"}
+    model = peft.PeftModel.from_pretrained(load(DISK["weights"]), tmp_path / "adapter", **where)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert torch.equal(loss_of(model), loss_of(expected))
 
