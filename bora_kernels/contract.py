@@ -12,6 +12,7 @@ from torch import Tensor
 NormOrder = Literal["row_col", "col_row"]
 Backend = Literal["triton", "torch", "reference"]
 Evaluation = Literal[Backend, "dense"]
+Activation = Literal["silu", "gelu", "gelu_tanh"]  # of a gated MLP; the last is GELU's approximation by tanh
 NORM_ORDERS: tuple[NormOrder, ...] = get_args(NormOrder)
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 T = TypeVar("T")

@@ -10,19 +10,19 @@ backward  h again; dh and down's gradients from dy and h
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..contract import Needs
-from ..ops import autograd, transforms
+from ..contract import Activation, Needs
+from ..ops import autograd, operators, transforms
 from . import projection
 from .norms import NormOrigin
 from .projection import Kept, Part, Projection
 
-Activation = Literal["silu", "gelu", "gelu_tanh"]
 # act(e), and dh⊙act'(e)
 _ACTIVATIONS: dict[Activation, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "silu": (F.silu, lambda dh, e: torch.ops.aten.silu_backward(dh, e)),
@@ -115,7 +115,9 @@ def _forward(
     of_gate, of_up, of_down = projection.split(parts, tensors)
     e, kept_e = projection.forward(parts[0], x, of_gate, needs[0])
     f, kept_f = projection.forward(parts[1], x, of_up, needs[1])
-    y, kept_y = projection.forward(parts[2], _ACTIVATIONS[activation][0](e) * f, of_down, needs[2])
+    y, kept_y = projection.forward(
+        parts[2], _gate(_kernels((kept_e, kept_f), e, f), e, f, activation), of_down, needs[2]
+    )
     return y, e, f, (kept_e, kept_f, kept_y), (needs[0], needs[1], needs[2])
 
 
@@ -130,16 +132,42 @@ def _backward(ctx, dy: Tensor) -> tuple[Any, ...]:
     wanted_e, wanted_f, wanted_y = projection.split(ctx.parts, ctx.requested)
     gate, up, down = ctx.parts
     needs_e, needs_f, needs_y = ctx.needs
-    act, act_backward = _ACTIVATIONS[ctx.activation]
+    kernels = _kernels(kept, dy, e, f)
     with transforms.without_autocast(dy.device):
-        activated = act(e)
-        dh, of_y = projection.backward(dy, activated * f, of_down, down, kept[2], needs_y, wanted_y)
+        h = _gate(kernels, e, f, ctx.activation)
+        dh, of_y = projection.backward(dy, h, of_down, down, kept[2], needs_y, wanted_y)
+        del h
         dx, of_e, of_f = None, projection.no_gradients(gate), projection.no_gradients(up)
         if dh is not None:
-            de, df = act_backward(dh * f, e), dh * activated
-            del dh, activated
+            de, df = _gate_backward(kernels, dh, e, f, ctx.activation)
+            del dh
             dx, of_f = projection.backward(df, x, of_up, up, kept[1], needs_f, wanted_f)
             del df
             dx_gate, of_e = projection.backward(de, x, of_gate, gate, kept[0], needs_e, wanted_e)
             dx = dx if dx_gate is None else dx_gate if dx is None else dx.add_(dx_gate)
     return dx, *[None] * (_ARGUMENTS - 1), *of_e, *of_f, *of_y
+
+
+def _gate(kernels: ModuleType | None, e: Tensor, f: Tensor, activation: Activation) -> Tensor:
+    """h"""
+    return _ACTIVATIONS[activation][0](e) * f if kernels is None else kernels.gate(e, f, activation)
+
+
+def _gate_backward(
+    kernels: ModuleType | None, dh: Tensor, e: Tensor, f: Tensor, activation: Activation
+) -> tuple[Tensor, Tensor]:
+    """de and df"""
+    if kernels is not None:
+        return kernels.gate_backward(dh, e, f, activation)
+    act, act_backward = _ACTIVATIONS[activation]
+    return act_backward(dh * f, e), dh * act(e)
+
+
+def _kernels(kept: Sequence[Kept], *tensors: Tensor) -> ModuleType | None:
+    """The gate's kernels, where a layer beside it runs on Triton and nothing looks on; else PyTorch's operations do."""
+    on_triton = any(each.call is not None and each.call.options.backend == "triton" for each in kept)
+    if not on_triton or tensors[0].numel() == 0 or not operators.is_direct(None, *tensors):
+        return None
+    from . import gate_kernels  # Triton is imported only when it is used
+
+    return gate_kernels

@@ -132,6 +132,10 @@ def reduce_config(
     }  # fmt: skip
 
 
+def gate_config() -> dict:
+    return {"BLOCK_SIZE": 2048, "num_warps": 8}
+
+
 def combine_config(R: int) -> dict:
     return {"BLOCK_SIZE_C": 32, "BLOCK_SIZE_R": min(64, 1 << (R - 1).bit_length()), "num_warps": 4}
 

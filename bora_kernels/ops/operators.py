@@ -220,7 +220,7 @@ torch.library.register_autograd("bora_kernels::forward", _derivative, setup_cont
 # --- calls ------------------------------------------------------------------------------------------------------------
 
 
-def _plain(prepared: object, *tensors: Any) -> bool:
+def is_direct(prepared: object, *tensors: Any) -> bool:
     """Whether the body may be called without the dispatcher, which costs less time: plain eager mode.
 
     Tensor subclasses have rules of their own, the dispatcher knows what to do with meta tensors and views whose sign is
@@ -254,7 +254,7 @@ def forward(
 
     In the dispatcher an absent result is an empty tensor, without it None.
     """
-    if _plain(prepared, x, weight, *adapter, flat_scales, bias, dropout):
+    if is_direct(prepared, x, weight, *adapter, flat_scales, bias, dropout):
         return _forward(x, weight, adapter, flat_scales, bias, dropout, options, products, save_product, prepared)
     return _forward_operator(x, weight, *adapter, flat_scales, bias, dropout, *options, products, save_product)
 
@@ -274,7 +274,7 @@ def backward(
     prepared: object = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, lora_A, lora_B, magnitude_row and magnitude_col; None where not needed."""
-    if _plain(prepared, dy, x, weight, *adapter, flat_scales, product, u, dropout):
+    if is_direct(prepared, dy, x, weight, *adapter, flat_scales, product, u, dropout):
         return _backward(dy, x, weight, adapter, flat_scales, product, u, dropout, options, needs, prepared)
     gradients = _backward_operator(dy, x, weight, *adapter, flat_scales, product, u, dropout, *options, list(needs))
     return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))

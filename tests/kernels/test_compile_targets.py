@@ -20,7 +20,7 @@ from helpers.cross_compile import SHARED_MEMORY_LIMIT, CompileError, CompileRequ
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bora_kernels.contract import Adapter, Needs, Options, separate_product
-from bora_kernels.kernels import config, gemm, low_rank, mixed, mixed_project, moments, nf4, norms, tail
+from bora_kernels.kernels import config, gated, gemm, low_rank, mixed, mixed_project, moments, nf4, norms, tail
 from bora_kernels.ops import triton_backend
 
 TYPES = {
@@ -80,7 +80,7 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch):
     recorded = []
-    for module in (gemm, low_rank, mixed, mixed_project, moments, nf4, norms, tail):
+    for module in (gated, gemm, low_rank, mixed, mixed_project, moments, nf4, norms, tail):
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder(kernel, recorded))
@@ -126,6 +126,14 @@ def run_mixed_batch(dtype: torch.dtype, M: int, R: int, N: int = 4096, K: int = 
     triton_backend.mixed_linear(x, weight, bias, index, lora_A, lora_B, torch.empty(8, N), torch.empty(8, K), 1)
 
 
+def run_gate(case: Case) -> None:
+    """The gate of an MLP and its backward, with each activation."""
+    e, f, dh = (torch.empty(case.M, case.N, dtype=case.dtype) for _ in range(3))
+    for activation in ("silu", "gelu", "gelu_tanh"):
+        gated.gate(e, f, activation)
+        gated.gate_backward(e, f, dh, activation)
+
+
 def compile_request(kernel, arguments: dict, arch) -> CompileRequest:
     """What Triton would compile for a launch with these arguments."""
     parameters = inspect.signature(kernel.fn).parameters
@@ -158,6 +166,7 @@ def test_every_launch_compiles_within_the_targets_limits(arch, launches, monkeyp
         cached.cache_clear()
     for case in CASES:
         run_layer(case)
+        run_gate(case)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for M in (1, 16, 64, 200, 2048):
             run_mixed_batch(dtype, M, 16)
@@ -174,7 +183,7 @@ def test_every_launch_compiles_within_the_targets_limits(arch, launches, monkeyp
         request = compile_request(kernel, arguments, arch)
         requests.setdefault(repr((kernel, request.signature, request.constexprs, request.options)), request)
     launched = {request.kernel.__name__ for request in requests.values()}
-    assert len(launched) == (13 if arch in (90, 100) else 12), "not every kernel was launched"  # the tail is for TMA
+    assert len(launched) == (15 if arch in (90, 100) else 14), "not every kernel was launched"  # the tail is for TMA
 
     problems = []
     for request, usage in zip(requests.values(), cross_compile_all(list(requests.values())), strict=True):

@@ -57,6 +57,7 @@ def exercise(at):
                 allocate = guarding_allocator(getattr(owner, name), at)
                 patches.enter_context(mock.patch.object(owner, name, allocate))
             results["nf4", guarding] = {"dense": dense_nf4(at if guarding else None)}
+            results["gate", guarding] = gate_of_mlp(at if guarding else None)
             for M in (5, 131):
                 results[f"mixed batch of {M}", guarding] = {"y": mixed_batch(M, at if guarding else None)}
             for case, options in CASES:
@@ -107,6 +108,17 @@ def mixed_batch(M, at):
         tensors = [guarded(t, at) for t in tensors]
     x, weight, bias, index, *slots = tensors
     return mixed_linear(x, weight, bias, index, Slots(*slots), 1, "triton")
+
+
+def gate_of_mlp(at):
+    """The gate of an MLP and its backward, over more elements than one program takes."""
+    from bora_kernels.kernels.gated import gate, gate_backward
+
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn((37, 75), generator=generator) for _ in range(3)]
+    e, f, dh = tensors if at is None else [guarded(tensor, at) for tensor in tensors]
+    de, df = gate_backward(e, f, dh, "gelu_tanh")
+    return {"h": gate(e, f, "gelu"), "de": de, "df": df}
 
 
 def guarding_allocator(allocate, at):

@@ -1,0 +1,32 @@
+"""The gate of an MLP on Triton kernels, as stages: see ``kernels.gated``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..contract import Activation
+from ..kernels import gated
+from ..ops import operators
+from ..replay.stage import stage
+
+
+def gate(e: Tensor, f: Tensor, activation: Activation) -> Tensor:
+    """h = act(e)⊙f."""
+    with operators.context("triton", e):
+        return _gate(e.contiguous(), f.contiguous(), activation=activation)[0]
+
+
+def gate_backward(dh: Tensor, e: Tensor, f: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """de and df."""
+    with operators.context("triton", e):
+        return _gate_backward(dh.contiguous(), e.contiguous(), f.contiguous(), activation=activation)
+
+
+@stage
+def _gate(e, f, *, activation):
+    return (gated.gate(e, f, activation),)
+
+
+@stage
+def _gate_backward(dh, e, f, *, activation):
+    return gated.gate_backward(e, f, dh, activation)
