@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from . import measure
+from . import measure, sweep
 from .cases import DTYPES, LEVELS, MODES, layer_cases, model_cases
 from .harness import Harness
 from .providers import PROVIDERS
@@ -60,7 +60,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="more modes of each layer and model, and every provider: more than twice the measurements",
     )
+    what.addoption(
+        "--sweep",
+        action="store_true",
+        help="only BoRA beside LoRA fused by hand over widths, tokens and ranks; --shapes, --tokens, --ranks choose",
+    )
     how = parser.getgroup("bora benchmarks: how and where")
+    how.addoption("--minutes", type=float, help="end a sweep after so many; --resume goes on with it")
+    how.addoption("--resume", type=Path, help="the JSON file of a sweep whose time was over")
     how.addoption("--device", help="cuda or cpu (default: cuda where there is one)")
     how.addoption(
         "--budget",
@@ -78,13 +85,18 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput") or getattr(option, "numprocesses", None):
         raise pytest.UsageError("benchmarks run one after another: leave out -n")
     device = torch.device(option.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    budget = option.budget or (0.1 if option.quick else 0.15)
+    if not option.sweep and (option.minutes or option.resume):
+        raise pytest.UsageError("--minutes and --resume are of --sweep")
+    budget = option.budget or (0.1 if option.quick else 0.05 if option.sweep else 0.15)
     least_rounds = 3 if option.quick else 10 if device.type == "cuda" else 5
     config.stash[_HARNESS] = Harness(device, budget, least_rounds, option.commit, option.results)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out the files of levels that are not asked for."""
+    """Leave out the files of levels that are not asked for, and the sweep, which runs by itself."""
+    if collection_path.suffix == ".py" and collection_path.name.startswith("test_"):
+        if (collection_path.name == "test_sweep.py") != config.option.sweep:
+            return True
     others = set(LEVELS) - set(config.option.levels or LEVELS)
     return True if collection_path.name in {f"test_{level}.py" for level in others} else None
 
@@ -135,6 +147,9 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if config.option.sweep:
+        terminalreporter.section("sweep")
+        terminalreporter.line(sweep.table(config.stash[_HARNESS].records))
     if path := config.stash[_HARNESS].path:
         terminalreporter.section("result")
         terminalreporter.line(f"{path}; tables and charts: python -m benchmarks.report {path}")

@@ -70,7 +70,7 @@ class Harness:
             self.write()
 
     def _measure(self, case: Case, provider: Provider, benchmark, record: dict) -> None:
-        workload, references = self._load(case)
+        workload, references = self.load(case)
         root = workload.copy(workload.root, share=True)
         adapters = install(provider.adapt, root, workload, case.rank, provider.adapter_dtype(case))
         workload.set_mode(root, training=case.mode != "inference", checkpointing=case.checkpointing)
@@ -94,7 +94,8 @@ class Harness:
         record["adapter_dtype"] = str(provider.adapter_dtype(case)).removeprefix("torch.")
         benchmark.extra_info.update({name: record[name] for name in ("peak_bytes", "error_ratio", "flop")})
 
-    def _load(self, case: Case) -> tuple[Workload, References]:
+    def load(self, case: Case) -> tuple[Workload, References]:
+        """What the case computes on, and its references, each kept until another one is asked for."""
         if self._loaded is None or self._key != case.workload:
             self._loaded = None  # free them before the next ones are made
             workload = Workload(case, self.device)

@@ -258,6 +258,15 @@ PROVIDERS = [
     _ours("fused-dora", "FusedDoraLinear, detached", _DORA, _fused_dora),
     _ours("fused-bora", "FusedBoraLinear", _BORA, _fused_bora, charted=True),
     _ours(
+        "fused-bora-half",
+        f"FusedBoraLinear, {_HALF}",
+        _BORA,
+        _fused_bora,
+        half=True,
+        levels=("layer",),
+        by_default=lambda case: False,
+    ),
+    _ours(
         "fused-bora-detached",
         "FusedBoraLinear, detached",
         _BORA_DETACHED,

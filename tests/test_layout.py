@@ -31,7 +31,8 @@ LEVELS = {
         ("providers", "report"),
         ("verify",),
         ("harness", "sharding"),
-        ("conftest", "distributed", "serving", "test_layer", "test_model"),
+        ("sweep",),
+        ("conftest", "distributed", "serving", "test_layer", "test_model", "test_sweep"),
         ("quality",),
     ),
 }
