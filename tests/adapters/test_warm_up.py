@@ -121,20 +121,26 @@ def test_what_has_no_kernels_is_left_out(compiled, monkeypatch):
     assert warm_up(model(), 32) == 0
 
 
-def test_layers_of_peft(compiled):
-    """BoRA's layers for PEFT, and PEFT's own once they are fused."""
+@pytest.mark.parametrize("kind", ["bora", "fused lora", "fused dora"])
+def test_layers_of_peft(compiled, monkeypatch, kind):
+    """BoRA's layers for PEFT, and PEFT's own: once they are fused, and not before."""
     peft = pytest.importorskip("peft")
     from bora_kernels.integrations.peft import BoraConfig
+    from bora_kernels.ops import validation
 
-    for config in (BoraConfig(r=8, target_modules=["0"]), peft.LoraConfig(r=8, target_modules=["0"], use_dora=True)):
-        base = nn.Sequential(nn.Linear(80, 48))
-        adapted = peft.get_peft_model(base, config)
-        layer = adapted.base_model.model[0]
-        if isinstance(config, BoraConfig):
-            layer.backend = "triton"
-        elif bora_kernels.fuse(adapted) is not None:
-            continue
-        assert warm_up(adapted.train(), 32) > 0, type(config).__name__
+    monkeypatch.setattr(validation, "choose_backend", lambda *_: "triton")
+    config = BoraConfig if kind == "bora" else peft.LoraConfig
+    options = {"r": 8, "target_modules": ["0"]} | ({"use_dora": True} if kind == "fused dora" else {})
+    adapted = peft.get_peft_model(nn.Sequential(nn.Linear(80, 48)), config(**options)).train()
+    layer = adapted.base_model.model[0]
+    if kind == "bora":
+        layer.backend = "triton"
+    else:
+        assert warm_up(adapted, 32) == 0
+        bora_kernels.fuse(adapted)
+    assert missing_in(layer, (32,), 80)
+    assert warm_up(adapted, 32) > 0
+    assert not missing_in(layer, (32,), 80) and not missing_in(layer, (32,), 80, grad=False)
 
 
 @pytest.mark.parametrize(
