@@ -20,7 +20,7 @@ from ..replay.recording import empty, launch
 from .common import load_matrix, load_projection, load_vector
 from .config import TRITON_DTYPES, cdiv, is_aligned, mixed_few, mixed_few_config, mixed_many_config, target
 from .gemm import descriptor, fits_descriptor
-from .mixed_project import add_product, groups_of_tile, look_up, project_mixed, split_of
+from .mixed_project import add_product, groups_of_tile, look_up, project_few, project_many, split_of
 
 
 @triton.jit
@@ -145,7 +145,7 @@ def _linear_many_kernel(
         for group in range(first, last + 1):
             mine = groups == group
             slot = tl.load(index_ptr + 3 * entries + group).to(tl.int64)
-            for r in range(0, R, BLOCK_SIZE_R):
+            for r in tl.range(0, R, BLOCK_SIZE_R, num_stages=1):
                 offs_r = r + tl.arange(0, BLOCK_SIZE_R)
                 u = load_projection(projection_ptr, offs_m, offs_r, M, M, R, PARTS)
                 factor = load_matrix(lora_B_ptr + slot * R * N, offs_r, offs_n, R, N, N, 1)
@@ -203,42 +203,34 @@ def mixed_linear(
     (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[1]
     device, dtype, entries = x.device, x.dtype, index.shape[1]
     arch, processors = target(x.get_device())
-    y, few, splits, split_size, tiles = empty((M, N), dtype, device), mixed_few(arch, M, N), 1, K, 1
-    if few:
-        splits, config = mixed_few_config(arch, processors, M, N, K, dtype)
-        split_size, tiles = (
-            split_of(K, splits, config),
-            cdiv(M, config["BLOCK_SIZE_M"]) * cdiv(N, config["BLOCK_SIZE_N"]),
-        )
-    counter = empty((tiles,), torch.int32, device)
-    scaled, projection = project_mixed(
-        x, weight, index, lora_A, col_scale, counter,
-        tokens=tokens, warm=few, linear_splits=splits, linear_split_size=split_size, precision=precision,
-    )  # fmt: skip
+    scaled, y = empty((M, K), dtype, device), empty((M, N), dtype, device)
     descriptors_fit = weight.dtype == dtype and fits_descriptor(scaled) and fits_descriptor(weight)
+    wide = lora_B.dtype != dtype
     common = {
         "M": M, "N": N, "K": K, "entries": entries, "tokens": tokens,
-        "stride_wn": weight.stride(0), "stride_wk": weight.stride(1), "R": R, "PARTS": projection.shape[0],
-        "HAS_BIAS": bias is not None, "DTYPE": TRITON_DTYPES[dtype], "PRECISION": precision,
+        "stride_wn": weight.stride(0), "stride_wk": weight.stride(1),
+        "R": R, "HAS_BIAS": bias is not None, "DTYPE": TRITON_DTYPES[dtype], "PRECISION": precision,
     }  # fmt: skip
-    if few:
-        config = {**config, "USE_DESCRIPTORS": config["USE_DESCRIPTORS"] and descriptors_fit}
+    if mixed_few(arch, M):
+        splits, config = mixed_few_config(arch, processors, M, N, K, dtype, descriptors_fit, wide)
+        tiles = cdiv(N, config["BLOCK_SIZE_N"]), cdiv(M, config["BLOCK_SIZE_M"])
+        counter = empty((tiles[0] * tiles[1],), torch.int32, device)
+        projection = project_few(x, index, lora_A, col_scale, scaled, counter, tokens=tokens)
         partial = empty((splits + 1, M, N) if splits > 1 else (1,), torch.float32, device)
         launch(
             _linear_few_kernel,
-            (cdiv(N, config["BLOCK_SIZE_N"]), splits + (splits > 1), cdiv(M, config["BLOCK_SIZE_M"])),
+            (tiles[0], splits + (splits > 1), tiles[1]),
             (*_operands(scaled, weight, config), index, row_scale, lora_B, projection, bias, partial, counter, y),
-            split_size=split_size, SPLITS=splits, **common, **config,
+            split_size=split_of(K, splits, config), PARTS=projection.shape[0], SPLITS=splits, **common, **config,
         )  # fmt: skip
         return y
-    grid, config = mixed_many_config(
-        M, N, R, dtype, x.get_device(), descriptors_fit, is_aligned(weight), lora_B.dtype != dtype
-    )
+    projection = project_many(x, index, lora_A, col_scale, scaled, tokens=tokens, precision=precision)
+    grid, config = mixed_many_config(M, N, R, dtype, x.get_device(), descriptors_fit, is_aligned(weight), wide)
     launch(
         _linear_many_kernel,
         grid,
         (*_operands(scaled, weight, config), index, row_scale, lora_B, projection, bias, y),
-        **common, **config,
+        PARTS=projection.shape[0], **common, **config,
     )  # fmt: skip
     return y
 

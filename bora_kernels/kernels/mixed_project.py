@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..replay.recording import empty, launch
 from .common import dot_split, load_matrix, load_vector, round_with_dither
-from .config import cdiv, is_aligned, mixed_project_config, mixed_project_few, mixed_project_few_config, target
+from .config import cdiv, is_aligned, mixed_project_config, mixed_project_few_config, target
 
 
 @triton.jit
@@ -34,13 +34,6 @@ def groups_of_tile(index_ptr, start_m, end_m, M, entries, tokens):
 
 
 @triton.jit
-def _set_to_zero(counter_ptr, counters):
-    for start in range(0, counters, 1024):
-        offs = start + tl.arange(0, 1024)
-        tl.store(counter_ptr + offs, tl.zeros((1024,), tl.int32), mask=offs < counters)
-
-
-@triton.jit
 def add_product(t, factor, acc, PRECISION: tl.constexpr):
     """acc + t·factor, with a factor of t's dtype as it is."""
     if t.dtype == factor.dtype:
@@ -56,32 +49,18 @@ def _project_few_kernel(
     lora_A_ptr,  # [slots, R, K], contiguous
     scaled_ptr,  # [M, K], contiguous, in the order of the slots
     projection_ptr,  # [parts, M, R], contiguous, in that order: one part for each split of K
-    w_ptr,  # [N, K], rows contiguous
     counter_ptr,  # [counters]
-    warmed_ptr,  # [programs that warm]
-    M, N, K, entries, tokens, parts, split_size, linear_splits, linear_split_size, counters,
-    stride_xm, stride_xk, stride_wn,
+    M, K, entries, tokens, split_size, counters,
+    stride_xm, stride_xk,
     R: tl.constexpr,
-    BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr, WARM_ROWS: tl.constexpr, WARM_COLS: tl.constexpr,
+    BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
 ):  # fmt: skip
-    """One program for a token, a split of K and some ranks; those behind them warm the cache.
-
-    They read of W0 what the programs of the next kernel read first, the start of each split of K, while memory has
-    little else to do.
-    """
-    pid = tl.program_id(0)
-    if pid >= M * parts * tl.cdiv(R, BLOCK_SIZE_R):
-        warm = pid - M * parts * tl.cdiv(R, BLOCK_SIZE_R)
-        blocks = tl.cdiv(N, WARM_ROWS)
-        offs_n = warm % blocks * WARM_ROWS + tl.arange(0, WARM_ROWS)
-        split, step = warm // blocks % linear_splits, warm // blocks // linear_splits
-        offs_k = split * linear_split_size + step * WARM_COLS + tl.arange(0, WARM_COLS)
-        w = load_matrix(w_ptr, offs_n, offs_k, N, K, stride_wn, 1)
-        tl.store(warmed_ptr + warm, tl.max(tl.max(w.to(tl.float32), 1), 0))  # a use of what was read
-        return
-    m, part, pid_r = pid % M, pid // M % parts, pid // M // parts
-    if pid == 0:
-        _set_to_zero(counter_ptr, counters)
+    """One program for a token, a split of K and some ranks."""
+    m, part, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if (m == 0) & (part == 0) & (pid_r == 0):
+        for start in range(0, counters, 1024):
+            offs = start + tl.arange(0, 1024)
+            tl.store(counter_ptr + offs, tl.zeros((1024,), tl.int32), mask=offs < counters)
     row = tl.load(index_ptr + m // tokens).to(tl.int64) * tokens + m % tokens
     slot = tl.load(index_ptr + entries + m // tokens).to(tl.int64)
     offs_r = pid_r * BLOCK_SIZE_R + tl.arange(0, BLOCK_SIZE_R)
@@ -111,8 +90,7 @@ def _project_many_kernel(
     lora_A_ptr,  # [slots, R, K], contiguous
     scaled_ptr,  # [M, K], contiguous, in the order of the slots
     projection_ptr,  # [parts, M, R], contiguous, in that order: one part for each split of K
-    counter_ptr,  # [counters]
-    M, K, entries, tokens, split_size, counters,
+    M, K, entries, tokens, split_size,
     stride_xm, stride_xk,
     R: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
@@ -120,8 +98,6 @@ def _project_many_kernel(
 ):  # fmt: skip
     """One program for a tile of tokens, a split of K and some ranks; it reads the tile once for each group there."""
     start_m, part, pid_r = tl.program_id(0) * BLOCK_SIZE_M, tl.program_id(1), tl.program_id(2)
-    if (start_m == 0) & (part == 0) & (pid_r == 0):
-        _set_to_zero(counter_ptr, counters)
     offs_m = start_m + tl.arange(0, BLOCK_SIZE_M)
     mask_m = offs_m < M
     rows, _, groups = look_up(index_ptr, offs_m, M, entries, tokens)
@@ -147,53 +123,41 @@ def _project_many_kernel(
     tl.store(ptrs, acc, mask=mask_m[:, None] & (offs_r < R)[None, :])  # (1)
 
 
-def project_mixed(
-    x: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    lora_A: Tensor,
-    col_scale: Tensor,
-    counter: Tensor,
-    *,
-    tokens: int,
-    warm: bool,
-    linear_splits: int,
-    linear_split_size: int,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
-    """x⊙g [M, K] and u in parts [parts, M, R], in the order of the slots; sets the counter to zero.
+def project_few(
+    x: Tensor, index: Tensor, lora_A: Tensor, col_scale: Tensor, scaled: Tensor, counter: Tensor, *, tokens: int
+) -> Tensor:
+    """u in parts [parts, M, R] and x⊙g, into scaled [M, K], in the order of the slots; sets the counter to zero."""
+    (M, K), R = x.shape, lora_A.shape[1]
+    parts, config = mixed_project_few_config(M, K, R, lora_A.dtype)
+    projection = empty((parts, M, R), torch.float32, x.device)
+    launch(
+        _project_few_kernel,
+        (M, parts, cdiv(R, config["BLOCK_SIZE_R"])),
+        (x, index, col_scale, lora_A, scaled, projection, counter),
+        M=M, K=K, entries=index.shape[1], tokens=tokens, split_size=split_of(K, parts, config), counters=len(counter),
+        stride_xm=x.stride(0), stride_xk=x.stride(1),
+        R=R, **config,
+    )  # fmt: skip
+    return projection
 
-    ``warm`` brings into the cache what a product with these splits of K reads first of the weight.
-    """
-    (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[1]
+
+def project_many(
+    x: Tensor, index: Tensor, lora_A: Tensor, col_scale: Tensor, scaled: Tensor, *, tokens: int, precision: str
+) -> Tensor:
+    """The same for many tokens."""
+    (M, K), R = x.shape, lora_A.shape[1]
     arch, processors = target(x.get_device())
-    scaled = empty((M, K), x.dtype, x.device)
-    if mixed_project_few(arch, M):
-        parts, blocks, config = mixed_project_few_config(arch, processors, M, N, K, R)
-        warming = cdiv(N, config["WARM_ROWS"]) * blocks if warm and weight.stride(1) == 1 else 0
-        projection = empty((parts, M, R), torch.float32, x.device)
-        warmed = empty((max(1, warming),), torch.float32, x.device)
-        launch(
-            _project_few_kernel,
-            (M * parts * cdiv(R, config["BLOCK_SIZE_R"]) + warming,),
-            (x, index, col_scale, lora_A, scaled, projection, weight, counter, warmed),
-            M=M, N=N, K=K, entries=index.shape[1], tokens=tokens, parts=parts, split_size=split_of(K, parts, config),
-            linear_splits=linear_splits, linear_split_size=linear_split_size, counters=len(counter),
-            stride_xm=x.stride(0), stride_xk=x.stride(1), stride_wn=weight.stride(0),
-            R=R, **config,
-        )  # fmt: skip
-        return scaled, projection
     parts, config = mixed_project_config(arch, processors, M, K, R, x.dtype, is_aligned(x))
     projection = empty((parts, M, R), torch.float32, x.device)
     launch(
         _project_many_kernel,
         (cdiv(M, config["BLOCK_SIZE_M"]), parts, cdiv(R, config["BLOCK_SIZE_R"])),
-        (x, index, col_scale, lora_A, scaled, projection, counter),
-        M=M, K=K, entries=index.shape[1], tokens=tokens, split_size=split_of(K, parts, config), counters=len(counter),
+        (x, index, col_scale, lora_A, scaled, projection),
+        M=M, K=K, entries=index.shape[1], tokens=tokens, split_size=split_of(K, parts, config),
         stride_xm=x.stride(0), stride_xk=x.stride(1),
         R=R, PRECISION=precision, **config,
     )  # fmt: skip
-    return scaled, projection
+    return projection
 
 
 def split_of(size: int, splits: int, config: dict) -> int:

@@ -170,6 +170,9 @@ def test_every_launch_compiles_within_the_targets_limits(arch, launches, monkeyp
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for M in (1, 16, 64, 200, 2048):
             run_mixed_batch(dtype, M, 16)
+        for M in (300, 9000):
+            run_mixed_batch(dtype, M, 64)
+        run_mixed_batch(dtype, 64, 16, N=14336)
         for M in (16, 2048):
             run_mixed_batch(dtype, M, 200, factors=torch.float32)
             run_mixed_batch(dtype, M, 9, N=4093, K=4095)

@@ -197,6 +197,6 @@ def test_parts_of_a_split_inner_dimension_add_up(device, monkeypatch):
         return 3, {**config, "BLOCK_SIZE_C": 16}
 
     monkeypatch.setattr(mixed, "mixed_few_config", split)
-    few_columns = {"BLOCK_SIZE_C": 64, "BLOCK_SIZE_R": 4, "WARM_ROWS": 16, "WARM_COLS": 8, "num_warps": 4}
-    monkeypatch.setattr(mixed_project, "mixed_project_few_config", lambda *_: (2, 3, few_columns))
+    few_columns = {"BLOCK_SIZE_C": 64, "BLOCK_SIZE_R": 4, "num_warps": 4}
+    monkeypatch.setattr(mixed_project, "mixed_project_few_config", lambda *_: (2, few_columns))
     check("triton", [1, 2, 0, 5, 4], 53, 110, torch.float32, device)
