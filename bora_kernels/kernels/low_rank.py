@@ -86,8 +86,8 @@ def _project_kernel(
     if HAS_ROUNDED:
         if any_set(word_ptr, 2):
             acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_R), dtype=tl.float32)
-            for c in tl.range(part * split_size, end, BLOCK_SIZE_C, num_stages=1):
-                offs_c = c + tl.arange(0, BLOCK_SIZE_C)
+            for c in tl.range(part * split_size, end, 16, num_stages=1):  # rare: few registers
+                offs_c = c + tl.arange(0, 16)
                 t = load_matrix(t_ptr, offs_m, offs_c, M, C, stride_tm, stride_tc)
                 scale = load_vector(scale_ptr, offs_c, C)
                 scaled = round_with_dither(t.to(tl.float32) * scale[None, :], offs_m, offs_c, t.dtype)
