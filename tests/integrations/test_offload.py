@@ -129,8 +129,9 @@ def test_a_model_that_was_loaded_onto_disk_trains_and_merges(device_map, load):
         torch.testing.assert_close(loss_of(model.merge_and_unload()), loss)
 
 
-def test_an_adapter_is_loaded_into_a_model_on_disk(load, tmp_path):
+def test_an_adapter_is_loaded_into_a_model_on_disk(load, tmp_path, monkeypatch):
     """As for LoRA, PEFT has to be told where the base is."""
+    monkeypatch.chdir(tmp_path)  # where PEFT writes as well
     expected = trained(adapt(load(), "peft"))
     expected.save_pretrained(tmp_path / "adapter")
     device_map = {f"base_model.model.{name}": device for name, device in DISK["weights"].items()}
