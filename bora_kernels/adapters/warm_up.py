@@ -12,7 +12,6 @@ from ..fusion.install import installed
 from ..fusion.members import read
 from ..ops import reuse
 from ..replay import replay_disabled
-from ..replay.compiling import Missing
 from ..replay.recording import planning
 from .conversion import named_modules
 from .diagnostics import explain
@@ -49,8 +48,12 @@ def warm_up(model: nn.Module, tokens: int | Iterable[int]) -> int:
             raise TypeError(f"tokens must be an int or several, got {type(count).__name__}")
         if count < 1:
             raise ValueError(f"tokens must be positive, got {count}")
-    missing = Missing()
     layers = list(_layers(model))
+    if not layers:
+        return 0
+    from ..replay.compiling import Missing  # Triton is imported only when it is used
+
+    missing = Missing()
     devices = {device.index for _, _, _, device in layers if device.index is not None}
     reuse.forget()  # scales that are there would hide the kernels that make them
     try:
