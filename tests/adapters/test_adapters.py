@@ -86,7 +86,10 @@ def test_wrapped_models_are_saved_and_loaded_under_plain_names(wrap, own_state, 
     expected = trained(head=True)(X)
     assert torch.equal(load_adapter(base(), tmp_path).eval()(X), expected)
     other = wrap(base())
-    assert load_adapter(other, tmp_path) is other and torch.equal(other.eval()(X), expected)
+    assert load_adapter(other, tmp_path) is other
+    y = other.eval()(X)
+    rounding = {} if y.is_cuda else {"rtol": 0, "atol": 0}  # DataParallel answers on a GPU where there is one
+    torch.testing.assert_close(y.cpu(), expected, **rounding)
 
 
 def test_a_model_under_ddp_is_saved_under_plain_names(tmp_path):

@@ -116,6 +116,8 @@ def calls(monkeypatch):
 def test_results_are_those_of_the_plain_model(family, way, calls):
     if (family, way) == ("gpt2", "convert"):
         pytest.skip("its layers are no nn.Linear")
+    if family == "falcon" and way != "lora" and not hasattr(torch._C._autograd.SavedTensor, "unpack"):
+        pytest.skip("it adds to a layer's output in place, which is refused under an older torch")
     plain = make(family, way)
     fused = fuse(copy.deepcopy(plain))
     kinds = Counter(part.kind for part in explain(fused).fused)

@@ -54,7 +54,8 @@ def test_other_data_between_forward_and_backward(name, move):
     for _ in range(5):
         actual = run(moving, inputs, dy, scaling=SCALING, backend="triton")
         for key, value in actual.items():
-            torch.testing.assert_close(value, expected[key], rtol=2e-2, atol=2e-2)
+            scale = expected[key].abs().max().item()  # sums over tokens err by that of their terms, which bf16 rounds
+            torch.testing.assert_close(value, expected[key], rtol=2e-2, atol=2e-2 * max(1.0, scale))
 
 
 @pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B", "magnitude_row"])
