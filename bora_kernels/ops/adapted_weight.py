@@ -98,6 +98,8 @@ def _word(like: Tensor, *cancels: bool) -> Tensor | None:
 
 def _cancels(squares: Tensor, P: Tensor, Q: Tensor, scale: Tensor | None, scaling: float, taps: int) -> bool:
     """Whether a line of V is shorter than half of its line of s·P·Qᵀ, with Q times a scale: its line of W0 is not."""
+    if squares.numel() == 0:  # a shard of no lines
+        return False
     P, Q = P.to(squares.dtype), Q.to(squares.dtype)
     Q = Q if scale is None else Q * scale[:, None]
     update = _together((P @ (Q.T @ Q)).mul_(P).sum(1), taps)
