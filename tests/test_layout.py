@@ -104,3 +104,9 @@ def test_neighbours_on_one_level_do_not_import_each_other(package):
     """Parts that share a line of LEVELS stand beside each other, and each could be taken away alone."""
     arrows = [(name, target) for name, targets in graph(package).items() for target in targets]
     assert not [(a, b) for a, b in arrows if level(a) == level(b) and part(a) != part(b)]
+
+
+def test_modules_of_tests_have_names_of_their_own():
+    """Ranks of a process group import a test's function by its module's name, and folders are no packages."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
