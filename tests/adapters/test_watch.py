@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bora_kernels import FusedBoraLinear, convert
-from bora_kernels.ops import validation, watch
+from bora_kernels.ops import calls, watch
 
 WIDTH = 6
 
@@ -16,7 +16,7 @@ WIDTH = 6
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch):
     monkeypatch.setattr(watch, "_said", set())
-    monkeypatch.setattr(validation, "_prepared", {})
+    monkeypatch.setattr(calls, "_prepared", {})
 
 
 class Reader(nn.Module):

@@ -14,7 +14,7 @@ from datasets import Dataset  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from bora_kernels.integrations.peft import BoraConfig  # noqa: E402
-from bora_kernels.ops import validation, watch  # noqa: E402
+from bora_kernels.ops import calls, watch  # noqa: E402
 
 SPECIAL = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
 WORDS = [*SPECIAL.values(), *(f"w{i}" for i in range(VOCABULARY - len(SPECIAL)))]
@@ -54,7 +54,7 @@ TRAINERS = {"sft": ("SFTTrainer", "SFTConfig"), "dpo": ("DPOTrainer", "DPOConfig
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_both_magnitudes_train_in_float32_over_a_4_bit_base(kind, base, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "_said", set())
-    monkeypatch.setattr(validation, "_prepared", {})
+    monkeypatch.setattr(calls, "_prepared", {})
     trainer_class, arguments = (getattr(trl, name) for name in TRAINERS[kind])
     options = {"max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 2e-3, "logging_steps": 1, "seed": 1}
     options |= {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
