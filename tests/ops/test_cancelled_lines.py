@@ -76,7 +76,7 @@ def test_norms(backend, order, dtype, left, axis, N, K, R, device):
 
 
 def require_products(backend, dtype):
-    """PyTorch operations multiply half precision on a GPU, where the update and W0 meet x rounded apart."""
+    """On a GPU PyTorch's operations multiply by W0 and by the update apart, and do not look whether these cancel."""
     require(backend, dtype)
     if CUDA and backend == "torch":
         pytest.skip("products of PyTorch operations on a GPU cancel")

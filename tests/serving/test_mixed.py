@@ -158,7 +158,9 @@ def test_views_packed_batches_and_single_rows(backend, device):
     assert torch.equal(whole[0], packed)
     wide_x = torch.cat([x, x], 1).T.contiguous().T[:, :70]  # strides of a column-major matrix
     strided = bora_linear_mixed(wide_x, weight, bank, bank.index(names, lengths=[5, 0, 7]), backend=backend)
-    torch.testing.assert_close(strided, packed, rtol=1e-6, atol=1e-6)  # PyTorch may multiply them in another order
+    if backend == "triton":
+        assert torch.equal(strided, packed)
+    torch.testing.assert_close(strided, packed, rtol=1e-6, atol=1e-6)  # PyTorch may sum in another order
     row = bora_linear_mixed(x[0], weight, bank, bank.index(["bora"]), backend=backend)
     torch.testing.assert_close(row, packed[0], rtol=1e-6, atol=1e-6)
     empty = bora_linear_mixed(x[:0], weight, bank, bank.index([]), backend=backend)
