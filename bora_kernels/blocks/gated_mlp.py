@@ -5,6 +5,8 @@ keep      x (or what it was made from), e, f, y, the layers' u and scales; not h
 backward  h again; dh and down's gradients from dy and h
           de = dh⊙f⊙act'(e)        df = dh⊙act(e)
           gate's and up's gradients from de, df and x;  dx = dx_gate + dx_up
+
+On Triton e, f and dh are read once for all that is made of them, where ``mlp_kernels`` takes the layers.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..contract import Activation, Needs
+from ..contract import Activation, Adapter, Needs, given
 from ..ops import autograd, operators, transforms
 from . import projection
 from .norms import NormOrigin
@@ -132,8 +134,10 @@ def _backward(ctx, dy: Tensor) -> tuple[Any, ...]:
     wanted_e, wanted_f, wanted_y = projection.split(ctx.parts, ctx.requested)
     gate, up, down = ctx.parts
     needs_e, needs_f, needs_y = ctx.needs
-    kernels = _kernels(kept, dy, e, f)
+    kernels = _kernels(kept, dy, e, f, x, *rest)
     with transforms.without_autocast(dy.device):
+        if kernels is not None and needs_y.x and (layers := _layers(ctx, kept, rest[9:], e)) is not None:
+            return _backward_in_one_pass(ctx, dy, x, e, f, layers, of_down[4])
         h = _gate(kernels, e, f, ctx.activation)
         dh, of_y = projection.backward(dy, h, of_down, down, kept[2], needs_y, wanted_y)
         del h
@@ -163,11 +167,47 @@ def _gate_backward(
     return act_backward(dh * f, e), dh * act(e)
 
 
-def _kernels(kept: Sequence[Kept], *tensors: Tensor) -> ModuleType | None:
+def _kernels(kept: Sequence[Kept], first: Tensor, *tensors: Tensor | None) -> ModuleType | None:
     """The gate's kernels, where a layer beside it runs on Triton and nothing looks on; else PyTorch's operations do."""
     on_triton = any(each.call is not None and each.call.options.backend == "triton" for each in kept)
-    if not on_triton or tensors[0].numel() == 0 or not operators.is_direct(None, *tensors):
+    if not on_triton or first.numel() == 0 or not operators.is_direct(None, first, *tensors):
         return None
     from . import gate_kernels  # Triton is imported only when it is used
 
     return gate_kernels
+
+
+def _layers(ctx, kept: Sequence[Kept], tensors: Sequence[Tensor | None], e: Tensor) -> tuple[Any, ...] | None:
+    """The layers as the kernels of the whole backward take them, or None where these do not take them."""
+    from . import mlp_kernels as kernels  # Triton is imported only when it is used
+
+    layers: list[Any] = []
+    for part, own, (call, scales, product, u), needs in zip(
+        ctx.parts, projection.split(ctx.parts, tensors), kept, ctx.needs, strict=True
+    ):
+        *members, bias, weight = own[:6]
+        if part.layout is not None or (bias is not None and len(layers) < 2):
+            return None
+        if call is None:
+            layers.append(kernels.Layer(weight, needs=needs))
+        else:
+            adapter = operators.readable(Adapter(*members))
+            layers.append(kernels.Layer(weight, adapter, scales, autograd.flat(product), u, call.options, needs))
+    return tuple(layers) if kernels.can_run(e, tuple(layers)) else None
+
+
+def _backward_in_one_pass(
+    ctx, dy: Tensor, x: Tensor | None, e: Tensor, f: Tensor, layers: Any, bias: Tensor | None
+) -> tuple[Any, ...]:
+    from . import mlp_kernels as kernels
+
+    flat_dy, flat_x = autograd.flat(dy), autograd.flat(x)
+    dx, gradients = kernels.backward(flat_dy, flat_x, autograd.flat(e), autograd.flat(f), layers, ctx.activation)
+    results: list[Tensor | None] = []
+    for part, layer, own in zip(ctx.parts, layers, gradients, strict=True):
+        members = own if layer.adapter is None else layer.adapter
+        results += [None if g is None else g.to(t.dtype) for g, t in zip(own, members, strict=True)]
+        results += [None] * (part.size - 4)
+    if projection.split(ctx.parts, ctx.requested)[2][4]:  # down's bias
+        results[-2] = flat_dy.sum(0).to(given(bias).dtype)
+    return None if dx is None else dx.view(*dy.shape[:-1], dx.shape[-1]), *[None] * (_ARGUMENTS - 1), *results

@@ -136,6 +136,32 @@ def gate_config() -> dict:
     return {"BLOCK_SIZE": 2048, "num_warps": 8}
 
 
+def gated_rank(dtype: torch.dtype) -> int:
+    """The largest rank for which ``gated.gate_sums`` keeps its three accumulators in registers."""
+    return 64 if is_half(dtype) else 32
+
+
+@lru_cache
+def gate_sums_config(
+    arch: int | str, processors: int, M: int, C: int, R: int, dtype: torch.dtype, aligned: bool
+) -> tuple[int, dict]:
+    """Splits of the tokens, and the configuration."""
+    block_r, warps = max(16, 1 << (R - 1).bit_length()), 8
+    if not is_half(dtype):
+        block_m, block_c, stages = 32, 32, 1
+    elif _roomy(arch, aligned) and block_r == 16:
+        block_m, block_c, warps, stages = 16, 64, 4, 3
+    elif _roomy(arch, aligned):
+        block_m, block_c, stages = 32, 128 if arch == 90 and block_r == 32 else 64, 3
+    else:
+        block_m, block_c, stages = 32, 64, 2
+    splits = max(1, min(cdiv(M, block_m), cdiv(5 * processors, cdiv(C, block_c)), 32))
+    return splits, {
+        "BLOCK_SIZE_M": block_m, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": block_r,
+        "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+
+
 def combine_config(R: int) -> dict:
     return {"BLOCK_SIZE_C": 32, "BLOCK_SIZE_R": min(64, 1 << (R - 1).bit_length()), "num_warps": 4}
 

@@ -2,19 +2,28 @@
 
 ``gate``            h = act(e)⊙f
 ``gate_backward``   de = dh⊙f⊙act'(e)        df = dh⊙act(e)
+``gate_sums``       the same gradients, folded for the products that follow, and all sums over tokens that
+                    gate, up and down need of e, f and dh, in one read of them:
+                    de⊙a_e                   S_e = Σ_m de⊙e          deᵀ·u_e
+                    df⊙a_f                   S_f = Σ_m df⊙f          dfᵀ·u_f
+                    h, which is not stored   D_d = Σ_m dh⊙h          hᵀ·v_d
+                    (5) and (6) of ``ops.torch_backend``, in parts that ``low_rank.combine`` adds
 
 act(e) = e·P(e), so act'(e) = P(e) + e·P'(e). P is the logistic function for SiLU and, of a polynomial in e, for the
 approximation of GELU by tanh; for GELU it is the normal distribution.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..contract import Activation
 from ..replay.recording import empty, launch
-from .common import load_vector
-from .config import cdiv, gate_config
+from .common import load_matrix, load_projection, load_vector, round_with_dither
+from .config import cdiv, gate_config, gate_sums_config, is_aligned, parts_in_use, target
 
 
 @triton.jit
@@ -66,6 +75,113 @@ def _gate_backward_kernel(
     tl.store(df_ptr + offs, (dh * activated).to(df_ptr.dtype.element_ty), mask=offs < n)
 
 
+@triton.jit
+def _gate_sums_kernel(
+    e_ptr,  # [M, C], contiguous, as are f, dh, de and df
+    f_ptr,  # [M, C]
+    dh_ptr,  # [M, C]
+    de_ptr,  # [M, C]: de⊙scale_e
+    df_ptr,  # [M, C]: df⊙scale_f
+    scale_e_ptr,  # [C]
+    scale_f_ptr,  # [C]
+    projection_e_ptr,  # [PARTS_E, M, R_E], contiguous; so are those of f and h
+    projection_f_ptr,  # [PARTS_F, M, R_F]
+    projection_h_ptr,  # [PARTS_H, M, R_H]
+    factor_e_ptr,  # [splits, C, R_E]
+    factor_f_ptr,  # [splits, C, R_F]
+    factor_h_ptr,  # [splits, C, R_H]
+    total_e_ptr,  # [splits, C]
+    total_f_ptr,  # [splits, C]
+    total_h_ptr,  # [splits, C]
+    M, C, split_size,
+    R_E: tl.constexpr, R_F: tl.constexpr, R_H: tl.constexpr,  # 0 where there is no product
+    PARTS_E: tl.constexpr, PARTS_F: tl.constexpr, PARTS_H: tl.constexpr,
+    BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
+    HAS_SCALE_E: tl.constexpr, HAS_SCALE_F: tl.constexpr,
+    HAS_TOTAL_E: tl.constexpr, HAS_TOTAL_F: tl.constexpr, HAS_TOTAL_H: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = e_ptr.dtype.element_ty
+    offs_c = tl.program_id(0) * BLOCK_SIZE_C + tl.arange(0, BLOCK_SIZE_C)
+    split = tl.program_id(1)
+    end = tl.minimum((split + 1) * split_size, M)
+    factor_e = tl.zeros((BLOCK_SIZE_C, BLOCK_SIZE_R), dtype=tl.float32)
+    factor_f = tl.zeros((BLOCK_SIZE_C, BLOCK_SIZE_R), dtype=tl.float32)
+    factor_h = tl.zeros((BLOCK_SIZE_C, BLOCK_SIZE_R), dtype=tl.float32)
+    total_e = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_C), dtype=tl.float32)  # summed over tokens once, after the loop
+    total_f = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_C), dtype=tl.float32)
+    total_h = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_C), dtype=tl.float32)
+    for m in range(split * split_size, end, BLOCK_SIZE_M):
+        offs_m = m + tl.arange(0, BLOCK_SIZE_M)
+        e = load_matrix(e_ptr, offs_m, offs_c, end, C, C, 1).to(tl.float32)  # [BLOCK_SIZE_M, BLOCK_SIZE_C]
+        f = load_matrix(f_ptr, offs_m, offs_c, end, C, C, 1).to(tl.float32)
+        dh = load_matrix(dh_ptr, offs_m, offs_c, end, C, C, 1).to(tl.float32)
+        activated, slope = _activated(e, ACTIVATION)
+        de, df = dh * f * slope, dh * activated
+        _store_folded(de_ptr, de, scale_e_ptr, offs_m, offs_c, end, C, HAS_SCALE_E, dtype)
+        _store_folded(df_ptr, df, scale_f_ptr, offs_m, offs_c, end, C, HAS_SCALE_F, dtype)
+        if HAS_TOTAL_E:
+            total_e += de * e
+        if HAS_TOTAL_F:
+            total_f += df * f
+        factor_e = _add_product(factor_e, de.to(dtype), projection_e_ptr, offs_m, M, end, R_E, PARTS_E, PRECISION)
+        factor_f = _add_product(factor_f, df.to(dtype), projection_f_ptr, offs_m, M, end, R_F, PARTS_F, PRECISION)
+        if HAS_TOTAL_H or R_H > 0:
+            h = (activated * f).to(dtype)
+            if HAS_TOTAL_H:
+                total_h += dh * h.to(tl.float32)
+            factor_h = _add_product(factor_h, h, projection_h_ptr, offs_m, M, end, R_H, PARTS_H, PRECISION)
+    base = split.to(tl.int64) * C + offs_c
+    _store_sums(factor_e_ptr, total_e_ptr, factor_e, total_e, base, offs_c, C, R_E, HAS_TOTAL_E)
+    _store_sums(factor_f_ptr, total_f_ptr, factor_f, total_f, base, offs_c, C, R_F, HAS_TOTAL_F)
+    _store_sums(factor_h_ptr, total_h_ptr, factor_h, total_h, base, offs_c, C, R_H, HAS_TOTAL_H)
+
+
+@triton.jit
+def _store_folded(
+    ptr, t, scale_ptr, offs_m, offs_c, end, C, HAS_SCALE: tl.constexpr, dtype: tl.constexpr
+):  # fmt: skip
+    ptrs = ptr + offs_m.to(tl.int64)[:, None] * C + offs_c[None, :]
+    mask = (offs_m < end)[:, None] & (offs_c < C)[None, :]
+    if HAS_SCALE:
+        scaled = t * load_vector(scale_ptr, offs_c, C)[None, :]
+        tl.store(ptrs, round_with_dither(scaled, offs_m, offs_c, dtype), mask=mask)
+    else:
+        tl.store(ptrs, t.to(dtype), mask=mask)
+
+
+@triton.jit
+def _add_product(
+    acc, t, projection_ptr, offs_m, M, end, R: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """acc + tᵀ·projection"""
+    if R > 0:
+        offs_r = tl.arange(0, acc.shape[1])
+        projection = load_projection(projection_ptr, offs_m, offs_r, M, end, R, PARTS).to(t.dtype)
+        acc = tl.dot(tl.trans(t), projection, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _store_sums(
+    factor_ptr, total_ptr, factor, total, base, offs_c, C, R: tl.constexpr, HAS_TOTAL: tl.constexpr
+):  # fmt: skip
+    if HAS_TOTAL:
+        tl.store(total_ptr + base, tl.sum(total, axis=0), mask=offs_c < C)
+    if R > 0:
+        offs_r = tl.arange(0, factor.shape[1])
+        mask = (offs_c < C)[:, None] & (offs_r < R)[None, :]
+        tl.store(factor_ptr + base[:, None] * R + offs_r[None, :], factor, mask=mask)
+
+
+class Side(NamedTuple):
+    """What ``gate_sums`` makes for one of the three layers."""
+
+    scale: Tensor | None  # [C], folded into the gradient; that of h is not stored
+    projection: Tensor | None  # [parts, M, R] as ``low_rank.project`` leaves it, for the factor's gradient
+    total: bool  # whether S or D is needed
+
+
 def gate(e: Tensor, f: Tensor, activation: Activation) -> Tensor:
     """h in e's dtype; e and f are contiguous, of any shape."""
     h = empty(e.shape, e.dtype, e.device)
@@ -87,3 +203,33 @@ def gate_backward(e: Tensor, f: Tensor, dh: Tensor, activation: Activation) -> t
         n=e.numel(), ACTIVATION=activation, **config,
     )  # fmt: skip
     return de, df
+
+
+def gate_sums(
+    e: Tensor, f: Tensor, dh: Tensor, sides: tuple[Side, Side, Side], activation: Activation, *, precision: str
+) -> tuple[Tensor, Tensor, list[tuple[Tensor | None, Tensor | None]]]:
+    """de⊙scale_e and df⊙scale_f [M, C] rounded with dither, and the sums of gate, up and down.
+
+    The sums are parts of tᵀ·projection [splits, C, R] and of Σ_m t⊙other [splits, C], as ``low_rank.reduce`` has them.
+    """
+    M, C = e.shape
+    arch, processors = target(e.get_device())
+    allocated = [1 if side.projection is None else side.projection.shape[0] for side in sides]
+    ranks = [0 if side.projection is None else side.projection.shape[2] for side in sides]
+    splits, config = gate_sums_config(arch, processors, M, C, max(1, *ranks), e.dtype, is_aligned(e))
+    parts = [parts_in_use(each, M, processors) for each in allocated]
+    de, df = empty((M, C), e.dtype, e.device), empty((M, C), e.dtype, e.device)
+    factors = [None if R == 0 else empty((splits, C, R), torch.float32, e.device) for R in ranks]
+    totals = [empty((splits, C), torch.float32, e.device) if side.total else None for side in sides]
+    block_m = config["BLOCK_SIZE_M"]
+    launch(
+        _gate_sums_kernel,
+        (cdiv(C, config["BLOCK_SIZE_C"]), splits),
+        (e, f, dh, de, df, sides[0].scale, sides[1].scale, *[side.projection for side in sides], *factors, *totals),
+        M=M, C=C, split_size=cdiv(cdiv(M, splits), block_m) * block_m,
+        R_E=ranks[0], R_F=ranks[1], R_H=ranks[2], PARTS_E=parts[0], PARTS_F=parts[1], PARTS_H=parts[2],
+        HAS_SCALE_E=sides[0].scale is not None, HAS_SCALE_F=sides[1].scale is not None,
+        HAS_TOTAL_E=sides[0].total, HAS_TOTAL_F=sides[1].total, HAS_TOTAL_H=sides[2].total,
+        ACTIVATION=activation, PRECISION=precision, **config,
+    )  # fmt: skip
+    return de, df, list(zip(factors, totals, strict=True))

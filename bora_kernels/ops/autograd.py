@@ -65,7 +65,7 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved = saved_tensors(ctx, (_PRODUCT,) if ctx.output_is_saved else ())
         dx, dA, dB, dm_row, dm_col = layer_backward(ctx.needs, dy, saved, ctx.call, ctx.output_is_saved)
     if ctx.needs_input_grad[5]:
-        d_bias = _flat(dy).sum(0)
+        d_bias = flat(dy).sum(0)
     others = len(ctx.needs_input_grad) - 6
     return dx, dA, dB, dm_row, dm_col, d_bias, *[None] * others
 
@@ -80,7 +80,7 @@ def layer_backward(
     """
     x, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, product, u, dropout, *stored = saved
     options, layout, prepared = call
-    flat_dy, weight = _flat(dy), stored[0]
+    flat_dy, weight = flat(dy), stored[0]
     adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
     plans: object | None = calls.prepare_backward(prepared, flat_dy, saved)
     if layout is not None:
@@ -89,10 +89,10 @@ def layer_backward(
     if product is None and product_is_saved:
         plans = None
         product = operators.forward(
-            _flat(x), weight, adapter, flat_scales, None, dropout, options, products=False, save_product=False
+            flat(x), weight, adapter, flat_scales, None, dropout, options, products=False, save_product=False
         )[0]
     dx, dA, dB, dm_row, dm_col = operators.backward(
-        flat_dy, _flat(x), weight, adapter, flat_scales, _flat(product), u, dropout, options, needs,
+        flat_dy, flat(x), weight, adapter, flat_scales, flat(product), u, dropout, options, needs,
         prepared=plans,
     )  # fmt: skip
     if power is not None:
@@ -175,7 +175,7 @@ def layer_forward(
 
         flat_scales, remember = reuse.find(adapter.lora_B, state, paths)
     y, product, u, made = operators.forward(
-        _flat(x), weight, balance.balanced(x, weight, adapter, options)[0], flat_scales, bias, dropout, options,
+        flat(x), weight, balance.balanced(x, weight, adapter, options)[0], flat_scales, bias, dropout, options,
         products=paths, save_product=needs_S, prepared=prepared,
     )  # fmt: skip
     if flat_scales is None and any(members):
@@ -190,10 +190,10 @@ def layer_forward(
 
 
 @overload
-def _flat(t: Tensor) -> Tensor: ...
+def flat(t: Tensor) -> Tensor: ...
 @overload
-def _flat(t: None) -> None: ...
-def _flat(t: Tensor | None) -> Tensor | None:
+def flat(t: None) -> None: ...
+def flat(t: Tensor | None) -> Tensor | None:
     """[..., C] -> [M, C]"""
     return t if t is None or t.ndim == 2 else t.reshape(-1, t.shape[-1])
 

@@ -77,7 +77,8 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
-def _readable(adapter: Adapter) -> Adapter:
+def readable(adapter: Adapter) -> Adapter:
+    """The adapter as kernels read it."""
     lora_A, lora_B, row, col = adapter
     if (row is None or row.is_contiguous()) and (col is None or col.is_contiguous()):
         return adapter
@@ -87,7 +88,7 @@ def _readable(adapter: Adapter) -> Adapter:
 def _forward(x, weight, adapter, flat_scales, bias, dropout, options, products, save_product, prepared=None):
     with context(options.backend, x):
         return _implementation(options.backend).forward(
-            x, weight, _readable(adapter), flat_scales, _contiguous(bias), dropout, options,
+            x, weight, readable(adapter), flat_scales, _contiguous(bias), dropout, options,
             products=products, save_product=save_product, prepared=prepared,
         )  # fmt: skip
 
@@ -112,7 +113,7 @@ def _backward(dy, x, weight, adapter, flat_scales, product, u, dropout, options,
         return tuple(None if g is None else g.zero_() for g in gradients)
     with context(options.backend, dy):
         gradients = _implementation(options.backend).backward(
-            dy, x, weight, _readable(adapter), _contiguous(flat_scales), product, _contiguous(u), dropout, options,
+            dy, x, weight, readable(adapter), _contiguous(flat_scales), product, _contiguous(u), dropout, options,
             needs, prepared=prepared,
         )  # fmt: skip
     wanted = zip(gradients, (dy, *adapter), strict=True)

@@ -13,7 +13,9 @@ from torch import Tensor
 from ..contract import (
     Adapter,
     Needs,
+    NormOrder,
     Options,
+    Scales,
     given,
     projection_parts,
     scales_size,
@@ -134,25 +136,20 @@ def _backward(
     dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, product, u, seed, *,
     scaling, norm_order, detach_norm, dropout_p, eps, needs, precision, weight_precision,
 ):  # fmt: skip
-    members = Adapter(lora_A, lora_B, magnitude_row, magnitude_col).members
-    options = Options(scaling, norm_order, detach_norm, dropout_p, eps)
+    adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
+    members, options = adapter.members, Options(scaling, norm_order, detach_norm, dropout_p, eps)
     paths = needs.norm_paths(members, options)
     needs_S, needs_D = needs.sums(members, paths)
     scales = split_scales(flat_scales, weight.shape, lora_A.shape[0], members)
-    word = None if dropout_p else scales.cancelled
     dtype, device = dy.dtype, dy.device
     stand_in = zero_stand_in(dtype)
     dx = dA = dB = dm_row = dm_col = row_coefficient = col_coefficient = dx_product = None
 
     if needs.x or needs.lora_A or needs_D:
-        dy_scaled, v, rounded_v = project(
-            dy, lora_B.T, scales.row_scale, word, None, scaling=scaling, dropout_p=0.0, precision=precision
-        )  # (3)
-    if needs.x or needs_D:
-        dx, dx_product = scaled_gemm(
-            dy_scaled, weight.T, v, rounded_v, lora_A, lora_B, word, scales.col_scale, None, seed,
-            scaling=scaling, dropout_p=dropout_p, precision=precision, **_kept_product(needs_D, dtype, None),
-        )  # (4)  # fmt: skip
+        dx, dx_product, v = through(
+            dy, weight, adapter, scales, seed, needs_dx=needs.x or needs_D, needs_D=needs_D,
+            scaling=scaling, dropout_p=dropout_p, precision=precision,
+        )  # fmt: skip
     if needs.lora_B or needs_S:
         with beside_last_launch():  # the product, which arithmetic bounds and not memory
             dB_parts, S_parts = reduce(
@@ -175,22 +172,75 @@ def _backward(
         )  # (5), (6), (7)  # fmt: skip
 
     if paths:
-        row = norms.Axis(
-            weight, lora_B, scales.row_norm, scales.row_scale, magnitude_row,
-            row_coefficient, scales.row_product, dm_row, dB,
+        add_norm_paths(
+            weight, adapter, scales, (row_coefficient, dm_row, dB), (col_coefficient, dm_col, dA),
+            norm_order=norm_order, scaling=scaling, eps=eps, stand_in=stand_in, precision=weight_precision,
         )  # fmt: skip
-        col = norms.Axis(
-            weight.T, lora_A.T, scales.col_norm, scales.col_scale, magnitude_col,
-            col_coefficient, scales.col_product, dm_col, None if dA is None else dA.T,
-        )  # fmt: skip
-        first, second = (row, col) if members.rows_first(norm_order) else (col, row)
-        common = {"scaling": scaling, "eps": eps, "stand_in": stand_in, "precision": weight_precision}
-        norms.add_norm_path(first, second, given(scales.cancelled), first=True, **common)  # (8), (9), (10)
-        if second.d_factor is not None:
-            norms.add_norm_path(second, first, given(scales.cancelled), first=False, **common)  # (11)
-
     results = (dx, dA, dB, dm_row, dm_col)
     return tuple(result if need else None for result, need in zip(results, needs, strict=True))
+
+
+def through(
+    dy: Tensor,
+    weight: Tensor,
+    adapter: Adapter,
+    scales: Scales,
+    seed: Tensor | None,
+    *,
+    folded: bool = False,
+    needs_dx: bool,
+    needs_D: bool,
+    scaling: float,
+    dropout_p: float = 0.0,
+    precision: str,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """(3) and (4) in a stage: dx and the product that D is made from, where needed, and v. ``folded``: dy is dy⊙a."""
+    lora_A, lora_B, word = adapter.lora_A, adapter.lora_B, None if dropout_p else scales.cancelled
+    dy_scaled, v, rounded_v = project(
+        dy, lora_B.T, None if folded else scales.row_scale, word, None,
+        scaling=scaling, dropout_p=0.0, precision=precision,
+    )  # (3)  # fmt: skip
+    if not needs_dx:
+        return None, None, v
+    dx, product = scaled_gemm(
+        dy_scaled, weight.T, v, rounded_v, lora_A, lora_B, word, scales.col_scale, None, seed,
+        scaling=scaling, dropout_p=dropout_p, precision=precision, **_kept_product(needs_D, dy.dtype, None),
+    )  # (4)  # fmt: skip
+    return dx, product, v
+
+
+Sums = tuple[Tensor | None, Tensor | None, Tensor | None]  # of an axis: −S / norm², d_magnitude, d_factor
+
+
+def add_norm_paths(
+    weight: Tensor,
+    adapter: Adapter,
+    scales: Scales,
+    row_sums: Sums,
+    col_sums: Sums,
+    *,
+    norm_order: NormOrder,
+    scaling: float,
+    eps: float,
+    stand_in: float,
+    precision: str,
+) -> None:
+    """(8) to (11) in a stage: added to what the sums over tokens gave."""
+    lora_A, lora_B, magnitude_row, magnitude_col = adapter
+    coefficient, dm_row, dB = row_sums
+    row = norms.Axis(
+        weight, lora_B, scales.row_norm, scales.row_scale, magnitude_row, coefficient, scales.row_product, dm_row, dB
+    )
+    coefficient, dm_col, dA = col_sums
+    col = norms.Axis(
+        weight.T, lora_A.T, scales.col_norm, scales.col_scale, magnitude_col,
+        coefficient, scales.col_product, dm_col, None if dA is None else dA.T,
+    )  # fmt: skip
+    first, second = (row, col) if adapter.members.rows_first(norm_order) else (col, row)
+    common: dict = {"scaling": scaling, "eps": eps, "stand_in": stand_in, "precision": precision}
+    norms.add_norm_path(first, second, given(scales.cancelled), first=True, **common)  # (8), (9), (10)
+    if second.d_factor is not None:
+        norms.add_norm_path(second, first, given(scales.cancelled), first=False, **common)  # (11)
 
 
 def weighted_sums(

@@ -47,7 +47,7 @@ def test_gate_reads_strided_tensors_and_gives_the_same_bits_again(activation, de
 
 
 @pytest.mark.parametrize("backend, used", [("triton", True), ("torch", False)])
-def test_an_mlp_runs_the_gate_where_its_layers_run(backend, used, device, monkeypatch):
+def test_an_mlp_with_biases_runs_the_gate_where_its_layers_run(backend, used, device, monkeypatch):
     called = []
     for name in ("gate", "gate_backward"):
         own = getattr(gate_kernels, name)
@@ -55,7 +55,8 @@ def test_an_mlp_runs_the_gate_where_its_layers_run(backend, used, device, monkey
 
     def layer(n, k):
         adapter = Adapter(torch.randn(2, k, device=device, requires_grad=True), torch.randn(n, 2, device=device))
-        return Projection(torch.randn(n, k, device=device), None, adapter, Options(0.5, backend=backend))
+        weight, bias = torch.randn(n, k, device=device), torch.randn(n, device=device)
+        return Projection(weight, bias, adapter, Options(0.5, backend=backend))
 
     gated_mlp(torch.randn(5, 20, device=device), layer(24, 20), layer(24, 20), layer(18, 24), "silu").sum().backward()
     assert called == (["gate", "gate", "gate_backward"] if used else [])

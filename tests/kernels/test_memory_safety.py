@@ -111,14 +111,26 @@ def mixed_batch(M, at):
 
 
 def gate_of_mlp(at):
-    """The gate of an MLP and its backward, over more elements than one program takes."""
-    from bora_kernels.kernels.gated import gate, gate_backward
+    """The gate of an MLP and its backward, with sums for layers of several ranks and in several parts."""
+    from bora_kernels.kernels.gated import Side, gate, gate_backward, gate_sums
 
+    M, C = 37, 75
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn((37, 75), generator=generator) for _ in range(3)]
-    e, f, dh = tensors if at is None else [guarded(tensor, at) for tensor in tensors]
-    de, df = gate_backward(e, f, dh, "gelu_tanh")
-    return {"h": gate(e, f, "gelu"), "de": de, "df": df}
+    tensors = [torch.randn(shape, generator=generator) for shape in ((M, C),) * 3 + ((C,),) * 2]
+    tensors += [torch.randn(shape, generator=generator) for shape in ((4, M, 3), (1, M, 17), (2, M, 1))]
+    if at is not None:
+        tensors = [guarded(tensor, at) for tensor in tensors]
+    e, f, dh, a_e, a_f, u_e, u_f, v = tensors
+    sides = Side(a_e, u_e, True), Side(a_f, u_f, True), Side(None, v, True)
+    de, df, sums = gate_sums(e, f, dh, sides, "silu", precision="ieee")
+    made = [
+        gate(e, f, "gelu"),
+        *gate_backward(e, f, dh, "gelu_tanh"),
+        de,
+        df,
+        *[part for pair in sums for part in pair],
+    ]
+    return {str(number): tensor for number, tensor in enumerate(made)}
 
 
 def guarding_allocator(allocate, at):

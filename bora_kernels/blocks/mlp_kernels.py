@@ -1,0 +1,224 @@
+"""The backward of a gated MLP on Triton kernels, where e, f and dh are read once for all that is made of them.
+
+    down       dy⊙a_d, v_d      dh      parts of dB_d and S_d
+    the gate   one read of e, f, dh: de⊙a_e, df⊙a_f, parts of dB_e, S_e, dB_f, S_f, dA_d, D_d; h is not stored
+    down       dA_d, dB_d, its magnitudes' gradients and norm paths
+    gate, up   v and dx from the stored de⊙a (df⊙a), parts of dA and D, and the same end
+
+Equations (3) to (11) of ``ops.torch_backend`` for each layer, e = gate(x), f = up(x), h = act(e)⊙f and y = down(h).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..contract import Activation, Adapter, Needs, Options, given, split_scales, zero_stand_in
+from ..kernels.config import gated_rank
+from ..kernels.gated import Side, gate_sums
+from ..kernels.low_rank import combine, reduce
+from ..ops import operators, triton_backend
+from ..ops.triton_backend import Sums
+from ..replay.recording import beside_last_launch, empty
+from ..replay.stage import stage
+
+Parts = tuple[Tensor | None, Tensor | None]  # of a factor's gradient and of S or D, one for each split of the tokens
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of an adapter's tensors, float32
+
+
+class Layer(NamedTuple):
+    """A layer of the block in a backward. A frozen one has a weight alone."""
+
+    weight: Tensor  # [N, K]
+    adapter: Adapter | None = None
+    flat_scales: Tensor | None = None
+    product: Tensor | None = None  # [M, N], for S
+    u: Tensor | None = None  # in parts, for dB
+    options: Options = Options(1.0)
+    needs: Needs = Needs(True, False, False, False, False)
+
+    def sums(self) -> tuple[bool, bool]:
+        """Whether S and D are needed."""
+        members = given(self.adapter).members
+        return self.needs.sums(members, self.needs.norm_paths(members, self.options))
+
+    def row_scale(self) -> Tensor | None:
+        A = given(self.adapter).lora_A
+        return split_scales(self.flat_scales, self.weight.shape, A.shape[0], given(self.adapter).members).row_scale
+
+    def keywords(self) -> dict:
+        """Of a stage."""
+        scaling, norm_order, detach_norm, _, eps, _ = self.options
+        return {
+            "scaling": scaling, "norm_order": norm_order, "detach_norm": detach_norm, "eps": eps, "needs": self.needs,
+            "weight_precision": triton_backend._precision(self.weight.dtype),
+        }  # fmt: skip
+
+
+def can_run(e: Tensor, layers: tuple[Layer, Layer, Layer]) -> bool:
+    """Whether ``backward`` takes these layers, with e and f products without a bias."""
+    if e.dtype == torch.float16 or e.numel() == 0:  # float16's products lie apart from the outputs
+        return False
+    for layer in layers:
+        if layer.adapter is not None:
+            if layer.options.backend != "triton" or layer.adapter.lora_A.shape[0] > gated_rank(e.dtype):
+                return False
+    down = layers[2]
+    return down.adapter is None or down.product is not None or not down.sums()[0]
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, e: Tensor, f: Tensor, layers: tuple[Layer, Layer, Layer], activation: Activation
+) -> tuple[Tensor | None, list[Gradients]]:
+    """dx [M, K], and the gradients of the adapters of gate, up and down, of dy [M, N], x [M, K], and e and f [M, I].
+
+    Without dropout and float16, for ranks up to ``config.gated_rank``; e and f are products without a bias.
+    """
+    with operators.context("triton", dy):
+        return _backward(dy, x, e.contiguous(), f.contiguous(), layers, activation)
+
+
+def _backward(dy, x, e, f, layers, activation):
+    *readers, down = layers
+    precision = triton_backend._precision(dy.dtype)
+    v: Tensor | None = None
+    of_down: Parts = (None, None)
+    if down.adapter is None:
+        dh = dy @ down.weight.to(dy.dtype)
+    else:
+        dh, v, dB_parts, S_parts = _down(
+            dy, down.weight, *down.adapter, down.flat_scales, down.product, down.u,
+            scaling=down.options.scaling, needs_S=down.sums()[0], precision=precision,
+        )  # fmt: skip
+        of_down = dB_parts, S_parts
+    de, df, *parts = _gate_sums(
+        e, f, dh, *[layer.row_scale() if layer.adapter is not None else None for layer in readers],
+        *[layer.u if layer.needs.lora_B else None for layer in readers], v if down.needs.lora_A else None,
+        totals=(
+            *[layer.adapter is not None and layer.sums()[0] for layer in readers],
+            down.adapter is not None and down.sums()[1],
+        ),
+        activation=activation, precision=precision,
+    )  # fmt: skip
+    del dh
+    gradients: list[Gradients] = [(None, None, None, None)] * 3
+    if down.adapter is not None and any(down.needs[1:]):
+        gradients[2] = _finish(
+            down.weight, *down.adapter, down.flat_scales, *of_down, *parts[4:],
+            stand_in=zero_stand_in(dy.dtype), **down.keywords(),
+        )  # fmt: skip
+    dx = None
+    for i, (layer, d) in enumerate(zip(readers, (de, df), strict=True)):
+        if layer.adapter is not None and any(layer.needs):
+            own, *rest = _reader(
+                d, x, layer.weight, *layer.adapter, layer.flat_scales, *parts[2 * i : 2 * i + 2],
+                precision=precision, **layer.keywords(),
+            )  # fmt: skip
+            gradients[i] = tuple(rest)
+        else:
+            own = d @ layer.weight.to(d.dtype) if layer.needs.x else None
+        dx = own if dx is None else dx if own is None else dx.add_(own)
+    return dx, gradients
+
+
+@stage
+def _down(
+    dy, weight, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, product, u, *, scaling, needs_S, precision
+):
+    """dh, v and the parts of dB and S."""
+    adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
+    scales = split_scales(flat_scales, weight.shape, lora_A.shape[0], adapter.members)
+    dh, _, v = triton_backend.through(
+        dy, weight, adapter, scales, None, needs_dx=True, needs_D=True, scaling=scaling, precision=precision
+    )
+    if u is None and not needs_S:
+        return dh, v, None, None
+    with beside_last_launch():
+        parts = reduce(dy, product if needs_S else None, u, None, dropout_p=0.0, precision=precision)
+    return dh, v, *parts
+
+
+@stage
+def _gate_sums(e, f, dh, scale_e, scale_f, u_e, u_f, v, *, totals, activation, precision):
+    """de⊙a_e, df⊙a_f and the parts of dB_e, S_e, dB_f, S_f, dA_d and D_d."""
+    sides = Side(scale_e, u_e, totals[0]), Side(scale_f, u_f, totals[1]), Side(None, v, totals[2])
+    de, df, sums = gate_sums(e, f, dh, sides, activation, precision=precision)
+    return de, df, *sums[0], *sums[1], *sums[2]
+
+
+@stage
+def _finish(
+    weight, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, dB_parts, S_parts, dA_parts, D_parts, *,
+    stand_in, **options,
+):  # fmt: skip
+    """dA, dB, dm_row and dm_col."""
+    adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
+    row = _combined(adapter, weight, flat_scales, (dB_parts, S_parts), True, options["eps"], stand_in)
+    col = _combined(adapter, weight, flat_scales, (dA_parts, D_parts), False, options["eps"], stand_in)
+    return _gradients(weight, adapter, flat_scales, row, col, stand_in=stand_in, **options)
+
+
+@stage
+def _reader(
+    dy_scaled, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, dB_parts, S_parts, *,
+    precision, **options,
+):  # fmt: skip
+    """dx, dA, dB, dm_row and dm_col of a layer, of dy⊙a."""
+    adapter, needs = Adapter(lora_A, lora_B, magnitude_row, magnitude_col), options["needs"]
+    members, stand_in = adapter.members, zero_stand_in(dy_scaled.dtype)
+    paths = needs.norm_paths(members, Options(1.0, options["norm_order"], options["detach_norm"]))
+    needs_D, dx = needs.sums(members, paths)[1], None
+    scales = split_scales(flat_scales, weight.shape, lora_A.shape[0], members)
+    if needs.x or needs.lora_A or needs_D:
+        dx, product, v = triton_backend.through(
+            dy_scaled, weight, adapter, scales, None, folded=True, needs_dx=needs.x or needs_D, needs_D=needs_D,
+            scaling=options["scaling"], precision=precision,
+        )  # fmt: skip
+    with beside_last_launch():
+        row = _combined(adapter, weight, flat_scales, (dB_parts, S_parts), True, options["eps"], stand_in)
+    parts: Parts = (None, None)
+    if needs.lora_A or needs_D:
+        parts = reduce(
+            x, product if needs_D else None, v if needs.lora_A else None, None, dropout_p=0.0, precision=precision
+        )
+    col = _combined(adapter, weight, flat_scales, parts, False, options["eps"], stand_in)
+    gradients = _gradients(weight, adapter, flat_scales, row, col, stand_in=stand_in, **options)
+    return dx if needs.x else None, *gradients
+
+
+def _combined(
+    adapter: Adapter, weight: Tensor, flat_scales: Tensor | None, parts: Parts, rows: bool, eps: float, stand_in: float
+) -> Sums:
+    """(5), (6) and (7) for one axis: the coefficient of its norm path, and the gradients of magnitude and factor."""
+    factor_parts, total_parts = parts
+    if factor_parts is None and total_parts is None:
+        return None, None, None
+    scales = split_scales(flat_scales, weight.shape, adapter.lora_A.shape[0], adapter.members)
+    scale, norm, magnitude, factor = (
+        (scales.row_scale, scales.row_norm, adapter.magnitude_row, adapter.lora_B)
+        if rows
+        else (scales.col_scale, scales.col_norm, adapter.magnitude_col, adapter.lora_A)
+    )
+    d_factor = None if factor_parts is None else empty(tuple(factor.shape), torch.float32, weight.device)
+    out = d_factor if rows or d_factor is None else d_factor.T
+    coefficient, d_magnitude = combine(
+        factor_parts, total_parts, scale, norm, magnitude, out, multiplier=1.0, eps=eps, stand_in=stand_in
+    )
+    return coefficient, d_magnitude, d_factor
+
+
+def _gradients(
+    weight, adapter, flat_scales, row: Sums, col: Sums, *,
+    scaling, norm_order, detach_norm, eps, stand_in, needs, weight_precision,
+) -> Gradients:  # fmt: skip
+    """dA, dB, dm_row and dm_col with the paths through the norms, as far as they are needed."""
+    if needs.norm_paths(adapter.members, Options(scaling, norm_order, detach_norm)):
+        scales = split_scales(flat_scales, weight.shape, adapter.lora_A.shape[0], adapter.members)
+        triton_backend.add_norm_paths(
+            weight, adapter, scales, row, col,
+            norm_order=norm_order, scaling=scaling, eps=eps, stand_in=stand_in, precision=weight_precision,
+        )  # fmt: skip
+    made = (col[2], row[2], row[1], col[1])
+    return tuple(g if need else None for g, need in zip(made, needs[1:], strict=True))  # type: ignore[return-value]
