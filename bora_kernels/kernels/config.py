@@ -214,6 +214,11 @@ def gemm_tile(
     return tile(64, 64, 32, 8, 3)
 
 
+def gemm_of_v_config() -> dict:
+    block = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_O": 64, "BLOCK_SIZE_C": 16, "BLOCK_SIZE_R": 16}
+    return {**block, "num_warps": 8, "num_stages": 1}  # rare: few registers
+
+
 def split_config(R: int) -> dict:
     return {"BLOCK_SIZE": 64, "BLOCK_SIZE_R": min(64, 1 << (R - 1).bit_length()), "num_warps": 4}
 

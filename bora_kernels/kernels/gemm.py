@@ -10,8 +10,9 @@ There the low-rank product lengthens the inner dimension: one loop runs over the
 the projection, which meets the factor as ``split_low_rank`` lays them out.
 
 Where the update cancels lines of W0, the two products are large and nearly opposite. Once the norms leave word of such
-lines (``norms``), V itself meets t over a float32 W. In half precision the low-rank product is then made of the same
-rounded t as the base product, and of more digits: what is left is t·Vᵀ, with as many as float32 has to spare.
+lines (``norms``), this kernel leaves a float32 W to ``gemm_of_v``. In half precision the low-rank product is then made
+of the same rounded t as the base product, and of more digits: what is left is t·Vᵀ, with as many as float32 has to
+spare.
 """
 
 import triton
@@ -20,8 +21,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..replay.recording import empty, launch
-from .common import any_set, choose, dot_split, keep_mask, load_matrix, load_projection, load_vector
+from .common import any_set, choose, dot_split, keep_mask, load_matrix, load_projection
 from .config import TRITON_DTYPES, cdiv, gemm_config, is_aligned, is_half, parts_in_use, target
+from .epilogue import scale_and_store
+from .gemm_of_v import gemm_of_v
 from .tail import split_low_rank
 
 
@@ -36,14 +39,13 @@ def _scaled_gemm_kernel(
     projection_ptr,  # [PARTS, M, R], contiguous
     rounded_ptr,  # [PARTS, M, R]: what stands for it where lines are cancelled
     factor_ptr,  # [R, O]
-    inner_ptr,  # [C, R]: W + scaling·(inner·factor)ᵀ is V
     word_ptr,  # [2]: not 0 where lines are cancelled
     scale_ptr,  # [O]
     bias_ptr,  # [O]
     seed_ptr,  # [1]
     M, O, C,
-    stride_tm, stride_tc, stride_wo, stride_wc, stride_fr, stride_fo, stride_ic, stride_ir,
-    scaling, stand_in, out_stand_in, dropout_p,
+    stride_tm, stride_tc, stride_wo, stride_wc, stride_fr, stride_fo,
+    stand_in, out_stand_in, dropout_p,
     R: tl.constexpr, PARTS: tl.constexpr, TAIL: tl.constexpr, SPARE_STEPS: tl.constexpr,
     HAS_WORD: tl.constexpr, HAS_ROUNDED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_O: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
@@ -57,14 +59,14 @@ def _scaled_gemm_kernel(
     group_tiles = GROUP_SIZE_M * num_tiles_o
     steps = tl.cdiv(C, BLOCK_SIZE_C)
     all_steps = steps + tl.cdiv(TAIL, BLOCK_SIZE_C)
+    num_tiles = num_tiles_m * num_tiles_o
     if HAS_WORD:
-        if WIDE:
-            from_v = any_set(word_ptr, 2)
-            all_steps = tl.where(from_v, 0, all_steps)
+        if WIDE:  # ``gemm_of_v`` does it
+            num_tiles = tl.where(any_set(word_ptr, 2), 0, num_tiles)
         elif SPARE_STEPS > 0:  # of the tail's third term
             all_steps -= tl.where(any_set(word_ptr, 2), 0, SPARE_STEPS)
     # as one loop with the inner one, the next tile's loads run under the end of this one
-    for tile in tl.range(tl.program_id(0), num_tiles_m * num_tiles_o, tl.num_programs(0), flatten=TAIL > 0):
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=TAIL > 0):
         # groups of GROUP_SIZE_M tiles along m share the tiles of w while they are in cache
         first_m = tile // group_tiles * GROUP_SIZE_M
         group_size = tl.minimum(num_tiles_m - first_m, GROUP_SIZE_M)
@@ -73,13 +75,6 @@ def _scaled_gemm_kernel(
         offs_m = start_m + tl.arange(0, BLOCK_SIZE_M)
 
         acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_O), dtype=tl.float32)
-        if WIDE and HAS_WORD:
-            if from_v:
-                acc = _product_with_v(
-                    acc, t, w, inner_ptr, factor_ptr, start_m, start_o, M, O, C,
-                    stride_tm, stride_tc, stride_wo, stride_wc, stride_fr, stride_fo, stride_ic, stride_ir, scaling,
-                    R, BLOCK_SIZE_C, BLOCK_SIZE_R, W_ROWS_ARE_OUTPUTS, USE_DESCRIPTORS, PRECISION,
-                )  # fmt: skip
         for k in range(all_steps):
             start_c = k * BLOCK_SIZE_C
             if USE_DESCRIPTORS:
@@ -104,8 +99,7 @@ def _scaled_gemm_kernel(
             low_rank = tl.zeros_like(acc) if HAS_DROPOUT else acc
             if HAS_ROUNDED:
                 projection_ptr = choose(word_ptr, rounded_ptr, projection_ptr)
-            ranks = tl.where(from_v, 0, R) if WIDE and HAS_WORD else R
-            for r in range(0, ranks, BLOCK_SIZE_R):
+            for r in range(0, R, BLOCK_SIZE_R):
                 offs_r = r + tl.arange(0, BLOCK_SIZE_R)
                 projection = load_projection(projection_ptr, offs_m, offs_r, M, M, R, PARTS)
                 factor = load_matrix(factor_ptr, offs_r, offs_o, R, O, stride_fr, stride_fo).to(tl.float32)
@@ -123,74 +117,19 @@ def _scaled_gemm_kernel(
 
         if STORES == 2:  # halves need half of the shared memory on their way out
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_SIZE_M, 2, BLOCK_SIZE_O // 2)), (0, 2, 1)))
-            _scale_and_store(
+            scale_and_store(
                 left, out, product, scale_ptr, bias_ptr, start_m, start_o, M, O, stand_in, out_stand_in,
                 HAS_SCALE, HAS_BIAS, SAVE_PRODUCT, USE_DESCRIPTORS, DTYPE,
             )  # fmt: skip
-            _scale_and_store(
+            scale_and_store(
                 right, out, product, scale_ptr, bias_ptr, start_m, start_o + BLOCK_SIZE_O // 2, M, O,
                 stand_in, out_stand_in, HAS_SCALE, HAS_BIAS, SAVE_PRODUCT, USE_DESCRIPTORS, DTYPE,
             )  # fmt: skip
         else:
-            _scale_and_store(
+            scale_and_store(
                 acc, out, product, scale_ptr, bias_ptr, start_m, start_o, M, O, stand_in, out_stand_in,
                 HAS_SCALE, HAS_BIAS, SAVE_PRODUCT, USE_DESCRIPTORS, DTYPE,
             )  # fmt: skip
-
-
-@triton.jit
-def _product_with_v(
-    acc, t, w, inner_ptr, factor_ptr, start_m, start_o, M, O, C,
-    stride_tm, stride_tc, stride_wo, stride_wc, stride_fr, stride_fo, stride_ic, stride_ir, scaling,
-    R: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
-    W_ROWS_ARE_OUTPUTS: tl.constexpr, USE_DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc + t·Vᵀ for one tile."""
-    offs_m, offs_o = start_m + tl.arange(0, acc.shape[0]), start_o + tl.arange(0, acc.shape[1])
-    for start_c in tl.range(0, C, BLOCK_SIZE_C, num_stages=1):  # rare: no memory for a pipeline
-        offs_c = start_c + tl.arange(0, BLOCK_SIZE_C)
-        if USE_DESCRIPTORS:
-            t_tile = t.load([start_m, start_c])
-            v = w.load([start_o, start_c]).T if W_ROWS_ARE_OUTPUTS else w.load([start_c, start_o])
-        else:
-            t_tile = load_matrix(t, offs_m, offs_c, M, C, stride_tm, stride_tc)
-            v = load_matrix(w, offs_c, offs_o, C, O, stride_wc, stride_wo)
-        low_rank = tl.zeros((BLOCK_SIZE_C, acc.shape[1]), dtype=tl.float32)
-        for r in tl.range(0, R, BLOCK_SIZE_R, num_stages=1):
-            offs_r = r + tl.arange(0, BLOCK_SIZE_R)
-            inner = load_matrix(inner_ptr, offs_c, offs_r, C, R, stride_ic, stride_ir).to(tl.float32)
-            factor = load_matrix(factor_ptr, offs_r, offs_o, R, O, stride_fr, stride_fo).to(tl.float32)
-            low_rank = tl.dot(inner, factor, low_rank, input_precision="ieee")
-        acc = dot_split(t_tile, v.to(tl.float32) + scaling * low_rank, acc, PRECISION)
-    return acc
-
-
-@triton.jit
-def _scale_and_store(
-    acc, out, product, scale_ptr, bias_ptr, start_m, start_o, M, O, stand_in, out_stand_in,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_PRODUCT: tl.constexpr, USE_DESCRIPTORS: tl.constexpr,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
-    offs_m = start_m + tl.arange(0, acc.shape[0])
-    offs_o = start_o + tl.arange(0, acc.shape[1])
-    if HAS_SCALE:
-        scale = load_vector(scale_ptr, offs_o, O)
-        if SAVE_PRODUCT:
-            kept = (acc * tl.where(scale == 0.0, stand_in, scale)[None, :]).to(DTYPE)
-            _store_tile(product, kept, start_m, start_o, offs_m, offs_o, M, O, USE_DESCRIPTORS)
-        acc *= tl.where(scale == 0.0, out_stand_in, scale)[None, :]
-    if HAS_BIAS:
-        acc += load_vector(bias_ptr, offs_o, O)[None, :]
-    _store_tile(out, acc.to(DTYPE), start_m, start_o, offs_m, offs_o, M, O, USE_DESCRIPTORS)
-
-
-@triton.jit
-def _store_tile(out, tile, start_m, start_o, offs_m, offs_o, M, O, USE_DESCRIPTORS: tl.constexpr):
-    if USE_DESCRIPTORS:
-        out.store([start_m, start_o], tile)
-    else:
-        ptrs = out + offs_m.to(tl.int64)[:, None] * O + offs_o[None, :]
-        tl.store(ptrs, tile, mask=(offs_m < M)[:, None] & (offs_o < O)[None, :])
 
 
 def scaled_gemm(
@@ -245,15 +184,19 @@ def scaled_gemm(
             descriptor(out, out_block), descriptor(product, out_block),
         )  # fmt: skip
 
-    launch(
+    if wide and word is not None:
+        gemm_of_v(
+            t, W, factor, inner, word, scale, bias, out, product, scaling=scaling,
+            stand_in=stand_in, out_stand_in=out_stand_in, save_product=save_product, precision=precision,
+        )  # fmt: skip
+    launch(  # last: what the caller runs beside the product runs beside this
         _scaled_gemm_kernel,
         grid,
-        (*operands, projection, rounded, factor, inner if wide else None, word, scale, bias, seed),
+        (*operands, projection, rounded, factor, word, scale, bias, seed),
         M=M, O=O, C=C,
         stride_tm=t.stride(0), stride_tc=t.stride(1), stride_wo=W.stride(0), stride_wc=W.stride(1),
-        stride_fr=factor.stride(0), stride_fo=factor.stride(1), stride_ic=inner.stride(0) * wide,
-        stride_ir=inner.stride(1) * wide,
-        scaling=scaling, stand_in=stand_in, out_stand_in=out_stand_in, dropout_p=dropout_p,
+        stride_fr=factor.stride(0), stride_fo=factor.stride(1),
+        stand_in=stand_in, out_stand_in=out_stand_in, dropout_p=dropout_p,
         R=R, PARTS=parts, TAIL=tail, SPARE_STEPS=spare_steps, HAS_WORD=word is not None,
         HAS_ROUNDED=rounded is not None, WIDE=wide,
         W_ROWS_ARE_OUTPUTS=rows_are_outputs, HAS_SCALE=scale is not None,

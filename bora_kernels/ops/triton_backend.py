@@ -1,8 +1,9 @@
 """The layer on Triton kernels: the "triton" backend. Equations and their numbers are those of ``torch_backend``.
 
 Launches: ``forward`` 2, and 4 more where it computes scales (2 for DoRA, none for LoRA); ``backward`` 6 with detached
-norms and 10 with exact ones; each one more where the base product takes a tail (``kernels.gemm``). All sums are made in
-two stages in a fixed order, so results are the same bits from run to run.
+norms and 10 with exact ones; each one more where the base product takes a tail (``kernels.gemm``), and over a float32
+weight (``kernels.gemm_of_v``). All sums are made in two stages in a fixed order, so results are the same bits from run
+to run.
 """
 
 from __future__ import annotations

@@ -20,7 +20,19 @@ from helpers.cross_compile import SHARED_MEMORY_LIMIT, CompileError, CompileRequ
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bora_kernels.contract import Adapter, Needs, Options, separate_product
-from bora_kernels.kernels import config, gated, gemm, low_rank, mixed, mixed_project, moments, nf4, norms, tail
+from bora_kernels.kernels import (
+    config,
+    gated,
+    gemm,
+    gemm_of_v,
+    low_rank,
+    mixed,
+    mixed_project,
+    moments,
+    nf4,
+    norms,
+    tail,
+)
 from bora_kernels.ops import triton_backend
 
 TYPES = {
@@ -80,7 +92,7 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch):
     recorded = []
-    for module in (gated, gemm, low_rank, mixed, mixed_project, moments, nf4, norms, tail):
+    for module in (gated, gemm, gemm_of_v, low_rank, mixed, mixed_project, moments, nf4, norms, tail):
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder(kernel, recorded))
@@ -167,7 +179,7 @@ def compile_request(kernel, arguments: dict, arch) -> CompileRequest:
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("arch", PROCESSORS, ids=str)
 def test_every_launch_compiles_within_the_targets_limits(arch, launches, monkeypatch):
-    for module in (config, gated, gemm, low_rank, mixed, mixed_project, moments):
+    for module in (config, gated, gemm, gemm_of_v, low_rank, mixed, mixed_project, moments):
         monkeypatch.setattr(module, "target", lambda index: (arch, PROCESSORS[arch]))
     monkeypatch.setattr(torch.version, "hip", "6.4" if isinstance(arch, str) else None)
     for cached in (config.gemm_config, config.mixed_many_config):
