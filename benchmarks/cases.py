@@ -34,7 +34,7 @@ class Case:
     checkpointing: bool = False
     base: str = "dense"
     main_only: bool = False  # a point of a chart: only the providers that charts show
-    lead: bool = False  # of the first layer
+    lead: bool = False  # of the first layer, or of the first model as it is
 
     def __str__(self) -> str:
         parts = [self.mode, self.shape, f"{self.batch}x{self.length}", f"r{self.rank}", self.dtype]
@@ -48,6 +48,11 @@ class Case:
     @property
     def tokens(self) -> int:
         return self.batch * self.length
+
+    @property
+    def graphed(self) -> bool:
+        """Whether steps are timed as CUDA graphs as well: layers, and models whose step waits for the host."""
+        return self.level == "layer" or (self.tokens <= 1024 and not self.checkpointing)
 
     @property
     def workload(self) -> tuple:
@@ -140,10 +145,13 @@ def model_cases(
     dtypes = dtypes or ["bf16" if device == "cuda" else "fp32"]
     batches = batches[-1:] if quick else batches
     return [
-        Case("model", mode, shape, batch, length, rank, dtype, checkpointing, base)
+        Case(
+            "model", mode, shape, batch, length, rank, dtype, checkpointing, base,
+            lead=(batch, length) == batches[0] and not checkpointing and base == "dense",
+        )
         for dtype in dtypes
         for rank in ranks or [16]
         for batch, length in batches
         for mode, checkpointing, base, default in _MODEL_RUNS
         if mode in (modes or MODES) and (full or modes or (batch, length) in batches[default])
-    ]
+    ]  # fmt: skip

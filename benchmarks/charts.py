@@ -25,6 +25,12 @@ _NAMES = {
     "dense-bora-compiled": ("BoRA, dense, torch.compile", "#3c9a76"),
     "fused-dora": ("FusedDoraLinear, detached", "#d9746a"),
     "fused-bora": ("FusedBoraLinear", "#b3201c"),
+    "peft-lora-fuse": ("PEFT LoRA after fuse", "#c98bb8"),
+    "peft-dora-fuse": ("PEFT DoRA after fuse", "#a3478d"),
+    "fused-bora-fuse": ("FusedBoraLinear after fuse", "#6d1560"),
+    "frozen-liger": ("frozen {level}, Liger", "#bdbdbd"),
+    "lora-by-hand-liger": ("LoRA by hand, {dtype} adapter, Liger", "#8f86cf"),
+    "fused-bora-liger": ("FusedBoraLinear, Liger", "#cf5a52"),
 }
 _LINES = ("frozen", "peft-lora-half", "lora-by-hand-half", "peft-dora-half", "fused-bora")
 _FIELDS = (("median", 1e3, "ms", "time of a step"), ("peak_bytes", 2**-20, "MiB", "peak memory of a step"))

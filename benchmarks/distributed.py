@@ -41,7 +41,7 @@ from .report import number, table
 from .sharding import STRATEGIES, ShardedStep
 from .verify import References, Result, WrongResult, errors, make_step, named
 
-NAMES = [p.name for p in PROVIDERS if "step" in p.modes and not p.compiled]
+NAMES = [p.name for p in PROVIDERS if "step" in p.modes and not (p.compiled or p.liger)]
 DEFAULT = ["frozen", "peft-lora-half", "peft-dora-half", "fused-bora", "fused-bora-detached"]
 TOLERANCE = {"bf16": 2e-2, "fp32": 1e-4}  # relative error of "fsdp" against alone: the same operations
 TIMEOUT = timedelta(seconds=90)  # a rank that waits longer for another ends the run

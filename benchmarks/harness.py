@@ -84,11 +84,12 @@ class Harness:
         with provider.scope():
             step()
             result = named(step(), adapters)
-            record["error_ratio"] = round(references.check(result, provider, provider.adapter_dtype(case)), 3)
-            del result
+        record["error_ratio"] = round(references.check(result, provider, provider.adapter_dtype(case)), 3)
+        del result
+        with provider.scope():
             self._time(benchmark, step, record)
             record["peak_bytes"] = measure.peak_bytes(step, self.device)
-            if provider.graphed and workload.is_layer and self.device.type == "cuda":
+            if provider.graphed and case.graphed and self.device.type == "cuda":
                 self._time_graph(step, record)
         record["flop"] = workload.forward_flop * (2 if case.mode == "step" else 1)
         record["adapter_dtype"] = str(provider.adapter_dtype(case)).removeprefix("torch.")

@@ -25,7 +25,7 @@ import torch
 import bora_kernels
 
 _WARMUP_SECONDS = 0.03
-_LIBRARIES = ("torch", "triton", "peft", "transformers", "bitsandbytes", "pytest-benchmark")
+_LIBRARIES = ("torch", "triton", "peft", "transformers", "bitsandbytes", "liger-kernel", "pytest-benchmark")
 CLOCKS = {
     "cuda": "CUDA events around one step that is launched behind another one, with a cold L2 cache",
     "cpu": "time.perf_counter around one step",

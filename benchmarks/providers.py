@@ -17,9 +17,10 @@ from torch import Tensor, nn
 import bora_kernels
 from bora_kernels import FusedBoraLinear, FusedDoraLinear, reference
 
+from . import liger
 from .by_hand import LoraByHand
 from .cases import BASES, DTYPES, LEVELS, MODES, Case
-from .models import Workload, linear_layer
+from .models import HAS_TRANSFORMERS, Workload, linear_layer
 
 Adapter = dict[str, nn.Parameter]  # "lora_A" [R, K], "lora_B" [N, R], "magnitude_row" [N], "magnitude_col" [K]
 KINDS: dict[str, tuple[str, ...]] = {
@@ -54,13 +55,14 @@ class Provider:
     ours: bool = False  # held to the package's own accuracy rule
     half: bool = False  # adapters in the base's dtype instead of float32
     charted: bool = False
-    graphed: bool = False  # timed in a CUDA graph as well
+    graphed: bool = False  # timed in a CUDA graph as well, where the case is
     levels: tuple[str, ...] = LEVELS
     modes: tuple[str, ...] = MODES
     bases: tuple[str, ...] = BASES
     library: str | None = None
     compiled: bool = False
     merged: bool = False
+    liger: bool = False  # in a stack that has Liger's kernels
     scope: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     by_default: Callable[[Case], bool] = lambda case: True  # whether a run takes it there that does not ask for it
 
@@ -75,9 +77,17 @@ class Provider:
 
     def problem(self, device: torch.device, base: str) -> str | None:
         """Why it cannot run here, or None."""
-        for library in (self.library, "bitsandbytes" if base == "nf4" else None):
+        for library in (
+            self.library,
+            "bitsandbytes" if base == "nf4" else None,
+            "liger_kernel" if self.liger else None,
+        ):
             if library is not None and importlib.util.find_spec(library) is None:
                 return f"{library} is not installed"
+        if self.liger and not HAS_TRANSFORMERS:
+            return "transformers is not installed"
+        if self.liger and device.type != "cuda":
+            return "Liger's kernels need a GPU"
         if self.compiled and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
             return "torch.compile needs a C++ compiler on the CPU"
         return None
@@ -230,9 +240,32 @@ def _peft(member: str) -> Callable:
     return adapt
 
 
+def _after_fuse(adapt: Callable) -> Callable:
+    """The same in whole blocks: ``bora_kernels.fuse``."""
+
+    def fused(root: nn.Module, *arguments) -> list[Adapter]:
+        adapters = adapt(root, *arguments)
+        bora_kernels.fuse(root)
+        return adapters
+
+    return fused
+
+
+def _with_liger(adapt: Callable) -> Callable:
+    return lambda root, *arguments: adapt(liger.apply(root), *arguments)
+
+
 def _full_layer(case: Case) -> bool:
     """No model and no point of a chart: what takes long there is measured where all providers are."""
     return case.level == "layer" and not case.main_only
+
+
+def _full_layer_or_lead(case: Case) -> bool:
+    return _full_layer(case) or case.lead
+
+
+def _lead(case: Case) -> bool:
+    return case.lead
 
 
 _NONE, _LORA, _DORA, _BORA = Formula("none"), Formula("lora"), Formula("dora", True), Formula("bora")
@@ -244,6 +277,9 @@ _layer = functools.partial(Provider, levels=("layer",))
 _dense_base = functools.partial(Provider, bases=("dense",))
 _ours = functools.partial(Provider, ours=True, graphed=True)
 _hand = functools.partial(_dense_base, formula=_LORA, adapt=_by_hand, charted=True, graphed=True)
+_model = functools.partial(Provider, levels=("model",), graphed=True)
+_blocks = functools.partial(_model, ours=True, charted=True)
+_liger = functools.partial(_model, bases=("dense",), liger=True, scope=liger.rotation, by_default=_lead)
 
 PROVIDERS = [
     Provider("frozen", "frozen nn.Linear", _NONE, dense(_NONE), charted=True, graphed=True),
@@ -251,7 +287,7 @@ PROVIDERS = [
     _peer("peft-lora-half", f"PEFT LoRA, {_HALF}", _LORA, _peft("lora"), half=True),
     _hand("lora-by-hand", "LoRA, fused by hand"),
     _hand("lora-by-hand-half", f"LoRA, fused by hand, {_HALF}", half=True),
-    _peer("peft-dora", "PEFT DoRA", _DORA, _peft("dora"), by_default=_full_layer),
+    _peer("peft-dora", "PEFT DoRA", _DORA, _peft("dora"), by_default=_full_layer_or_lead),
     _peer("peft-dora-half", f"PEFT DoRA, {_HALF}", _DORA, _peft("dora"), half=True),
     _layer("dense-dora", "dense DoRA", _DORA, dense(_DORA)),
     _dense_base("dense-bora", "dense BoRA", _BORA, dense(_BORA), by_default=_full_layer),
@@ -281,6 +317,27 @@ PROVIDERS += [  # a step after another one with the same adapter
     _reusing("fused-dora-reused", "FusedDoraLinear, detached, scales reused", _DORA, _fused_dora, levels=("layer",)),
     _reusing("fused-bora-reused", "FusedBoraLinear, scales reused", _BORA, _fused_bora, by_default=_full_layer),
 ]
+PROVIDERS += [  # whole blocks, after fuse
+    _blocks("peft-lora-fuse", "PEFT LoRA after fuse", _LORA, _after_fuse(_peft("lora")), library="peft"),
+    _blocks("peft-dora-fuse", "PEFT DoRA after fuse", _DORA, _after_fuse(_peft("dora")), library="peft"),
+    _blocks("fused-bora-fuse", "FusedBoraLinear after fuse", _BORA, _after_fuse(_fused_bora)),
+]
+_bora_with_liger = _with_liger(_fused_bora)
+PROVIDERS += [
+    _liger("frozen-liger", "frozen, Liger", _NONE, _with_liger(dense(_NONE)), charted=True),
+    _liger("peft-lora-liger", "PEFT LoRA, Liger", _LORA, _with_liger(_peft("lora")), library="peft"),
+    _liger(
+        "lora-by-hand-liger",
+        f"LoRA, fused by hand, {_HALF}, Liger",
+        _LORA,
+        _with_liger(_by_hand),
+        half=True,
+        charted=True,
+    ),
+    _liger("peft-dora-liger", "PEFT DoRA, Liger", _DORA, _with_liger(_peft("dora")), library="peft"),
+    _liger("fused-bora-liger", "FusedBoraLinear, Liger", _BORA, _bora_with_liger, charted=True),
+    _liger("fused-bora-liger-fuse", "FusedBoraLinear, Liger, after fuse", _BORA, _after_fuse(_bora_with_liger)),
+]
 # last, because what its compiler leaves behind could disturb the others
 PROVIDERS.append(
     _layer(
@@ -289,6 +346,6 @@ PROVIDERS.append(
         _BORA,
         dense(_BORA, True),
         compiled=True,
-        by_default=lambda case: case.lead,
+        by_default=_lead,
     )
 )

@@ -26,6 +26,9 @@ _ROWS = {
     "dense-bora": "BoRA, its formula in PyTorch",
     "fused-dora": "**DoRA, `FusedDoraLinear`**",
     "fused-bora": "**BoRA, `FusedBoraLinear`**",
+    "peft-lora-fuse": "**LoRA, PEFT after `fuse`**",
+    "peft-dora-fuse": "**DoRA, PEFT after `fuse`**",
+    "fused-bora-fuse": "**BoRA, `FusedBoraLinear` after `fuse`**",
 }
 _MARKED = re.compile(r"<!-- made from (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 

@@ -34,13 +34,23 @@ SUMMARY = (
     "fused-bora",
     "fused-bora-reused",
     "peft-bora",
+    "peft-lora-fuse",
+    "peft-dora-fuse",
+    "fused-bora-fuse",
     "fused-bora-merged",
+    "frozen-liger",
+    "peft-lora-liger",
+    "lora-by-hand-liger",
+    "peft-dora-liger",
+    "fused-bora-liger",
+    "fused-bora-liger-fuse",
 )
 _NOTES = """\
 Time: median of single steps; the clock: {clock}.
 "step" is forward and backward, with the gradients of the input and of the adapter; "forward" records a graph;
 "inference" runs under `torch.no_grad`. "idle" is the same step launched on an idle device, which waits for the host
-until the first kernel; "graph" is it as a CUDA graph.
+until the first kernel; "graph" is it as a CUDA graph, "graph × frozen" over the frozen one's graph.
+"after fuse" is a model after `bora_kernels.fuse`; "Liger" one with Liger's RMSNorm, SwiGLU and rotation.
 TFLOP/s counts the frozen layer's own products alone, for every provider; "of GEMM" is their share of one
 square product measured in the session ({gemm}).
 Memory: the most that was allocated at once over what was there before the step (weights, adapter, input and
@@ -54,7 +64,7 @@ error against the exact result over that of the dense reference in the same dtyp
 def details(key: tuple, case: dict[str, dict], gemm: dict[str, float]) -> str:
     """The table of one case: a row for each provider, also for those that failed or were skipped."""
     header = ["provider", "ms", "idle ms", "graph ms", "ktokens/s", "TFLOP/s", "of GEMM", "peak MiB"]
-    header += [f"× {peer}" for peer in PEERS] + [f"memory × {peer}" for peer in PEERS] + ["error"]
+    header += ["graph × frozen"] + [f"× {peer}" for peer in PEERS] + [f"memory × {peer}" for peer in PEERS] + ["error"]
     rows = []
     for record in case.values():
         if not record.get("median"):
@@ -71,6 +81,7 @@ def details(key: tuple, case: dict[str, dict], gemm: dict[str, float]) -> str:
                 f"{speed:.3g}" if speed else "",
                 f"{speed / rate:.0%}" if rate and speed else "",
                 number(record["peak_bytes"] / 2**20, 0) if record.get("peak_bytes") else "",
+                number(ratio(record, case, "frozen", "graph_median"), 2),
                 *(number(ratio(record, case, peer), 2) for peer in PEERS),
                 *(number(ratio(record, case, peer, "peak_bytes"), 2) for peer in PEERS),
                 number(record.get("error_ratio"), 2),

@@ -26,7 +26,7 @@ LEVELS = {
         ("analysis",),
     ),
     "benchmarks": (
-        ("benchmarks", "by_hand", "cases", "collectives", "communication", "measure", "records"),
+        ("benchmarks", "by_hand", "cases", "collectives", "communication", "liger", "measure", "records"),
         ("charts", "compare", "models", "readme"),
         ("providers", "report"),
         ("verify",),

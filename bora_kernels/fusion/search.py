@@ -132,9 +132,11 @@ def _call(
         return (torch.randn(1, 3, size, generator=generator) * scale).to(device, dtype)
 
     x, G, U, answer = draw(K), draw(width, scale).requires_grad_(), draw(width, scale).requires_grad_(), draw(N)
+    answers = {gate: G, up: U, down: answer}
     stubs = {
-        name: _Stub(module._modules[name], value)  # type: ignore[arg-type] # children that are there
-        for name, value in ((gate, G), (up, U), (down, answer))
+        name: _Stub(child, answers[name] if name in answers else draw(size[1]))  # type: ignore[arg-type] # is there
+        for name, child in module._modules.items()
+        if (size := linear_sizes(child))
     }
     attributes = dict(module.__dict__)
     with _in_place(module, stubs), _mode(module, training), torch.inference_mode(False), torch.enable_grad():
@@ -152,7 +154,9 @@ def _call(
         return f"its forward asks for its tensors' {watched.asked}"
     if kept.keys() != attributes.keys() - _OWN or any(value is not attributes[name] for name, value in kept.items()):
         return "its forward changes its module"
-    if any(len(stub.inputs) != 1 for stub in stubs.values()):
+    if any(stub.inputs for name, stub in stubs.items() if name not in answers):
+        return "its forward calls another linear layer"
+    if any(len(stubs[name].inputs) != 1 for name in answers):
         return "its forward does not call each of its linear layers once"
     if any(stubs[name].inputs[0] is not x for name in (gate, up)):
         return "its forward does not call gate and up with its own input"

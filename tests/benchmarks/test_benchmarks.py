@@ -283,8 +283,15 @@ def test_providers_that_take_long_are_measured_once_unless_asked_for_more() -> N
         for p in PROVIDERS
     }
     assert sum(places["dense-bora-compiled"]) == 2 and places["dense-bora-compiled"][0]  # step and inference
-    for name in ("peft-dora", "dense-bora", "fused-bora-reused"):
+    for name in ("dense-bora", "fused-bora-reused"):
         assert places[name][:7] == 7 * [True] and not any(places[name][7:])
+    layers = len(layer_cases("cuda"))
+    first_model = [number == layers for number in range(layers + 4)]
+    assert places["peft-dora"] == [number < 7 or first for number, first in enumerate(first_model)]
+    for name in ("frozen-liger", "peft-dora-liger", "fused-bora-liger-fuse"):
+        assert places[name] == first_model
+    for name in ("peft-lora-fuse", "peft-dora-fuse", "fused-bora-fuse"):
+        assert places[name] == [number >= layers for number in range(layers + 4)]
     for name in ("frozen", "peft-lora", "peft-lora-half", "peft-dora-half", "fused-bora"):
         assert all(places[name])
     dense = [case.base == "dense" for case in (lead, *others, *model_cases("cuda"))]

@@ -55,6 +55,29 @@ def test_dropout_inside_is_noticed():
     assert gated_mlp(Dropped()) == GatedMLP("a", "b", "c", "silu", True)
 
 
+def test_no_linear_layer_is_called():
+    """A layer may store its weight anew in a call, as 4-bit ones do on some CPUs."""
+
+    class Refusing(nn.Linear):
+        def forward(self, x):
+            raise AssertionError("called")
+
+    class Four(MLP):
+        def __init__(self):
+            super().__init__()
+            self.d = Refusing(K, 2 * K)
+
+        def forward(self, x):
+            self.d(x)
+            return super().forward(x)
+
+    class Unused(Four):
+        forward = MLP.forward
+
+    assert gated_mlp(Four()) == "its forward calls another linear layer"
+    assert gated_mlp(Unused()) == GatedMLP("a", "b", "c", "silu", False)
+
+
 def test_nothing_is_read_and_nothing_is_left_behind():
     module = MLP(nn.SiLU())
     with torch.device("meta"):
