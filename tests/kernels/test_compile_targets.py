@@ -206,7 +206,7 @@ def test_every_launch_compiles_within_the_targets_limits(arch, launches, monkeyp
         request = compile_request(kernel, arguments, arch)
         requests.setdefault(repr((kernel, request.signature, request.constexprs, request.options)), request)
     launched = {request.kernel.__name__ for request in requests.values()}
-    assert len(launched) == (16 if arch in (90, 100) else 15), "not every kernel was launched"  # the tail is for TMA
+    assert len(launched) == (17 if arch in (90, 100) else 16), "not every kernel was launched"  # the tail is for TMA
 
     problems = []
     for request, usage in zip(requests.values(), cross_compile_all(list(requests.values())), strict=True):
