@@ -27,7 +27,8 @@ def fuse(model: Model) -> Model:
     - Gated MLPs, y = down(act(gate(x))⊙up(x)) with SiLU, GELU or tanh-GELU, make what down reads anew in backward.
     - Layers that a forward calls with one input (q, k, v; gate, up) keep it once.
     - RMSNorms, also with Gemma's 1 + w, let these layers keep what the norm reads in place of what it gives.
-    - Linear layers of PEFT's own LoRA and DoRA (``LoraConfig``, ``use_dora``) run on this package's kernels.
+    - Linear layers of PEFT's own LoRA and DoRA (``LoraConfig``, ``use_dora``) run on this package's kernels, several
+      adapters in one batch too (``adapter_names``).
 
     They are found by what they compute, not by the names of classes.
 

@@ -42,6 +42,26 @@ def is_peft_lora(layer: nn.Module) -> bool:
     return _reader(type(layer)) is _read_peft_lora
 
 
+def peft_adapter(layer: Any, name: str) -> Projection | str:
+    """What a linear layer of PEFT's own LoRA or DoRA computes with this adapter, which it has."""
+    if not getattr(layer, "cast_input_dtype_enabled", True):
+        return "PEFT is told not to cast inputs"
+    dropout_p, variant = _dropout(layer, name), layer.lora_variant.get(name)
+    if isinstance(dropout_p, str):
+        return dropout_p
+    if variant is None:
+        return _peft_projection(layer, name, (None, None), Options(layer.scaling[name], dropout_p=dropout_p))
+    if type(variant).__name__ != "DoraLinearVariant":
+        return "its adapter is a variant of LoRA other than DoRA"
+    if dropout_p > 0.0:
+        return "PEFT's dropout of DoRA acts on the whole layer"
+    magnitude = layer._modules["lora_magnitude_vector"]._modules[name]
+    if is_waited_for(magnitude):
+        return _HOOKED
+    options = Options(layer.scaling[name], detach_norm=True)
+    return _peft_projection(layer, name, (_tensor(magnitude, "weight"), None), options)
+
+
 def is_plain(x: object, projection: Projection | str) -> bool:
     """Whether this is a tensor without meaning besides its numbers, of the size that the layer takes."""
     if isinstance(projection, str) or type(x) not in _PLAIN:
@@ -117,24 +137,7 @@ def _read_peft_bora(layer: Any) -> Projection | str:
 def _read_peft_lora(layer: Any) -> Projection | str:
     """PEFT's own LoRA and DoRA: DoRA is the row magnitude alone, with norms that are constants in backward."""
     name, problem = _active_adapter(layer)
-    if problem is not None:
-        return problem
-    if not getattr(layer, "cast_input_dtype_enabled", True):
-        return "PEFT is told not to cast inputs"
-    dropout_p, variant = _dropout(layer, name), layer.lora_variant.get(name)
-    if isinstance(dropout_p, str):
-        return dropout_p
-    if variant is None:
-        return _peft_projection(layer, name, (None, None), Options(layer.scaling[name], dropout_p=dropout_p))
-    if type(variant).__name__ != "DoraLinearVariant":
-        return "its adapter is a variant of LoRA other than DoRA"
-    if dropout_p > 0.0:
-        return "PEFT's dropout of DoRA acts on the whole layer"
-    magnitude = layer._modules["lora_magnitude_vector"]._modules[name]
-    if is_waited_for(magnitude):
-        return _HOOKED
-    options = Options(layer.scaling[name], detach_norm=True)
-    return _peft_projection(layer, name, (_tensor(magnitude, "weight"), None), options)
+    return peft_adapter(layer, name) if problem is None else problem
 
 
 _HOOKED = "a hook or another forward waits for the call of a part of it"

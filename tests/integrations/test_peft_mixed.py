@@ -183,6 +183,62 @@ def test_a_deleted_and_a_reloaded_adapter(tmp_path):
         torch.testing.assert_close(model(ids, adapter_names=names).logits, expected)
 
 
+def test_adapters_come_and_go_in_a_scope_without_a_stale_result_in_bounded_memory(monkeypatch):
+    """Loaded and deleted under new names and old ones, where memory that one leaves is the next one's."""
+    from bora_kernels.serving import batches
+
+    banks = []
+    plain = batches.AdapterBank
+    monkeypatch.setattr(batches, "AdapterBank", lambda *args: banks.append(plain(*args)) or banks[-1])
+    model, ids = with_members(make_base(num_hidden_layers=1), ["q_proj"]), make_ids(3)
+    with bora_kernels.reuse_scales():
+        for swap in range(200):
+            name = f"swapped{swap % 3}"
+            if name in model.peft_config:
+                model.delete_adapter(name)
+            model.add_adapter(name, BoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]))
+            train_a_little(model, name, seed=100 + swap)
+            with torch.no_grad():
+                logits = model(ids, adapter_names=["bora", name, "__base__"]).logits
+            if swap % 10 == 0:
+                expected = alone(model, name, ids[1:2]).logits[0]
+                torch.testing.assert_close(logits[1], expected, rtol=1e-4, atol=1e-4)
+            model.set_adapter("bora")
+        (bank,) = banks
+        assert len(bank) <= 4 and len(bank.slots.lora_A) <= 8, "no more than the adapters that the layer has"
+        model.delete_adapter("swapped0")
+        with torch.no_grad():
+            model(ids, adapter_names=["bora", "dora", "__base__"])
+        assert "swapped0" not in bank
+
+
+def test_another_adapter_where_one_lay_is_not_taken_for_it():
+    """Memory that is freed is soon the next adapter's, of the same size and never written in place either."""
+    model, ids = with_members(make_base(), ["q_proj"]), make_ids(2)
+    names, factor = ["bora", "dora"], next(iter(bora_layers(model).values())).lora_B["dora"]
+    memory = factor.weight.numpy().copy()
+    with bora_kernels.reuse_scales():
+        for step in range(3):
+            memory += step
+            factor.weight = nn.Parameter(torch.from_numpy(memory), requires_grad=False)
+            with torch.no_grad():
+                logits = model(ids, adapter_names=names).logits
+            torch.testing.assert_close(logits[1], alone(model, "dora", ids[1:]).logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_left_of_a_batch_that_was_refused():
+    """PEFT forgets its hooks where a call fails: the next one would run with the names of the first."""
+    model = make_peft(make_base(), target_modules=["q_proj"]).eval()
+    ids = make_ids(2)
+    with torch.no_grad():
+        expected = model(ids).logits
+    for names in (["default", "__base__"], ["default"] * 3):
+        with pytest.raises(ValueError, match="adapter_names must"):
+            model(ids, adapter_names=names)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, expected)
+
+
 def test_what_a_batch_cannot_be():
     model = with_members(make_base(), ["q_proj"])
     ids, names = make_ids(2), ["bora", "dora"]

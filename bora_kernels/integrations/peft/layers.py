@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ...contract import Adapter, Backend, Members, NormOrder
 from ...functional import bora_linear
 from ...ops import adapted_weight, watch
+from ...serving import batches
 from . import mixed, through
 from .config import STARTS_FROM_BASE, BoraConfig
 from .merging import MergingLayer, check_single, keep_unmerged
@@ -43,7 +44,7 @@ class BoraLayer(MergingLayer):
     adapter_dtype = torch.float32  # narrower where that was asked for
     place: str | None = None  # its name in the model, for messages
     moved_base = False  # whether the start of an adapter (PiSSA, OLoRA) changed the base weight
-    mixed_batches: mixed.MixedBatches | None = None  # while the model is called with ``adapter_names``
+    mixed_batches: batches.MixedBatches | None = None  # while the model is called with ``adapter_names``
     own_product = False  # whether the base layer multiplies by its weight in another way than PyTorch's functions
     other_param_names = (*lora.LoraLayer.other_param_names, "norm_order", "detach_norm", "full_scaling")
 
@@ -196,7 +197,7 @@ class BoraLayer(MergingLayer):
             run = functools.partial(self._with_share, name=name) if name in self.norm_order else self.base_layer
             return run(entries, *args, **kwargs)
 
-        return mixed.one_by_one(x, names, product)
+        return batches.one_by_one(x, names, product)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter the active one; none with an empty list."""
@@ -265,15 +266,14 @@ class BoraLinear(BoraLayer, lora.Linear):
         ):
             return super()._mixed(x, names, *args, **kwargs)
 
-        def adapter(name: str) -> tuple[Adapter, float, NormOrder] | None:
-            if name not in factors:
-                return None
+        def adapter(name: str) -> tuple[Adapter, float, NormOrder]:
             tensors = Adapter(self.lora_A[name].weight, self.lora_B[name].weight, *self._magnitudes(name))
             return tensors, self.full_scaling[name], self.norm_order[name]
 
-        batches = self.mixed_batches or mixed.MixedBatches()
+        shared = self.mixed_batches or batches.MixedBatches()
         with torch.no_grad():
-            return batches.linear(self, x, names, self._weight(), self.base_layer.bias, adapter, self.backend)
+            weight, bias = self._weight(), self.base_layer.bias
+            return shared.linear(self, x, names, weight, bias, factors, adapter, self.backend)
 
     def _product(self, x: Tensor, adapter_name: str) -> Tensor:
         modules = self._modules

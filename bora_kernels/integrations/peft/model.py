@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ...adapters import coverage, unquantized
 from ...adapters.files import present_name
-from . import through
+from ...serving.batches import MixedBatches
+from . import mixed, through
 from .config import BoraConfig
 from .layers import BoraLayer
 from .merging import check_single
-from .mixed import MixedBatches
 from .quantized import BoraQuantizedLinear
 from .targets import changes_base, choose_targets, layer_class
 
@@ -76,12 +76,12 @@ class BoraModel(LoraModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
-        """With ``adapter_names`` every input of the batch runs with its own adapter (``mixed``); inference only."""
+        """With ``adapter_names`` every input of the batch runs with its own adapter; for inference only."""
         if kwargs.get("adapter_names") is None:
             yield
             return
         layers = [module for module in self.modules() if isinstance(module, BoraLayer)]
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
+        with mixed.hooks_end(self), super()._enable_peft_forward_hooks(*args, **kwargs):
             batches = MixedBatches()
             for layer in layers:
                 layer.mixed_batches = batches
