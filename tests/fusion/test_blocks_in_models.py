@@ -141,7 +141,7 @@ def test_checkpointing(reentrant, calls):
 @pytest.mark.parametrize("way", ["convert", "peft"])
 def test_compiled_to_one_graph(way):
     torch._dynamo.reset()
-    fused, plain = twins(converted() if way == "convert" else make_peft(make_base()))
+    fused, plain = twins((converted if way == "convert" else make_peft)(make_base(num_hidden_layers=1)))
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     expected, found = results(plain), results(compiled)
     assert len(found) == len(expected)

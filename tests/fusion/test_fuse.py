@@ -164,14 +164,15 @@ def test_generate():
 @pytest.mark.parametrize("way", ["dora", "bora"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.float64, 1e-6)], ids=["fp32", "fp64"])
 def test_training_has_the_same_losses(dtype, tolerance, way, device):
-    model = peft_model(way) if way != "bora" else make_peft(make_base())
+    base = make_base(num_hidden_layers=1)
+    model = make_peft(base) if way == "bora" else peft_model(way, base=base)
     fused, plain = twins(model.to(device, dtype))
     losses = []
     for model in (fused, plain):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         losses.append([])
-        for step in range(200):
-            ids = make_ids(seed=step % 5).to(device)
+        for step in range(40):
+            ids = make_ids(seed=step % 2).to(device)
             loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
             optimizer.step()

@@ -30,22 +30,31 @@ def test_the_type_is_its_own():
     assert "BORA" not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING  # left to another method of that name
 
 
-@pytest.mark.parametrize("table", ["CONFIG", "TUNER", "PREFIX"])
-def test_a_foreign_entry_of_that_type_is_not_overwritten(table):
-    script = (
-        "import peft.mapping\n"
-        f"table = peft.mapping.PEFT_TYPE_TO_{table}_MAPPING\n"
-        f"table['{PEFT_TYPE}'] = peft.LoHaConfig if '{table}' == 'CONFIG' else 'hada_'\n"
-        "before = [dict(getattr(peft.mapping, f'PEFT_TYPE_TO_{t}_MAPPING')) for t in ('CONFIG', 'TUNER', 'PREFIX')]\n"
-        "try:\n"
-        "    import bora_kernels.integrations.peft\n"
-        "except ValueError as error:\n"
-        "    print(error)\n"
-        "after = [dict(getattr(peft.mapping, f'PEFT_TYPE_TO_{t}_MAPPING')) for t in ('CONFIG', 'TUNER', 'PREFIX')]\n"
-        "assert before == after"
-    )
-    found = subprocess.run([sys.executable, "-c", script], check=True, timeout=120, capture_output=True, text=True)
-    assert f"PEFT's type {PEFT_TYPE} must be free for bora_kernels, got" in found.stdout
+FOREIGN_ENTRIES = f"""
+import peft.mapping
+
+tables = [getattr(peft.mapping, f"PEFT_TYPE_TO_{{kind}}_MAPPING") for kind in ("CONFIG", "TUNER", "PREFIX")]
+for table, entry in zip(tables, (peft.LoHaConfig, peft.LoHaModel, "hada_")):
+    table["{PEFT_TYPE}"] = entry
+    before = list(map(dict, tables))
+    try:
+        import bora_kernels.integrations.peft
+    except ValueError as error:
+        print(error)
+    assert before == list(map(dict, tables))
+    del table["{PEFT_TYPE}"]
+import bora_kernels.integrations.peft
+"""
+
+
+def test_a_foreign_entry_of_that_type_is_not_overwritten():
+    """In any of PEFT's tables, in a process that has not imported the integration yet."""
+    command = [sys.executable, "-c", FOREIGN_ENTRIES]
+    found = subprocess.run(command, check=True, timeout=120, capture_output=True, text=True)
+    messages = [line for line in found.stdout.splitlines() if line.startswith("PEFT's type")]
+    assert len(messages) == 3, found.stdout
+    for message, entry in zip(messages, ("LoHaConfig", "LoHaModel", "hada_"), strict=True):
+        assert f"PEFT's type {PEFT_TYPE} must be free for bora_kernels, got" in message and entry in message
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["bora", "dora"])

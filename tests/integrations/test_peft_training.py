@@ -22,10 +22,10 @@ from bora_kernels.integrations.peft import BoraConfig  # noqa: E402
 from bora_kernels.integrations.transformers import ReuseScalesCallback  # noqa: E402
 from bora_kernels.ops import operators, reuse  # noqa: E402
 
-STEPS = 50
+STEPS = 20
 
 
-def train(model, steps, device="cpu", lr=3e-3):
+def train(model, steps, device="cpu", lr=1e-2):
     """Losses of a few steps on different batches."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     losses = []
@@ -40,7 +40,7 @@ def train(model, steps, device="cpu", lr=3e-3):
 
 
 @orders
-def test_fifty_steps_are_those_of_the_reference(order, device):
+def test_twenty_steps_are_those_of_the_reference(order, device):
     base = make_base().to(device)
     model = make_peft(copy.deepcopy(base), norm_order=order, trained=False)
     plain, exact = dense_twin(base, model), dense_twin(base, model).double()
@@ -82,11 +82,11 @@ def gradients(model, call, ids):
     return {name: p.grad.clone() for name, p in trained_parameters(model).items()}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_model_compiles_to_one_graph(kind):
+@pytest.mark.parametrize("kind, layers", [("llama", "num_hidden_layers"), ("gpt2", "n_layer")])
+def test_a_model_compiles_to_one_graph(kind, layers):
     """Forward and backward; a graph break is an error. What the graph is compiled to is not what is tested here."""
     torch._dynamo.reset()
-    model, ids = make_peft(make_base(kind)), make_ids()
+    model, ids = make_peft(make_base(kind, **{layers: 1})), make_ids()
     compiled = gradients(model, torch.compile(model, fullgraph=True, backend="aot_eager"), ids)
     for name, gradient in gradients(model, model, ids).items():
         torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-5)
