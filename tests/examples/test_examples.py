@@ -194,24 +194,44 @@ def test_rows_of_every_kind(finetune, model):
         finetune.encode_row({"label": 1, "body": "x"}, tokenizer, 9)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("[!_]*.py")))
-def test_help_needs_no_library(name):
-    """--help in a process where the libraries of the extras are not installed."""
-    hidden = ("datasets", "peft", "transformers", "accelerate", "bitsandbytes")
-    code = f"""
-import importlib.abc, runpy, sys
+SCRIPTS = sorted(EXAMPLES.glob("[!_]*.py"))
+HELP = f"""
+import contextlib, importlib.abc, io, json, runpy, sys, traceback
 class Hidden(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {hidden}:
+        if name.partition(".")[0] in ("datasets", "peft", "transformers", "accelerate", "bitsandbytes"):
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Hidden())
 sys.path.insert(0, {str(EXAMPLES)!r})
-sys.argv = ["{name}.py", "--help"]
-runpy.run_path({str(EXAMPLES / (name + ".py"))!r}, run_name="__main__")
+printed = {{}}
+for script in {[str(path) for path in SCRIPTS]}:
+    sys.argv = [script, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        try:
+            runpy.run_path(script, run_name="__main__")
+            code = "none: it ran on"
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            code = traceback.format_exc()
+    printed[script] = (code, output.getvalue())
+print(json.dumps(printed))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+
+
+@pytest.fixture(scope="module")
+def helps():
+    """How each example ends with --help, and what it prints, where the libraries of the extras are not installed."""
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
-    assert f"{EXAMPLES.name}/{name}.py" in done.stdout and "--" in done.stdout
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_help_needs_no_library(script, helps):
+    code, printed = helps[str(script)]
+    assert code == 0, code
+    assert f"{EXAMPLES.name}/{script.name}" in printed and "--" in printed
 
 
 def test_missing_library_is_named(monkeypatch, capsys):

@@ -22,7 +22,7 @@ from bora_kernels.integrations.peft import BoraConfig  # noqa: E402
 from bora_kernels.integrations.transformers import ReuseScalesCallback  # noqa: E402
 from bora_kernels.ops import operators, reuse  # noqa: E402
 
-STEPS = 20
+STEPS = 30
 
 
 def train(model, steps, device="cpu", lr=1e-2):
@@ -40,12 +40,12 @@ def train(model, steps, device="cpu", lr=1e-2):
 
 
 @orders
-def test_twenty_steps_are_those_of_the_reference(order, device):
+def test_thirty_steps_are_those_of_the_reference(order, device):
     base = make_base().to(device)
     model = make_peft(copy.deepcopy(base), norm_order=order, trained=False)
     plain, exact = dense_twin(base, model), dense_twin(base, model).double()
     actual = train(model, STEPS, device)
-    assert actual["losses"][-1] < actual["losses"][0] - 0.2
+    assert actual["losses"][-5] < actual["losses"][0] - 0.2  # on the same batch
     assert_accurate(actual, train(plain, STEPS, device), train(exact, STEPS, device), samples=4 * 7)
 
 
