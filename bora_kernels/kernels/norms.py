@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..replay.recording import empty, launch
 from .common import any_set, live_magnitude, load_matrix, load_vector
-from .config import cdiv, finish_config
+from .config import cdiv, finish_config, target
 from .moments import load_products, load_squares, moments, sums_of_v
 
 
@@ -227,7 +227,7 @@ def _finish_norm(
     products, squares = moments(W, Z, coefficient, precision, cleared=cancelled if clear else None)
     I, R = P.shape
     result = empty((I,), torch.float32, W.device)
-    config = finish_config(R, W.dtype)
+    config = finish_config(target(W.get_device())[0], R, W.dtype)
     launch(
         _finish_norm_kernel,
         (cdiv(I, config["BLOCK_SIZE_I"]),),
@@ -274,7 +274,7 @@ def add_norm_path(
     splits = 0 if products is None else len(products)
     strides = (0, 0) if d_factor is None else d_factor.stride()
 
-    config = finish_config(R, W.dtype)
+    config = finish_config(target(W.get_device())[0], R, W.dtype)
     launch(
         _finish_path_kernel,
         (cdiv(I, config["BLOCK_SIZE_I"]),),

@@ -179,7 +179,7 @@ def compile_request(kernel, arguments: dict, arch) -> CompileRequest:
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("arch", PROCESSORS, ids=str)
 def test_every_launch_compiles_within_the_targets_limits(arch, launches, monkeypatch):
-    for module in (config, gated, gemm, gemm_of_v, low_rank, mixed, mixed_project, moments):
+    for module in (config, gated, gemm, gemm_of_v, low_rank, mixed, mixed_project, moments, norms):
         monkeypatch.setattr(module, "target", lambda index: (arch, PROCESSORS[arch]))
     monkeypatch.setattr(torch.version, "hip", "6.4" if isinstance(arch, str) else None)
     for cached in (config.gemm_config, config.mixed_many_config):
