@@ -10,6 +10,8 @@ Source: RMSNorm, arXiv 1910.07467; Gemma's norms have offset 1.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..contract import accumulation_dtype
+from ..ops import operators, validation
 
 
 class NormOrigin(NamedTuple):
@@ -34,12 +37,14 @@ class NormOrigin(NamedTuple):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """y [..., K] in x's dtype, of a frozen weight [K]; keeps x for backward."""
-    if offset == 0.0 and x.is_cuda:  # PyTorch has kernels for it there; elsewhere it keeps x in float32
+    if offset == 0.0 and x.is_cuda and _kernels(x, weight) is None:  # PyTorch keeps x in float32 elsewhere
         return F.rms_norm(x, weight.shape, weight, eps)
     return _RMSNorm.apply(x, weight, offset, eps)
 
 
 def _output(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
+    if (kernels := _kernels(x, weight)) is not None:
+        return kernels.rms_norm(x, weight, offset, eps)
     if offset == 0.0:
         return F.rms_norm(x, weight.shape, weight, eps)
     acc = accumulation_dtype(x.dtype)
@@ -57,8 +62,25 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, weight = ctx.saved_tensors
+        if not torch.is_grad_enabled() and (kernels := _kernels(x, weight, dy)) is not None:
+            return kernels.rms_norm_backward(dy, x, weight, ctx.offset, ctx.eps), None, None, None
         acc = accumulation_dtype(x.dtype)
         x, t = x.to(acc), dy.to(acc) * (ctx.offset + weight.to(acc))
         r = torch.rsqrt(x.square().mean(-1, keepdim=True) + ctx.eps)
         dx = r * (t - x * (r.square() * (t * x).mean(-1, keepdim=True)))
         return dx.to(dy.dtype), None, None, None
+
+
+def _kernels(*tensors: Tensor) -> ModuleType | None:
+    """The kernels, where layers that read x run on Triton by default and nothing looks on."""
+    x = tensors[0]
+    if torch.compiler.is_compiling() or not _on_triton(x.device, x.dtype) or not operators.is_direct(None, *tensors):
+        return None
+    from . import norm_kernels  # Triton is imported only when it is used
+
+    return norm_kernels if norm_kernels.can_run(x) else None
+
+
+@lru_cache
+def _on_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and validation.triton_problem(device, dtype) is None

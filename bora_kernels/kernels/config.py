@@ -166,6 +166,19 @@ def gate_sums_config(
     }  # fmt: skip
 
 
+RMS_NORM_COLUMNS = 16384  # of which a tile holds whole rows
+
+
+def rms_norm_config(K: int) -> dict:
+    """Whole rows, 16 elements a thread: several where they are short, as those of attention heads."""
+    block_k = max(16, 1 << (K - 1).bit_length())
+    block_m = max(1, 2048 // block_k)
+    return {
+        "BLOCK_SIZE_M": block_m, "BLOCK_SIZE_K": block_k,
+        "num_warps": min(16, max(4, block_m * block_k // 512)),
+    }  # fmt: skip
+
+
 def combine_config(R: int) -> dict:
     return {"BLOCK_SIZE_C": 32, "BLOCK_SIZE_R": min(64, 1 << (R - 1).bit_length()), "num_warps": 4}
 

@@ -58,6 +58,7 @@ def exercise(at):
                 patches.enter_context(mock.patch.object(owner, name, allocate))
             results["nf4", guarding] = {"dense": dense_nf4(at if guarding else None)}
             results["gate", guarding] = gate_of_mlp(at if guarding else None)
+            results["norm", guarding] = norm_of_rows(at if guarding else None)
             for M in (5, 131):
                 results[f"mixed batch of {M}", guarding] = {"y": mixed_batch(M, at if guarding else None)}
             for case, options in CASES:
@@ -131,6 +132,20 @@ def gate_of_mlp(at):
         *[part for pair in sums for part in pair],
     ]
     return {str(number): tensor for number, tensor in enumerate(made)}
+
+
+def norm_of_rows(at):
+    """RMSNorm of rows that fill no tile, several a program and one."""
+    from bora_kernels.kernels.rms import rms_norm, rms_norm_backward
+
+    made = {}
+    for M, K in ((131, 37), (3, 2051)):
+        generator = torch.Generator().manual_seed(0)
+        tensors = [torch.randn(shape, generator=generator) for shape in ((M, K), (M, K), (K,))]
+        x, dy, weight = tensors if at is None else [guarded(tensor, at) for tensor in tensors]
+        made[f"y {K}"] = rms_norm(x, weight, 1.0, 1e-6)
+        made[f"dx {K}"] = rms_norm_backward(dy, x, weight, 1.0, 1e-6)
+    return made
 
 
 def guarding_allocator(allocate, at):
