@@ -76,6 +76,26 @@ def single_only(projection: Projection) -> str | None:
     return 'its backend is "reference"' if projection.options.backend == "reference" else None
 
 
+def halves(projection: Projection) -> tuple[Projection, Projection] | str:
+    """The layers that give the halves of what this one gives, or why it is not two layers."""
+    weight, bias, adapter, options, compute_dtype = projection
+    if isinstance(weight, quantized.Quantized):
+        return "its weight, which is quantized, is one for gate and up"
+    if adapter is not None and adapter.magnitude_col is not None:
+        return "norms of its columns are over gate and up together"
+
+    N = weight.shape[0] // 2
+
+    def rows(of: slice) -> Projection:
+        own = None
+        if adapter is not None:
+            magnitude = adapter.magnitude_row
+            own = Adapter(adapter.lora_A, adapter.lora_B[of], None if magnitude is None else magnitude[of])
+        return Projection(weight[of], None if bias is None else bias[of], own, options, compute_dtype)
+
+    return rows(slice(N)), rows(slice(N, None))
+
+
 def can_run_on(x: Tensor, projection: Projection) -> str | None:
     """Why this input cannot be multiplied by these tensors, or None if it can."""
     weight, bias, adapter, _, compute_dtype = projection

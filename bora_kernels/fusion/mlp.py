@@ -11,7 +11,7 @@ from ..blocks import Projection, gated_mlp
 from ..contract import given
 from . import normed, search
 from .install import fused_forward, is_any_waited_for, must_be_plain, plain
-from .members import can_run_on, is_plain, project, single_only
+from .members import can_run_on, halves, is_plain, project, single_only
 
 
 class Plan(NamedTuple):
@@ -54,17 +54,23 @@ def _members(module: nn.Module, plan: Plan) -> tuple[Projection, Projection, Pro
             now = vars(module).get(name)
             if now is not value and not (type(now) in _NUMBERS and now == value):  # copies have numbers of their own
                 return f"{name} was changed"
-    members = []
-    for name in plan.found[:3]:
+    members: dict[str, Projection] = {}
+    for name in dict.fromkeys(plan.found[:3]):  # gate and up may be one
         projection = project(given(children[name]))
         if isinstance(projection, str):
             return f"{name}: {projection}"
         if problem := single_only(projection):
             return f"{name}: {problem}"
-        members.append(projection)
-    if all(projection.adapter is None for projection in members):
+        members[name] = projection
+    if all(projection.adapter is None for projection in members.values()):
         return "none of its layers has an adapter"
-    return tuple(members)  # type: ignore[return-value] # three of them
+    gate, up, down = (members[name] for name in plan.found[:3])
+    if plan.found.gate == plan.found.up:
+        both = halves(gate)
+        if isinstance(both, str):
+            return f"{plan.found.gate}: {both}"
+        gate, up = both if plan.found.gate_first else both[::-1]
+    return gate, up, down
 
 
 _NUMBERS = (int, float, bool, str)

@@ -32,13 +32,14 @@ _TOLERANCE = 2e-5  # of float32; activations are written in several ways
 
 
 class GatedMLP(NamedTuple):
-    """Names of a gated MLP's children, and what is between them."""
+    """Names of a gated MLP's children, and what is between them. One layer may be gate and up."""
 
     gate: str
     up: str
     down: str
     activation: Activation
     drops: bool  # whether there is a dropout before ``down`` in training mode
+    gate_first: bool = True  # where gate and up are one layer: whether gate is the first half of what it gives
 
 
 def linear_sizes(module: nn.Module | None) -> tuple[int, int] | None:
@@ -56,11 +57,11 @@ def gated_mlp(module: nn.Module) -> GatedMLP | str | None:
     """How this module is a gated MLP; or why not, though its layers have the sizes of one; or None."""
     sizes = {name: pair for name, child in module._modules.items() if (pair := linear_sizes(child))}
     reason = None
-    if len(sizes) < 3 or linear_sizes(module):
+    if len(sizes) < 2 or linear_sizes(module):
         return None
     for down, (width, _) in sizes.items():
-        for gate, up in itertools.combinations([name for name in sizes if name != down], 2):
-            if sizes[gate] == sizes[up] and sizes[gate][1] == width:
+        for gate, up in itertools.combinations_with_replacement([name for name in sizes if name != down], 2):
+            if sizes[gate] == sizes[up] and sizes[gate][1] == width * (1 + (gate == up)):
                 found = _probe(module, gate, up, down)
                 if isinstance(found, GatedMLP):
                     return found
@@ -125,14 +126,16 @@ def _call(
     """
     device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
-    K, width = linear_sizes(module._modules[gate]) or (1, 1)
-    _, N = linear_sizes(module._modules[down]) or (1, 1)
+    K, _ = linear_sizes(module._modules[gate]) or (1, 1)
+    width, N = linear_sizes(module._modules[down]) or (1, 1)
 
     def draw(size: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(1, 3, size, generator=generator) * scale).to(device, dtype)
 
     x, G, U, answer = draw(K), draw(width, scale).requires_grad_(), draw(width, scale).requires_grad_(), draw(N)
-    answers = {gate: G, up: U, down: answer}
+    with torch.enable_grad():
+        answers = {gate: G, up: U} if gate != up else {gate: torch.cat((G, U), -1)}
+    answers[down] = answer
     stubs = {
         name: _Stub(child, answers[name] if name in answers else draw(size[1]))  # type: ignore[arg-type] # is there
         for name, child in module._modules.items()
@@ -200,7 +203,7 @@ def _probe(module: nn.Module, gate: str, up: str, down: str) -> GatedMLP | str |
     if not isinstance(call, _Call):
         return call
     drops = not _is_product(call, activation, swapped)
-    return GatedMLP(*((up, gate) if swapped else (gate, up)), down, activation, drops)
+    return GatedMLP(*((up, gate) if swapped else (gate, up)), down, activation, drops, gate != up or not swapped)
 
 
 def _is_product(call: _Call, activation: Activation, swapped: bool, tolerance: float = _TOLERANCE) -> bool:

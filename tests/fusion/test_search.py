@@ -47,6 +47,34 @@ def test_gate_and_up_by_what_they_do():
     assert gated_mlp(Swapped()) == GatedMLP("b", "a", "c", "silu", False)
 
 
+class Joint(nn.Module):
+    def __init__(self, gate_first=True, act=F.silu, N=K):
+        super().__init__()
+        self.w, self.c = nn.Linear(K, 2 * I), nn.Linear(I, N)
+        self.gate_first, self.act = gate_first, act
+
+    def forward(self, x):
+        first, second = self.w(x).chunk(2, dim=-1)
+        return self.c(self.act(first) * second if self.gate_first else first * self.act(second))
+
+
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_one_layer_for_gate_and_up(gate_first):
+    assert gated_mlp(Joint(gate_first, F.gelu)) == GatedMLP("w", "w", "c", "gelu", False, gate_first)
+    with torch.no_grad():
+        assert gated_mlp(Joint(gate_first, F.gelu, N=7)) == GatedMLP("w", "w", "c", "gelu", False, gate_first)
+
+
+def test_one_layer_whose_halves_are_something_else():
+    class Interleaved(Joint):
+        def forward(self, x):
+            both = self.w(x)
+            return self.c(self.act(both[..., ::2]) * both[..., 1::2])
+
+    assert gated_mlp(Interleaved()) == NOT_THE_PRODUCT
+    assert gated_mlp(Joint(act=torch.sigmoid)) == NOT_THE_PRODUCT
+
+
 def test_dropout_inside_is_noticed():
     class Dropped(MLP):
         def forward(self, x):
