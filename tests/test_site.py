@@ -37,6 +37,7 @@ def site(tmp_path_factory):
         ("package", "bora_kernels"),
         ("functions", "bora_kernels.functional"),
         ("quantized", "bora_kernels.quantized"),
+        ("serving", "bora_kernels.serving"),
         ("distributed", "bora_kernels.distributed"),
         ("analysis", "bora_kernels.analysis"),
         ("integrations", "bora_kernels.integrations.peft"),

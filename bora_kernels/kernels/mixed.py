@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..contract import Slots
 from ..replay.recording import empty, launch
 from .common import load_matrix, load_projection, load_vector
 from .config import TRITON_DTYPES, cdiv, is_aligned, mixed_few, mixed_few_config, mixed_many_config, target
@@ -187,25 +188,22 @@ def mixed_linear(
     weight: Tensor,
     bias: Tensor | None,
     index: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    row_scale: Tensor,
-    col_scale: Tensor,
+    slots: Slots,
     *,
     tokens: int,
     precision: str,
 ) -> Tensor:
     """y [M, N] in x's dtype.
 
-    x [M, K], weight [N, K] (any strides), bias [N], index [4, M / tokens] int32 as at the head of this file,
-    lora_A [slots, R, K], lora_B [slots, R, N], row_scale [slots, N] and col_scale [slots, K], contiguous.
+    x [M, K], weight [N, K] (any strides), bias [N], index [4, M / tokens] int32 as at the head of this file; the
+    tensors of ``slots`` are contiguous.
     """
-    (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[1]
+    (M, K), N, R = x.shape, weight.shape[0], slots.lora_A.shape[1]
     device, dtype, entries = x.device, x.dtype, index.shape[1]
     arch, processors = target(x.get_device())
     scaled, y = empty((M, K), dtype, device), empty((M, N), dtype, device)
     descriptors_fit = weight.dtype == dtype and fits_descriptor(scaled) and fits_descriptor(weight)
-    wide = lora_B.dtype != dtype
+    wide = slots.lora_B.dtype != dtype
     common = {
         "M": M, "N": N, "K": K, "entries": entries, "tokens": tokens,
         "stride_wn": weight.stride(0), "stride_wk": weight.stride(1),
@@ -215,21 +213,22 @@ def mixed_linear(
         splits, config = mixed_few_config(arch, processors, M, N, K, dtype, descriptors_fit, wide)
         tiles = cdiv(N, config["BLOCK_SIZE_N"]), cdiv(M, config["BLOCK_SIZE_M"])
         counter = empty((tiles[0] * tiles[1],), torch.int32, device)
-        projection = project_few(x, index, lora_A, col_scale, scaled, counter, tokens=tokens)
+        projection = project_few(x, index, slots, scaled, counter, tokens=tokens)
         partial = empty((splits + 1, M, N) if splits > 1 else (1,), torch.float32, device)
+        operands = _operands(scaled, weight, config)
         launch(
             _linear_few_kernel,
             (tiles[0], splits + (splits > 1), tiles[1]),
-            (*_operands(scaled, weight, config), index, row_scale, lora_B, projection, bias, partial, counter, y),
+            (*operands, index, slots.row_scale, slots.lora_B, projection, bias, partial, counter, y),
             split_size=split_of(K, splits, config), PARTS=projection.shape[0], SPLITS=splits, **common, **config,
         )  # fmt: skip
         return y
-    projection = project_many(x, index, lora_A, col_scale, scaled, tokens=tokens, precision=precision)
+    projection = project_many(x, index, slots, scaled, tokens=tokens, precision=precision)
     grid, config = mixed_many_config(M, N, R, dtype, x.get_device(), descriptors_fit, is_aligned(weight), wide)
     launch(
         _linear_many_kernel,
         grid,
-        (*_operands(scaled, weight, config), index, row_scale, lora_B, projection, bias, y),
+        (*_operands(scaled, weight, config), index, slots.row_scale, slots.lora_B, projection, bias, y),
         PARTS=projection.shape[0], **common, **config,
     )  # fmt: skip
     return y

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..contract import Slots
 from ..replay.recording import empty, launch
 from .common import dot_split, load_matrix, load_vector, round_with_dither
 from .config import cdiv, is_aligned, mixed_project_config, mixed_project_few_config, target
@@ -123,17 +124,15 @@ def _project_many_kernel(
     tl.store(ptrs, acc, mask=mask_m[:, None] & (offs_r < R)[None, :])  # (1)
 
 
-def project_few(
-    x: Tensor, index: Tensor, lora_A: Tensor, col_scale: Tensor, scaled: Tensor, counter: Tensor, *, tokens: int
-) -> Tensor:
+def project_few(x: Tensor, index: Tensor, slots: Slots, scaled: Tensor, counter: Tensor, *, tokens: int) -> Tensor:
     """u in parts [parts, M, R] and x⊙g, into scaled [M, K], in the order of the slots; sets the counter to zero."""
-    (M, K), R = x.shape, lora_A.shape[1]
-    parts, config = mixed_project_few_config(M, K, R, lora_A.dtype)
+    (M, K), R = x.shape, slots.lora_A.shape[1]
+    parts, config = mixed_project_few_config(M, K, R, slots.lora_A.dtype)
     projection = empty((parts, M, R), torch.float32, x.device)
     launch(
         _project_few_kernel,
         (M, parts, cdiv(R, config["BLOCK_SIZE_R"])),
-        (x, index, col_scale, lora_A, scaled, projection, counter),
+        (x, index, slots.col_scale, slots.lora_A, scaled, projection, counter),
         M=M, K=K, entries=index.shape[1], tokens=tokens, split_size=split_of(K, parts, config), counters=len(counter),
         stride_xm=x.stride(0), stride_xk=x.stride(1),
         R=R, **config,
@@ -141,18 +140,16 @@ def project_few(
     return projection
 
 
-def project_many(
-    x: Tensor, index: Tensor, lora_A: Tensor, col_scale: Tensor, scaled: Tensor, *, tokens: int, precision: str
-) -> Tensor:
+def project_many(x: Tensor, index: Tensor, slots: Slots, scaled: Tensor, *, tokens: int, precision: str) -> Tensor:
     """The same for many tokens."""
-    (M, K), R = x.shape, lora_A.shape[1]
+    (M, K), R = x.shape, slots.lora_A.shape[1]
     arch, processors = target(x.get_device())
     parts, config = mixed_project_config(arch, processors, M, K, R, x.dtype, is_aligned(x))
     projection = empty((parts, M, R), torch.float32, x.device)
     launch(
         _project_many_kernel,
         (cdiv(M, config["BLOCK_SIZE_M"]), parts, cdiv(R, config["BLOCK_SIZE_R"])),
-        (x, index, col_scale, lora_A, scaled, projection),
+        (x, index, slots.col_scale, slots.lora_A, scaled, projection),
         M=M, K=K, entries=index.shape[1], tokens=tokens, split_size=split_of(K, parts, config),
         stride_xm=x.stride(0), stride_xk=x.stride(1),
         R=R, PRECISION=precision, **config,

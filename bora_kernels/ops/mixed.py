@@ -42,14 +42,12 @@ def _mixed_linear(
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
     bias = None if bias is None else bias.contiguous()
+    slots = Slots(lora_A, lora_B, row_scale, col_scale)
     with context(backend, x):
         if backend == "triton":
             from . import triton_backend  # Triton is imported only when it is used
 
-            return triton_backend.mixed_linear(
-                x, weight, bias, index, lora_A, lora_B, row_scale, col_scale, tokens
-            )  # fmt: skip
-        slots = Slots(lora_A, lora_B, row_scale, col_scale)
+            return triton_backend.mixed_linear(x, weight, bias, index, slots, tokens)
         return _by_operations(x, weight, bias, index, slots, tokens, wide=backend == "dense")
 
 

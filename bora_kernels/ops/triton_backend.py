@@ -17,6 +17,7 @@ from ..contract import (
     NormOrder,
     Options,
     Scales,
+    Slots,
     given,
     projection_parts,
     scales_size,
@@ -269,29 +270,15 @@ def _weighted_sums(W, P, Z, coefficient, cancelled, *, scaling, signed, precisio
     return norms.weighted_sums(W, P, Z, coefficient, cancelled, scaling=scaling, signed=signed, precision=precision)
 
 
-def mixed_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    index: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    row_scale: Tensor,
-    col_scale: Tensor,
-    tokens: int,
-) -> Tensor:
+def mixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, slots: Slots, tokens: int) -> Tensor:
     """The layer for a batch of several adapters: see ``ops.mixed``. Two launches."""
-    arguments = (x, weight, bias, index, lora_A, lora_B, row_scale, col_scale)
-    return _mixed_linear(*arguments, tokens=tokens, precision=_precision(x.dtype))[0]
+    return _mixed_linear(x, weight, bias, index, *slots, tokens=tokens, precision=_precision(x.dtype))[0]
 
 
 @stage
 def _mixed_linear(x, weight, bias, index, lora_A, lora_B, row_scale, col_scale, *, tokens, precision):
-    return (
-        mixed.mixed_linear(
-            x, weight, bias, index, lora_A, lora_B, row_scale, col_scale, tokens=tokens, precision=precision
-        ),
-    )
+    slots = Slots(lora_A, lora_B, row_scale, col_scale)
+    return (mixed.mixed_linear(x, weight, bias, index, slots, tokens=tokens, precision=precision),)
 
 
 def _kept_product(needed: bool, dtype: torch.dtype, bias: Tensor | None) -> dict:

@@ -14,7 +14,8 @@ from ..ops import validation
 from .entry import read
 from .index import BatchIndex
 
-BASE = "__base__"  # the name of the base layer in a batch, as PEFT has it; None says the same
+BASE = "__base__"
+"""The name of the base layer in a batch, as PEFT has it; None says the same."""
 _MAX_RANK = 512
 
 

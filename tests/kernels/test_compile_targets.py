@@ -19,7 +19,7 @@ import triton.language as tl
 from helpers.cross_compile import SHARED_MEMORY_LIMIT, CompileError, CompileRequest, cross_compile_all
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bora_kernels.contract import Adapter, Needs, Options, separate_product
+from bora_kernels.contract import Adapter, Needs, Options, Slots, separate_product
 from bora_kernels.kernels import (
     config,
     gated,
@@ -136,7 +136,8 @@ def run_mixed_batch(dtype: torch.dtype, M: int, R: int, N: int = 4096, K: int = 
     x, weight, bias = (torch.empty(shape, dtype=dtype) for shape in ((M, K), (N, K), (N,)))
     lora_A, lora_B = (torch.empty(8, R, size, dtype=factors or dtype) for size in (K, N))
     index = torch.empty(4, M, dtype=torch.int32)
-    triton_backend.mixed_linear(x, weight, bias, index, lora_A, lora_B, torch.empty(8, N), torch.empty(8, K), 1)
+    slots = Slots(lora_A, lora_B, torch.empty(8, N), torch.empty(8, K))
+    triton_backend.mixed_linear(x, weight, bias, index, slots, 1)
 
 
 def run_gate(case: Case) -> None:

@@ -33,30 +33,54 @@ def assert_same(before: tuple, after: tuple) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True))
 
 
+@pytest.mark.parametrize("max_rank", [5, None], ids=["fixed", "grows"])
 @backends
-def test_a_thousand_swaps_leave_no_stale_result_and_take_no_memory(backend, weight, device):
-    bank, x = AdapterBank(weight, 4, max_rank=5, backend=backend), torch.randn(3, K, device=device)
-    addresses, known = [t.data_ptr() for t in bank.slots], {}
+def test_a_thousand_swaps_leave_no_stale_result_and_take_no_memory(backend, max_rank, weight, device):
+    """With what entered, changed or left in each step, an index of the step before is right, or is refused."""
+    bank, x = AdapterBank(weight, 4, max_rank=max_rank, backend=backend), torch.randn(4, K, device=device)
+    addresses, known, entered, living = [t.data_ptr() for t in bank.slots], {}, [], []
     generator = torch.Generator().manual_seed(0)
-    pool = [(tensors(seed, 1 + seed % 5, ("bora", "dora", "columns", "lora")[seed % 4], device), 0.5 + seed)
-            for seed in range(12)]  # fmt: skip
-    expected = [bora_linear_ref(x, weight, *adapter, scaling=scaling) for adapter, scaling in pool]
+
+    def one_of(count: int) -> int:
+        return int(torch.randint(count, (), generator=generator))
+
+    def check(served: list[str], index) -> None:
+        y = bora_linear_mixed(x[: len(served)], weight, bank, index)
+        for row, name in enumerate(served):
+            torch.testing.assert_close(y[row], known[name][row], rtol=1e-4, atol=1e-4)
+
     for step in range(1000):
-        number = int(torch.randint(len(pool), (), generator=generator))
-        adapter, scaling = pool[number]
-        name = f"adapter {int(torch.randint(6, (), generator=generator))}"
+        served = list(bank.names)
+        before = bank.index(served)
+        seed, name = one_of(12), f"adapter {one_of(6)}"
+        adapter, scaling = (
+            tensors(seed, 1 + seed % 5, ("bora", "dora", "columns", "lora")[seed % 4], device),
+            0.5 + seed,
+        )
         if name in bank:
             bank.replace(name, adapter, scaling=scaling)
         else:
             if len(bank) == 4:
+                del known[bank.names[0]]
                 bank.remove(bank.names[0])
             bank.add(name, adapter, scaling=scaling)
-        known[name] = number
-        if step % 50 == 0:
-            for served in bank.names:
-                y = bora_linear_mixed(x, weight, bank, bank.index([served] * 3))
-                torch.testing.assert_close(y, expected[known[served]], rtol=1e-4, atol=1e-4)
-    assert [t.data_ptr() for t in bank.slots] == addresses and len(bank) == 4
+        known[name] = bora_linear_ref(x, weight, *adapter, scaling=scaling)
+        entered.append(weakref.ref(adapter.lora_A))
+        if backend == "torch" or step % 50 == 0:
+            check(list(known), bank.index(list(known)))
+            if set(served) <= set(known):
+                check(served, before)
+            else:
+                with pytest.raises(ValueError, match="make it anew"):
+                    bora_linear_mixed(x[: len(served)], weight, bank, before)
+        if step in (100, 999):
+            del adapter, before
+            gc.collect()
+            living.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
+    assert living[0] == living[1] and not any(ref() is not None for ref in entered)
+    assert bank.nbytes == 4 * (1 + 4) * (5 + 1) * (N + K) and len(bank) == 4
+    if max_rank is not None:
+        assert [t.data_ptr() for t in bank.slots] == addresses
 
 
 def test_nothing_of_an_adapter_is_kept_but_its_slot(weight, device):
