@@ -219,7 +219,8 @@ def gemm_tile(
     if arch == 0:  # the interpreter's cost is by program, so tiles are big; descriptors are right there in float32 only
         return tile(64, 128, 64, 4, 1, descriptors_fit and dtype == torch.float32)
     if dtype == torch.float32:
-        return tile(64, 64, 16, 8, 2)
+        large = aligned and not dropout and 2 * cdiv(M, 128) * cdiv(O, 128) >= processors
+        return tile(128, 128, 16, 8, 2) if large else tile(64, 64, 16, 4 if aligned else 8, 2)
     if arch in (90, 100, 103) and descriptors_fit:
         if fills_device(128, 256) and not dropout:
             return tile(128, 256, 64, 8, 4, True, stores=2)

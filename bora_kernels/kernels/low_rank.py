@@ -60,6 +60,8 @@ def _project_kernel(
 ):  # fmt: skip
     if PACKED:
         stride_fc = R
+    if HAS_ROUNDED:
+        word = any_set(word_ptr, 2)  # early: nobody waits for it
     offs_m = tl.program_id(0) * BLOCK_SIZE_M + tl.arange(0, BLOCK_SIZE_M)
     pid_r, part = tl.program_id(1), tl.program_id(2)
     offs_r = pid_r * BLOCK_SIZE_R + tl.arange(0, BLOCK_SIZE_R)
@@ -84,7 +86,7 @@ def _project_kernel(
     ptrs = projection_ptr + (part.to(tl.int64) * M + offs_m)[:, None] * R + offs_r[None, :]
     tl.store(ptrs, acc * scaling, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
     if HAS_ROUNDED:
-        if any_set(word_ptr, 2):
+        if word:
             acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_R), dtype=tl.float32)
             for c in tl.range(part * split_size, end, 16, num_stages=1):  # rare: few registers
                 offs_c = c + tl.arange(0, 16)

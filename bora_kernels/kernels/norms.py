@@ -52,6 +52,7 @@ def _finish_norm_kernel(
 ):  # fmt: skip
     offs_i = tl.program_id(0) * BLOCK_SIZE_I + tl.arange(0, BLOCK_SIZE_I)
     mask_i = offs_i < I
+    word = any_set(word_ptr, FLAGS)  # early: nobody waits for it
     squares = load_squares(squares_ptr, offs_i, splits, I)
     for r in range(0, R, BLOCK_SIZE_R):
         offs_r = r + tl.arange(0, BLOCK_SIZE_R)
@@ -69,7 +70,7 @@ def _finish_norm_kernel(
         cancelled = squares * 4.0 < load_squares(squares_ptr, offs_i, splits, I)  # half of the norm is gone
         if tl.max(cancelled.to(tl.int32), axis=0) > 0:
             tl.store(cancelled_ptr, 1.0)
-    if any_set(word_ptr, FLAGS):
+    if word:
         cancelled = mask_i
     if tl.max(cancelled.to(tl.int32), axis=0) > 0:
         tl.debug_barrier()  # products of the same lines were stored above, by other threads
@@ -121,14 +122,7 @@ def _finish_path_kernel(
     squares = tl.zeros((BLOCK_SIZE_I,), dtype=tl.float32)
     if HAS_PRODUCTS:
         from_v = any_set(word_ptr, 2)
-        if from_v:
-            squares = sums_of_v(  # products lie over X of the first split, which only this program reads
-                mask_i, products_ptr, w_ptr, p_ptr, z_ptr, c_ptr, offs_i, I, J,
-                stride_wi, stride_wj, stride_pi, stride_pr, stride_zj, stride_zr,
-                scaling, R, 16, True, HAS_FACTOR,
-            )  # fmt: skip
-            tl.debug_barrier()  # other threads read them
-        elif FIRST:
+        if FIRST:
             squares = load_squares(squares_ptr, offs_i, splits, I)
             for r in range(0, R, BLOCK_SIZE_R):
                 offs_r = r + tl.arange(0, BLOCK_SIZE_R)
@@ -138,6 +132,14 @@ def _finish_path_kernel(
                 )  # fmt: skip
                 p = load_matrix(p_ptr, offs_i, offs_r, I, R, stride_pi, stride_pr).to(tl.float32)
                 squares += scaling * tl.sum(p * (x + products), axis=1)  # (b): w of (8)
+        if from_v:  # here, so that nobody waits for the word
+            tl.debug_barrier()  # other threads have read X
+            squares = sums_of_v(  # products lie over X of the first split, which only this program reads
+                mask_i, products_ptr, w_ptr, p_ptr, z_ptr, c_ptr, offs_i, I, J,
+                stride_wi, stride_wj, stride_pi, stride_pr, stride_zj, stride_zr,
+                scaling, R, 16, True, HAS_FACTOR,
+            )  # fmt: skip
+            tl.debug_barrier()  # other threads read them
     if FIRST and HAS_PRODUCTS:
         scale, norm = load_vector(scale_ptr, offs_i, I), load_vector(norm_ptr, offs_i, I)
         weight_of_products = scale * scale
