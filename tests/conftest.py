@@ -20,10 +20,13 @@ if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
+from helpers import fast_interpreter  # noqa: E402
 from helpers import interpreter_bf16 as bf16  # noqa: E402
 
-if INTERPRETING and bf16.unsupported_reason() is None:
-    bf16.activate()
+if INTERPRETING:
+    fast_interpreter.activate()
+    if bf16.unsupported_reason() is None:
+        bf16.activate()
 
 try:
     import hypothesis

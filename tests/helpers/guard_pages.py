@@ -90,8 +90,9 @@ def _protect(address: int) -> None:
 def _main() -> None:
     path, module, name, args = pickle.load(sys.stdin.buffer)
     sys.path[:] = path
-    from helpers import interpreter_bf16
+    from helpers import fast_interpreter, interpreter_bf16
 
+    fast_interpreter.activate()
     if interpreter_bf16.unsupported_reason() is None:
         interpreter_bf16.activate()
     getattr(importlib.import_module(module), name)(*args)

@@ -104,7 +104,7 @@ def activate() -> None:
     def is_bf16(value) -> bool:
         if isinstance(value, (list, tuple)):
             return any(map(is_bf16, value))
-        return isinstance(value, Handle) and value.dtype.scalar == tl.bfloat16
+        return isinstance(value, Handle) and value.dtype.scalar.name == tl.bfloat16.name
 
     def widened(handle):
         return Handle(bf16_to_fp32(handle.data), tl.float32) if is_bf16(handle) else handle

@@ -96,6 +96,21 @@ def test_arithmetic_of_upcast_bf16(device, interpreter_bf16):
     torch.testing.assert_close(y, torch.full_like(y, 3.0))
 
 
+@only_interpreted
+def test_a_launch_leaves_the_language_as_it_was(interpreter_bf16):
+    """One that fails, too: what the interpreter puts in the place of its functions is for kernels alone."""
+    before = {name: getattr(tl, name) for name in dir(tl)}
+    x, y = torch.ones(16, dtype=torch.bfloat16), torch.empty(16)
+    for op, result in (("mixed", 2.0), ("sum", None), ("mixed", 2.0)):
+        if result is None:
+            with pytest.raises(triton.runtime.errors.InterpreterError):
+                _arithmetic_kernel[(1,)](x, y, OP=op)
+        else:
+            _arithmetic_kernel[(1,)](x, y.zero_(), OP=op)
+            assert (y == result).all()
+        assert {name: getattr(tl, name) for name in dir(tl)} == before
+
+
 # --- memory -------------------------------------------------------------------------------------------------
 
 
