@@ -51,7 +51,7 @@ def norms_and_scales(
     """Norms and scales of the adapted weight, in float32 (float64 for a float64 weight).
 
     ``complete`` is for a weight that is a shard of a larger one: the norms are those of the whole. With ``judge`` they
-    say whether lines are cancelled, which waits for the device.
+    say whether lines are cancelled.
     """
     if not any(adapter.members):
         return Scales()
@@ -63,7 +63,8 @@ def norms_and_scales(
     taps_first, taps_second = (1, taps) if rows_first else (taps, 1)
     first_norm = torch.empty(V.shape[0] // taps_first, dtype=dtype, device=weight.device)
     second_squares = torch.zeros(V.shape[1], dtype=dtype, device=weight.device)
-    first_cancels = second_cancels = False
+    first_cancels: Tensor | bool = False
+    second_cancels: Tensor | bool = False
     if complete_first is not None:  # before the other axis can be scaled, which takes a second sweep
         for V_rows, norm in _blocks(V, P, Q, scaling, dtype, first_norm, taps=taps_first):
             norm.copy_(_together(V_rows.square_().sum(1), taps_first))
@@ -91,33 +92,46 @@ def norms_and_scales(
     return Scales(*first, *second, cancelled=word) if rows_first else Scales(*second, *first, cancelled=word)
 
 
-def _word(like: Tensor, *cancels: bool) -> Tensor | None:
-    """``Scales.cancelled``; None, which counts as 0, where no line is."""
-    return like.new_tensor([*cancels, 0.0, 0.0, 0.0][:4]) if any(cancels) else None
+def _word(like: Tensor, *cancels: Tensor | bool) -> Tensor:
+    """``Scales.cancelled``."""
+    word = like.new_zeros(4)
+    for place, value in enumerate(cancels):
+        word[place] = value
+    return word
 
 
-def _cancels(squares: Tensor, P: Tensor, Q: Tensor, scale: Tensor | None, scaling: float, taps: int) -> bool:
+def _cancels(squares: Tensor, P: Tensor, Q: Tensor, scale: Tensor | None, scaling: float, taps: int) -> Tensor | bool:
     """Whether a line of V is shorter than half of its line of s·P·Qᵀ, with Q times a scale: its line of W0 is not."""
     if squares.numel() == 0:  # a shard of no lines
         return False
     P, Q = P.to(squares.dtype), Q.to(squares.dtype)
     Q = Q if scale is None else Q * scale[:, None]
     update = _together((P @ (Q.T @ Q)).mul_(P).sum(1), taps)
-    return torch.sub(squares, update, alpha=scaling * scaling / 4).min().item() < 0
+    return torch.sub(squares, update, alpha=scaling * scaling / 4).min() < 0
 
 
-def times_v(t: Tensor, weight: Tensor, adapter: Adapter, scaling: float, *, transposed: bool) -> Tensor:
-    """t·Vᵀ, or t·V for ``transposed``, in t's dtype: for lines that the update cancels, of which only V knows."""
-    factors = adapter.lora_B, adapter.lora_A.T
-    if transposed:
-        out = t.new_zeros(t.shape[0], weight.shape[1])
-        for V, t_rows in _blocks(weight, *factors, scaling, t.dtype, t.T):
-            out.addmm_(t_rows.T, V)
-        return out
-    out = t.new_empty(weight.shape[0], t.shape[0])
-    for V, rows in _blocks(weight, *factors, scaling, t.dtype, out):
-        torch.mm(V, t.T, out=rows)
-    return out.T.contiguous()
+def times_v(
+    t: Tensor,
+    weight: Tensor,
+    adapter: Adapter,
+    scaling: float,
+    add_product: Callable[[Tensor, Tensor, Tensor], None],
+    *,
+    transposed: bool,
+) -> Tensor:
+    """t·Vᵀ, or t·V for ``transposed``, wide: for lines that the update cancels, of which only V knows.
+
+    ``add_product(out, t, V)`` adds t·V to out.
+    """
+    dtype = accumulation_dtype(t.dtype)
+    out = t.new_zeros(t.shape[0], weight.shape[1 if transposed else 0], dtype=dtype)
+    rows_of_v = t.T if transposed else out.T
+    for V, part in _blocks(weight, adapter.lora_B, adapter.lora_A.T, scaling, dtype, rows_of_v):
+        if transposed:
+            add_product(out, part.T, V)
+        else:
+            add_product(part.T, t, V.T)
+    return out
 
 
 @torch.no_grad()

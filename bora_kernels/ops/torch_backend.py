@@ -20,6 +20,9 @@ for col_row). V is then [first, second] with factors P [first, R] and Q [second,
     (10) dP += s·[ first_scale²⊙(V·(κ⊙Q)) + λ⊙(V·Q) ]
     (11) dQ += s·[ κ⊙(Vᵀ·(first_scale²⊙P)) + Vᵀ·(λ⊙P) ]
 
+Where the update cancels lines of W0, the two terms of (2) and of (4) are nearly opposite. Half-precision products then
+take both from the same rounded operand, and the low-rank one in three terms; others are made of V (``_takes_v``).
+
 Source: BoRA, arXiv 2412.06441, section 3; the detached convention is DoRA, arXiv 2402.09353, section 4.3.
 """
 
@@ -65,16 +68,11 @@ def forward(
     """
     made, R = None, adapter.lora_A.shape[0]
     if flat_scales is None and any(adapter.members):
-        judge = weight.device.type == "cpu" and x.dtype not in HALF_PRECISION
+        judge = _has_wide_products(x) if x.dtype in HALF_PRECISION else _reads_word(x)
         flat_scales = made = flatten_scales(norms_and_scales(weight, adapter, options, judge=judge), weight.shape, R)
     scales, dropout_p = split_scales(flat_scales, weight.shape, R, adapter.members), options.dropout_p
     u = _project(_dropped(x, mask, dropout_p), adapter.lora_A, scales.col_scale, options.scaling)  # (1)
-    x_folded = folded(x, scales.col_scale)
-    if _takes_v(x, scales, mask):
-        product = times_v(x_folded, weight, adapter, options.scaling, transposed=False)
-    else:
-        product = wide_matmul(x_folded, weight.T)
-        _add_split_matmul(product, _operand(u, x.dtype), adapter.lora_B.T)  # (2)
+    product = _times_adapted(x, u, weight, adapter, scales, mask, options, transposed=False)  # (2)
     live = _live(scales.row_scale, zero_stand_in(x.dtype))
     apart = separate_product(x.dtype, bias)
     kept = _times(product, live).to(x.dtype, copy=True) if apart and save_product else None
@@ -111,15 +109,7 @@ def backward(
 
     dx = D = None
     if needs.x or needs_D:
-        dy_folded = folded(dy, scales.row_scale)
-        if _takes_v(dy, scales, mask):
-            inner = times_v(dy_folded, weight, adapter, options.scaling, transposed=True)
-        else:
-            inner = wide_matmul(dy_folded, weight)
-            if mask is None:
-                _add_split_matmul(inner, _operand(v, dy.dtype), lora_A)
-            else:
-                inner += _dropped(split_matmul(_operand(v, dy.dtype), lora_A), mask, dropout_p)
+        inner = _times_adapted(dy, v, weight, adapter, scales, mask, options, transposed=True)
         live = _live(scales.col_scale, stand_in)
         if needs_D:
             D = _times(_token_sums(inner, given(x)), live)  # (5)
@@ -148,11 +138,54 @@ def backward(
     )
 
 
-def _takes_v(t: Tensor, scales: Scales, mask: Tensor | None) -> bool:
-    """Whether products are made of V: where lines are cancelled, which dropout prevents, and where that can be read."""
-    if t.dtype in HALF_PRECISION or t.device.type != "cpu" or mask is not None or scales.cancelled is None:
+def _times_adapted(
+    t: Tensor,
+    projection: Tensor,
+    weight: Tensor,
+    adapter: Adapter,
+    scales: Scales,
+    mask: Tensor | None,
+    options: Options,
+    *,
+    transposed: bool,
+) -> Tensor:
+    """(t⊙scale)·Vᵀ of (2), or (t⊙scale)·V of (4) for ``transposed``, with dropout in the low-rank term; wide."""
+    lora_A, lora_B, scaling = adapter.lora_A, adapter.lora_B, options.scaling
+    scale, matrix = (scales.row_scale, weight) if transposed else (scales.col_scale, weight.T)
+    inner, outer = (lora_B, lora_A) if transposed else (lora_A.T, lora_B.T)
+    operand = folded(t, scale)
+    if _takes_v(t, weight, scales, mask):
+        return times_v(operand, weight, adapter, scaling, _add_split_matmul, transposed=transposed)
+    product = wide_matmul(operand, matrix)
+    if mask is not None and transposed:
+        return product.add_(_dropped(split_matmul(_operand(projection, t.dtype), outer), mask, options.dropout_p))
+    if t.dtype not in HALF_PRECISION or not _has_wide_products(t):
+        return product.addmm_(projection, outer.to(product.dtype))
+    if mask is None and scale is not None:
+        rounded = scaling * split_matmul(operand, inner)  # of the operand that W0 meets
+        projection = torch.where(given(scales.cancelled).any(), rounded, projection)
+    (high, low), (factor_high, factor_low) = _split(projection, t.dtype), _split(outer, t.dtype)
+    tail = torch.cat((high, high, low), 1), torch.cat((factor_high, factor_low, factor_high))
+    return product.add_(wide_matmul(*tail))
+
+
+def _takes_v(t: Tensor, weight: Tensor, scales: Scales, mask: Tensor | None) -> bool:
+    """Whether products are made of V: where lines are cancelled, or could be and nobody knows.
+
+    A CPU's word of cancelled lines can be read, and its half precision is multiplied in float32, which has digits to
+    spare. To read a GPU's word would wait for the device, and no CUDA graph could be captured: there V is always made,
+    in blocks, which takes R / M of the product's arithmetic and two passes over W0. Dropout prevents cancelling.
+    """
+    if mask is not None or scales.cancelled is None:
         return False
-    return any(scales.cancelled.tolist())
+    if t.dtype in HALF_PRECISION:  # a wider weight, as autocast meets, is not to be rounded by itself
+        return _has_wide_products(t) and weight.dtype != t.dtype
+    return not _reads_word(t) or any(scales.cancelled.tolist())
+
+
+def _reads_word(t: Tensor) -> bool:
+    """Whether ``Scales.cancelled`` can be read without waiting for the tensor's device."""
+    return t.device.type == "cpu"
 
 
 def _token_sums(s: Tensor, t: Tensor) -> Tensor:
@@ -220,9 +253,14 @@ def split_matmul(t: Tensor, f: Tensor) -> Tensor:
         return t @ f.to(acc)
     if not _has_wide_products(t):
         return wide_matmul(t, f)
-    high = f.to(t.dtype)
-    low = (f.to(acc) - high.to(acc)).to(t.dtype)
+    high, low = _split(f, t.dtype)
     return wide_matmul(t, high) + wide_matmul(t, low)
+
+
+def _split(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """t as two half-precision terms: what rounding makes of it, and what it leaves."""
+    high = t.to(dtype)
+    return high, (t.to(accumulation_dtype(dtype)) - high).to(dtype)
 
 
 def _add_split_matmul(out: Tensor, t: Tensor, f: Tensor) -> None:
@@ -237,6 +275,10 @@ def _has_wide_products(t: Tensor) -> bool:
     return t.is_cuda and "dtype" in torch.ops.aten.mm.overloads()
 
 
+def _wide_product(t: Tensor, matrix: Tensor) -> Tensor:
+    return torch.mm(t, matrix, out_dtype=torch.float32)
+
+
 def wide_matmul(t: Tensor, matrix: Tensor) -> Tensor:
     """t [M, C] · matrix [C, O] in the accumulation dtype: rounded to half precision it would lose small updates.
 
@@ -246,7 +288,7 @@ def wide_matmul(t: Tensor, matrix: Tensor) -> Tensor:
     if t.dtype not in HALF_PRECISION and (matrix.dtype not in HALF_PRECISION or t.is_cuda):
         return t @ matrix.to(acc)
     if _has_wide_products(t):
-        return torch.mm(t, matrix.to(t.dtype), out_dtype=acc)
+        return _wide_product(t, matrix.to(t.dtype))
     out = t.new_zeros(t.shape[0], matrix.shape[1], dtype=acc)
     step = max(1, CHUNK_ELEMENTS // matrix.shape[1])
     for start in range(0, matrix.shape[0], step):

@@ -158,10 +158,12 @@ def test_what_hooks_hand_back_may_lie_otherwise():
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_no_synchronization_with_the_host(backend):
-    case = Case(256, 512, 384, 16, dtype=BF16)
+@dtypes
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_no_synchronization_with_the_host(backend, dtype, dropout_p):
+    case = Case(256, 512, 384, 16, dtype=dtype)
     inputs, dy = case.inputs(DEVICE), case.upstream(DEVICE)
-    options = {"scaling": SCALING, "backend": backend, "dropout_p": 0.1, "training": True}
+    options = {"scaling": SCALING, "backend": backend, "dropout_p": dropout_p, "training": True}
     run(bora_linear, inputs, dy, **options)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -21,10 +21,24 @@ from helpers.cases import (
 
 from bora_kernels import bora_linear
 from bora_kernels.contract import COMPLETE, Adapter, Options, split_scales
-from bora_kernels.ops import operators
+from bora_kernels.ops import operators, torch_backend
 
 # What norms may err beside twice the error of float32 sums: the products of a bf16 weight are made of two bf16 terms.
 BOUNDS = {torch.float32: 4e-6, torch.float16: 4e-6, torch.bfloat16: 2e-5}
+
+
+@pytest.fixture(params=["torch", "torch as on a GPU", "triton"])
+def backend(request, monkeypatch):
+    """Each backend, and on a CPU what PyTorch's operations do on a GPU: products of rounded operands, or of V."""
+    name = request.param
+    if name == "torch as on a GPU":
+        if CUDA:
+            pytest.skip("it is what the torch backend does here")
+        name = "torch"
+        monkeypatch.setattr(torch_backend, "_reads_word", lambda _: False)
+        monkeypatch.setattr(torch_backend, "_has_wide_products", lambda _: True)
+        monkeypatch.setattr(torch_backend, "_wide_product", lambda t, matrix: t.float() @ matrix.float())
+    return name
 
 
 def undone(inputs, axis, left):
@@ -75,44 +89,34 @@ def test_norms(backend, order, dtype, left, axis, N, K, R, device):
         assert error <= 2 * plain_error + BOUNDS[dtype], (name, NAMES[dtype], error, plain_error)
 
 
-def require_products(backend, dtype):
-    """On a GPU PyTorch's operations multiply by W0 and by the update apart, and do not look whether these cancel."""
-    require(backend, dtype)
-    if CUDA and backend == "torch":
-        pytest.skip("products of PyTorch operations on a GPU cancel")
-
-
-@backends
 @dtypes
 @variants
 @pytest.mark.parametrize("axis, left", [("row", 0.05), ("row", 1e-3), ("col", 0.2), ("col", 1e-3)])
 def test_layers(backend, dtype, member, order, axis, left, device):
     """Outputs and gradients; a difference of W0's and the update's errs √K times more, and far more if rounded."""
-    require_products(backend, dtype)
+    require(backend, dtype)
     for seed, (N, K, R) in enumerate([(40, 70, 14), (48, 66, 20)]):
         case = Case(21, N, K, R, dtype=dtype, member=member, order=order, bias=seed == 0, seed=seed)
         check_layer(backend, undone(case.inputs(device), axis, left), case.upstream(device), norm_order=order)
 
 
-@backends
 @conventions
 @variants
 @pytest.mark.parametrize("axis, left", [("row", 0.01), ("col", 1e-3)])
 def test_gradients_of_0(backend, detach_norm, member, order, axis, left, device):
     """A line that keeps W0's direction: what its factor's own column gets cancels in exact gradients."""
-    require_products(backend, torch.float32)
+    require(backend, torch.float32)
     for seed, (N, K, R) in enumerate([(26, 50, 1), (61, 20, 17)]):
         case = Case(9, N, K, R, member=member, order=order, bias=seed == 0, seed=seed)
         inputs, dy = cancelled(case.inputs(device), axis, left), case.upstream(device)
         check_layer(backend, inputs, dy, norm_order=order, detach_norm=detach_norm)
 
 
-@backends
 @dtypes
 @orders
 def test_a_row_and_a_column_with_detached_norms(backend, dtype, order, device):
     """Of two ranks, beside 22 others. Factors' gradients are left out: where both lines meet is nearly all of them."""
-    require_products(backend, dtype)
+    require(backend, dtype)
     case = Case(30, 45, 61, 24, dtype=dtype, order=order, seed=4)
     inputs = undone(case.inputs(device), "row", 0.02)
     A, B, W = inputs["lora_A"], inputs["lora_B"], inputs["weight"].float()
@@ -125,12 +129,11 @@ def test_a_row_and_a_column_with_detached_norms(backend, dtype, order, device):
     check_layer(backend, inputs, case.upstream(device), norm_order=order, detach_norm=True, trained=trained)
 
 
-@backends
 @orders
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
 def test_a_rank_that_undoes_all_of_its_rows(backend, order, dtype, device):
     """W0 of rank 2 whose rows are brought down to 1 % of themselves, all of them."""
-    require_products(backend, dtype)
+    require(backend, dtype)
     case = Case(25, 37, 58, 3, dtype=dtype, order=order, bias=False, seed=5)
     inputs = case.inputs(device)
     A, B = inputs["lora_A"], inputs["lora_B"]
@@ -145,12 +148,11 @@ def test_float64(axis, device):
     check_layer("torch", cancelled(case.inputs(device), axis, 1e-3), case.upstream(device))
 
 
-@backends
 @pytest.mark.parametrize("axis", ["row", "col"])
 def test_under_autocast(backend, axis, device):
     """A float32 weight meets bfloat16 inputs: rounding it alone would leave nothing of such a line."""
     dtype = torch.bfloat16
-    require_products(backend, dtype)
+    require(backend, dtype)
     case = Case(40, 34, 47, 6, dtype=dtype, seed=7)
     inputs = case.inputs(device)
     inputs["weight"] = torch.randn(34, 47, generator=torch.Generator(device).manual_seed(7), device=device) / 7
@@ -193,8 +195,8 @@ def test_tail_of_a_product(dtype, R, left, device, monkeypatch):
 def test_word_of_cancelled_lines(backend, order, dtype, device):
     """Left by the norms, and only where there are such lines: ordinary layers take no more time."""
     require(backend, dtype)
-    if backend == "torch" and (CUDA or dtype in HALVES):
-        pytest.skip("on a CPU half precision needs no word, and on a GPU nothing could read it without waiting")
+    if backend == "torch" and (dtype in HALVES) != CUDA:
+        pytest.skip("on a CPU half precision needs no word, and on a GPU nothing else does")
     case = Case(4, 40, 57, 5, dtype=dtype, order=order, bias=False, seed=8)
     ordinary = case.inputs(device)
     large = ordinary | {"lora_B": 30 * ordinary["lora_B"]}
@@ -208,7 +210,6 @@ def test_word_of_cancelled_lines(backend, order, dtype, device):
         assert first if (axis == "row") == rows_first else second
 
 
-@backends
 def test_lines_cancel_with_the_same_bits_each_time(backend, device):
     case = Case(16, 70, 65, 5, seed=9)
     inputs, dy = cancelled(case.inputs(device), "row", 1e-3), case.upstream(device)
@@ -216,12 +217,9 @@ def test_lines_cancel_with_the_same_bits_each_time(backend, device):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@backends
 def test_of_a_sharded_weight(backend, device):
     """Norms, their word, and the paths through them, with the whole weight as the only shard."""
     require(backend, torch.float32)
-    if CUDA and backend == "torch":
-        pytest.skip("products of PyTorch operations on a GPU cancel")
     from bora_kernels.ops.adapted_weight import norm_paths
     from bora_kernels.ops.sharded import norms as sharded
 
@@ -251,7 +249,39 @@ def test_of_a_sharded_weight(backend, device):
 @dtypes
 @pytest.mark.parametrize("R", [16, 40])
 @pytest.mark.parametrize("axis", ["row", "col"])
-def test_large_layers(order, dtype, R, axis, device):
+def test_large_layers(backend, order, dtype, R, axis, device):
     for left in (0.05, 1e-3):
         case = Case(512, 1024, 2048, R, dtype=dtype, order=order, bias=False, seed=R)
-        check_layer("triton", undone(case.inputs(device), axis, left), case.upstream(device), norm_order=order)
+        check_layer(backend, undone(case.inputs(device), axis, left), case.upstream(device), norm_order=order)
+
+
+@pytest.mark.gpu
+@dtypes
+def test_a_graph_of_a_layer_whose_lines_cancel_later(backend, dtype, device):
+    """What a CUDA graph was captured with says nothing of the lines that it meets."""
+    case = Case(64, 96, 160, 12, dtype=dtype, seed=11)
+    inputs, dy = case.inputs(device), case.upstream(device)
+    leaves = {name: t.clone().requires_grad_(name != "weight") for name, t in inputs.items()}
+    trained = [t for t in leaves.values() if t.requires_grad]
+
+    def step():
+        y = bora_linear(**leaves, scaling=SCALING, backend=backend)
+        return [y.detach(), *torch.autograd.grad(y, trained, dy)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    with torch.no_grad():
+        for name, t in undone(inputs, "row", 1e-3).items():
+            leaves[name].copy_(t)
+    graph.replay()
+    torch.cuda.synchronize()
+    expected = check_layer(backend, {name: t.detach() for name, t in leaves.items()}, dy)
+    for one, other in zip(results, expected.values(), strict=True):
+        assert torch.equal(one, other)

@@ -26,8 +26,7 @@ def norms_and_scales(weight: Tensor, adapter: Adapter, options: Options, complet
     A product is a partial sum over the shards where the axis summed over is sharded.
     """
     if options.backend != "triton":
-        judge = weight.device.type == "cpu" and not torch.compiler.is_compiling()
-        return adapted_weight.norms_and_scales(weight, adapter, options, complete=complete, judge=judge)
+        return adapted_weight.norms_and_scales(weight, adapter, options, complete=complete, judge=True)
     from ..triton_backend import weighted_sums  # Triton is imported only when it is used
 
     rows_first = adapter.members.rows_first(options.norm_order)
