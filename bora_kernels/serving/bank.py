@@ -104,6 +104,9 @@ class AdapterBank:
     ) -> None:
         """Let an adapter enter under a new name.
 
+        Warns where it cancels most of a row or column of the weight: such lines are inexact in a batch of several
+        adapters. To know that, this waits for the device, except while a CUDA graph is captured.
+
         Args:
             name: any but ``"__base__"``.
             adapter: a layer over this weight (``FusedBoraLinear`` and its kin), which says its options itself; or
@@ -123,7 +126,7 @@ class AdapterBank:
                     f"max_adapters must be more than {self.max_adapters} for another adapter, {name!r}: remove one "
                     f"first; {next(iter(self._names))!r} was used longest ago"
                 )
-            entering = read(adapter, self.weight, self.max_rank, scaling, norm_order, eps)
+            entering = read(name, adapter, self.weight, self.max_rank, scaling, norm_order, eps)
             slot = min(set(range(1, len(self._names) + 2)) - set(self._names.values()))
             self._write(slot, entering)
             self._names[name] = slot
@@ -143,7 +146,7 @@ class AdapterBank:
         """
         with self._lock:
             slot = self._known(name)
-            self._write(slot, read(adapter, self.weight, self.max_rank, scaling, norm_order, eps))
+            self._write(slot, read(name, adapter, self.weight, self.max_rank, scaling, norm_order, eps))
 
     def remove(self, name: str) -> None:
         """Take an adapter out. An index that has it is refused from now on."""

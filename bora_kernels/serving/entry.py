@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 from ..contract import Adapter, NormOrder, Options, Slots, accumulation_dtype
 from ..modules import FusedBoraLinear
 from ..ops import validation
-from ..ops.axis_scales import axis_scales
+from ..ops.adapted_weight import norms_and_scales
 
 
 @torch.no_grad()
 def read(
+    name: str,
     adapter: FusedBoraLinear | Sequence[Tensor | None] | None,
     weight: Tensor,
     max_rank: int,
@@ -24,6 +26,7 @@ def read(
 ) -> Slots | None:
     """One slot: lora_A [R, K], (s·B)ᵀ [R, N] and the scales a [N], g [K]; None for the base layer.
 
+    Warns of an adapter that cancels rows or columns of the weight, which waits for the device.
     Raises ValueError or TypeError for what cannot be an adapter of this weight; see ``AdapterBank.add``.
     """
     if adapter is None:
@@ -39,7 +42,10 @@ def read(
     validation.check_tensors(no_token, weight, lora_A, lora_B, magnitude_row, magnitude_col, None)
     if lora_A.shape[0] > max_rank:
         raise ValueError(f"lora_A must be of rank at most {max_rank}, got {lora_A.shape[0]}")
-    row_scale, col_scale = axis_scales(weight, tensors.map(lambda tensor: tensor.detach()), options)
+    scales = norms_and_scales(weight, tensors.map(lambda tensor: tensor.detach()), options, judge=True)
+    if scales.cancelled is not None and _can_wait(weight) and any(scales.cancelled.tolist()):
+        _warn_of_cancelled(name, weight)
+    row_scale, col_scale = scales.row_scale, scales.col_scale
     wide = accumulation_dtype(weight.dtype)
     ones = torch.ones((), dtype=wide, device=weight.device)
     row_scale = ones.expand(weight.shape[0]) if row_scale is None else row_scale
@@ -49,6 +55,20 @@ def read(
         power = _power_of_two(col_scale)
         row_scale, col_scale = row_scale * power, col_scale / power
     return Slots(lora_A, (options.scaling * lora_B.to(wide)).T, row_scale, col_scale)
+
+
+def _can_wait(weight: Tensor) -> bool:
+    return not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _warn_of_cancelled(name: str, weight: Tensor) -> None:
+    rounding = torch.finfo(weight.dtype).eps / 2
+    warnings.warn(
+        f"adapter {name!r} leaves less than half of some rows or columns of a weight {list(weight.shape)}: where "
+        f"a fraction f is left, a batch of several adapters computes it with an error of about {rounding:.0e} / f; "
+        "where f is small, merge the adapter, or serve it alone, by its own layer, which is right there.",
+        stacklevel=4,
+    )
 
 
 def is_same(weight: object, other: Tensor) -> bool:

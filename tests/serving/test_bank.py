@@ -1,11 +1,12 @@
 """The bank: adapters come, change and go while batches are served, in bounded memory; bad input leaves it as it was."""
 
 import gc
+import warnings
 import weakref
 
 import pytest
 import torch
-from helpers.cases import Case, backends
+from helpers.cases import NAMES, SCALING, Case, backends, cancelled, dtypes, orders, require
 
 from bora_kernels import AdapterBank, FusedBoraLinear, FusedDoraLinear, bora_linear_mixed
 from bora_kernels.reference import bora_linear_ref
@@ -124,6 +125,50 @@ def test_memory_grows_by_what_enters_up_to_the_maximum(weight, device):
     with pytest.raises(ValueError, match="'2' was used longest ago"):
         bank.add("more", None)
     assert_same((bank.names, *before[1:]), state(bank))
+
+
+@backends
+@dtypes
+@orders
+@pytest.mark.parametrize("axis, left", [("row", 0.2), ("row", 0.01), ("col", 0.1)])
+def test_an_adapter_that_cancels_a_line_is_warned_of(backend, dtype, order, axis, left, device):
+    """And its outputs err by what the warning says."""
+    require(backend, dtype)
+    case = Case(40, 30, 45, 3, dtype=dtype, order=order, bias=False, seed=6)
+    ordinary = case.inputs(device)
+    inputs, x, weight = cancelled(ordinary, axis, left), ordinary["x"], ordinary["weight"]
+    bank = AdapterBank(weight, backend=backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number in range(3):
+            large = ordinary | {"lora_B": 10.0**number * ordinary["lora_B"]}
+            adapter = Adapter(*(large[name] for name in Adapter._fields))
+            bank.add(f"of size {number}", adapter, scaling=SCALING, norm_order=order)
+        bank.add("none", None)
+    adapter = Adapter(*(inputs[name] for name in Adapter._fields))
+    said = rf"adapter 'undo' leaves less than half .* \[30, 45\].*about {torch.finfo(dtype).eps / 2:.0e} / f"
+    with pytest.warns(UserWarning, match=said):
+        bank.add("undo", adapter, scaling=SCALING, norm_order=order)
+    with pytest.warns(UserWarning, match=said.replace("undo", "of size 0")):
+        bank.replace("of size 0", adapter, scaling=SCALING, norm_order=order)
+    y = bora_linear_mixed(x[None], weight, bank, bank.index(["undo"]))[0].double()
+    wide = {name: t.double() for name, t in inputs.items() if t is not None}
+    exact = bora_linear_ref(**wide, scaling=SCALING, norm_order=order)
+    if axis == "row":
+        y, exact = y[:, 1], exact[:, 1]
+    error = ((y - exact).norm() / exact.norm()).item()
+    assert error <= 2 * torch.finfo(dtype).eps / left, (NAMES[dtype], error)
+
+
+def test_a_warning_that_is_an_error_leaves_the_bank_as_it_was(weight, device):
+    inputs = cancelled(Case(1, N, K, 2, bias=False).inputs(device) | {"weight": weight}, "row", 0.1)
+    bank = AdapterBank(weight)
+    before = state(bank)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="adapter 'undo' leaves less than half"):
+            bank.add("undo", Adapter(*(inputs[name] for name in Adapter._fields)), scaling=SCALING)
+    assert_same(before, state(bank))
 
 
 def test_layers_enter_with_their_own_options(weight, device):
