@@ -85,25 +85,20 @@ def layer_backward(
     plans: object | None = calls.prepare_backward(prepared, flat_dy, saved)
     if layout is not None:
         weight = quantized.dense(layout, tuple(stored), dy.dtype, given(options.backend), "backward")
-    adapter, power = balance.balanced(flat_dy, weight, adapter, options)
+    original, (adapter, power) = adapter, balance.balanced(flat_dy, weight, adapter, options)
     if product is None and product_is_saved:
         plans = None
         product = operators.forward(
             flat(x), weight, adapter, flat_scales, None, dropout, options, products=False, save_product=False
         )[0]
-    dx, dA, dB, dm_row, dm_col = operators.backward(
+    gradients = operators.backward(
         flat_dy, flat(x), weight, adapter, flat_scales, flat(product), u, dropout, options, needs,
         prepared=plans,
     )  # fmt: skip
-    if power is not None:
-        rows_first = adapter.members.rows_first(options.norm_order)
-        if rows_first and dm_row is not None:
-            dm_row = (dm_row * power).to(given(magnitude_row).dtype)
-        elif not rows_first and dm_col is not None:
-            dm_col = (dm_col * power).to(given(magnitude_col).dtype)
+    dx, *rest = balance.gradients_of(original, gradients, power, options)
     if dx is not None and dy.ndim != 2:
         dx = dx.view(*dy.shape[:-1], weight.shape[1])
-    return dx, dA, dB, dm_row, dm_col
+    return dx, *rest
 
 
 def saved_tensors(ctx, outputs: tuple[int, ...], *, x_is_saved: bool = False) -> tuple[Any, ...]:
@@ -170,7 +165,8 @@ def layer_forward(
     if any(members):
 
         def state() -> tuple | None:
-            basis = (options.scaling, options.norm_order, options.eps, backend, weight.dtype)
+            balances = x.dtype == torch.float16
+            basis = (options.scaling, options.norm_order, options.eps, backend, weight.dtype, balances)
             return reuse.state_of((*stored, *adapter), basis)
 
         flat_scales, remember = reuse.find(adapter.lora_B, state, paths)

@@ -43,7 +43,7 @@ def test_five_steps_equal_those_of_one_process(trained, module: ModuleType, run:
 # ---- layers ----
 
 LAYERS = {
-    f"{by}-{case}-{'detached' if detach_norm else 'exact'}-{backend}": (by, case, detach_norm, backend)
+    f"{by}-{case}-{'detached' if detach_norm else 'exact'}-{backend}": (by, case, detach_norm, backend, 1.0)
     for by in PLACEMENTS
     for detach_norm in (False, True)
     for backend, dtype, size in (
@@ -52,6 +52,13 @@ LAYERS = {
         ("triton", torch.bfloat16, (257, 1408, 1024, 16)),
     )
     for case in (Case(*size, dtype=dtype, member=member, order=order) for member, order in VARIANTS)
+}
+LAYERS |= {  # a factor of the first magnitude, which is free, is not to leave float16's range
+    f"{by}-{case}-times-{factor}-{backend}": (by, case, False, backend, factor)
+    for by in PLACEMENTS
+    for backend in ("torch", "triton")
+    for factor in (1e-5, 1e4)
+    for case in (Case(64, 320, 256, 8, dtype=torch.float16, order=order) for order in ("row_col", "col_row"))
 }
 
 

@@ -96,6 +96,29 @@ def test_an_optimizer_step_ends_the_reuse(optimizer, device, computed):
     assert torch.equal(inside, layer(x))
 
 
+@backends
+@pytest.mark.parametrize("order", ["row_col", "col_row"])
+def test_float16_by_autocast_and_float32_in_one_scope(backend, order, device):
+    """The scales of float16 may have a power of two moved between them; float32 takes the magnitudes as they are."""
+    layer, x = make(device, backend, norm_order=order)
+    with torch.no_grad():
+        getattr(layer, f"magnitude_{order[:3]}").mul_(2.0**14)
+
+    def both():
+        results = []
+        for enabled in (True, False, True):
+            with torch.autocast(torch.device(device).type, torch.float16, enabled=enabled):
+                y = layer(x)
+            results.append([y, *torch.autograd.grad(y.float().square().sum(), list(layer.parameters())[-4:])])
+        return results
+
+    expected = both()
+    with reuse_scales():
+        for actual, known in zip(both(), expected, strict=True):
+            for one, other in zip(actual, known, strict=True):
+                torch.testing.assert_close(one, other)
+
+
 def test_outside_a_scope_every_change_is_seen(device):
     layer, x = make(device)
     before = layer(x)

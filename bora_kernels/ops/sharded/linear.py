@@ -12,7 +12,8 @@ axis. With the numbers of ``torch_backend``, and [K] ([N]) for vectors of the re
     left as a partial sum        dx                       y
 
 The sum for the axis normalized second is completed before (8), the other as S' of (9), so that either order takes one
-vector. With detached norms the backward's two are one message. DoRA by rows and LoRA all-reduce dA or dB alone.
+vector. With detached norms the backward's two are one message. DoRA by rows and LoRA all-reduce dA or dB alone. BoRA in
+float16 first agrees on a power of two (``balance``), from four numbers.
 docs/tensor_parallel.md has the derivation, the bytes, and what overlaps.
 """
 
@@ -40,20 +41,24 @@ from ...contract import (
     separate_product,
     split_scales,
 )
-from .. import adapted_weight, autograd, operators, reuse, validation
+from .. import adapted_weight, autograd, balance, operators, reuse, validation
 from .layout import Layout, as_dtensor, check_placements, finish, to_local
 from .norms import add_norm_paths, norms_and_scales
 
 
-def _compute_scales(weight: DTensor, adapter: Adapter, layout: Layout, options: Options) -> Tensor | None:
-    """The flat scales of this rank's shard; the norms are those of the whole weight."""
+def _compute_scales(
+    weight: DTensor, adapter: Adapter, layout: Layout, options: Options, x: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The flat scales of this rank's shard, whose norms are those of the whole weight, and the power of ``balance``."""
     if not any(adapter.members):
-        return None
+        return None, None
     local, local_adapter = to_local(weight), adapter.map(to_local)
+    with torch.autocast(local.device.type, enabled=False):
+        local_adapter, power = balance.balanced(x, local, local_adapter, options, layout.completion())
 
     def state() -> tuple:  # the same on every rank: addresses are not, and a rank alone must not leave out a message
         versions = (None if t is None else (id(t), t._version) for t in (weight, *adapter))
-        return options.scaling, options.norm_order, options.eps, *versions
+        return options.scaling, options.norm_order, options.eps, power is not None, *versions
 
     trained = any(t is not None and t.requires_grad for t in adapter)
     products = trained and not options.detach_norm and options.backend == "triton"
@@ -66,7 +71,7 @@ def _compute_scales(weight: DTensor, adapter: Adapter, layout: Layout, options: 
         flat = flatten_scales(scales, local.shape, local_adapter.lora_A.shape[0])
         if remember is not None:
             remember(flat)
-    return flat
+    return flat, power
 
 
 # --- the layer --------------------------------------------------------------------------------------------------------
@@ -85,12 +90,12 @@ class ShardedBoraLinearFunction(torch.autograd.Function):
         magnitude_row: Tensor | None,
         magnitude_col: Tensor | None,
         bias: Tensor | None,
-        compute_scales: Callable[[], Tensor | None],
+        compute_scales: Callable[[Tensor], tuple[Tensor | None, Tensor | None]],
         layout: Layout,
         options: Options,
     ) -> Tensor:
         x = layout.gather(x)
-        scales = compute_scales()  # while x is under way
+        scales, power = compute_scales(x)  # while x is under way
         x = finish(x)
         flat = x.reshape(math.prod(x.shape[:-1]), weight.shape[1])
         dropout = _draw_dropout(flat, layout, options) if options.dropout_p > 0.0 else None
@@ -100,7 +105,15 @@ class ShardedBoraLinearFunction(torch.autograd.Function):
         adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
         needs_S, needs_D = needs.sums(adapter.members, needs.norm_paths(adapter.members, options))
         y, product, u, _ = operators.forward(
-            flat, weight, adapter, scales, bias, dropout, options, products=False, save_product=needs_S
+            flat,
+            weight,
+            balance.times_power(adapter, power, options),
+            scales,
+            bias,
+            dropout,
+            options,
+            products=False,
+            save_product=needs_S,
         )
         if not separate_product(flat.dtype, bias):
             product = y
@@ -114,6 +127,7 @@ class ShardedBoraLinearFunction(torch.autograd.Function):
             product if needs_S else None,
             u if needs.lora_B else None,
             dropout,
+            power,
         )
         ctx.needs, ctx.layout, ctx.options = needs, layout, options
         return y.view(*x.shape[:-1], weight.shape[0])
@@ -127,11 +141,13 @@ class ShardedBoraLinearFunction(torch.autograd.Function):
         dy = dy.reshape(math.prod(tokens), dy.shape[-1])
         if any(ctx.needs):
             with torch.autocast(dy.device.type, enabled=False):
-                x, weight, *adapter, scales, product, u, dropout = ctx.saved_tensors
+                x, weight, *tensors, scales, product, u, dropout, power = ctx.saved_tensors
+                adapter = Adapter(*tensors)
                 gradients = _backward(
-                    dy, tokens, x, weight, Adapter(*adapter), scales, product, u, dropout,
-                    ctx.needs, ctx.layout, ctx.options,
+                    dy, tokens, x, weight, balance.times_power(adapter, power, ctx.options), scales, product, u,
+                    dropout, ctx.needs, ctx.layout, ctx.options,
                 )  # fmt: skip
+                gradients = balance.gradients_of(adapter, gradients, power, ctx.options)
             dx, dA, dB, dm_row, dm_col = (
                 gradient if need else None for gradient, need in zip(gradients, ctx.needs, strict=True)
             )

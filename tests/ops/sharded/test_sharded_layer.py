@@ -27,7 +27,7 @@ from bora_kernels.reference import bora_linear_ref
 # ---- the layer ----
 
 LAYERS = {
-    f"{by}-{case}-{'detached' if detach_norm else 'exact'}-{backend}": (by, case, detach_norm, backend)
+    f"{by}-{case}-{'detached' if detach_norm else 'exact'}-{backend}": (by, case, detach_norm, backend, 1.0)
     for by in PLACEMENTS
     for detach_norm in (False, True)
     for backend, dtypes in (("torch", NAMES), ("triton", (torch.float32, torch.bfloat16) if INTERPRETING else ()))
@@ -36,7 +36,7 @@ LAYERS = {
     for case in (Case(5, 41, 27, 3, dtype=dtype, member=member, order=order) for member, order in VARIANTS)
 }
 LAYERS |= {
-    f"{by}-{case}-exact-torch": (by, case, False, "torch")
+    f"{by}-{case}-exact-torch": (by, case, False, "torch", 1.0)
     for by in PLACEMENTS
     for case in (
         Case(4, 1, 9, 2, dtype=torch.float64, order="col_row"),  # a rank without rows
@@ -45,6 +45,14 @@ LAYERS |= {
         Case(0, 8, 8, 2),
     )
 }
+LAYERS |= {  # a factor of the first magnitude, which is free, is not to leave float16's range
+    f"{by}-{case}-times-{factor}-{backend}": (by, case, False, backend, factor)
+    for by in PLACEMENTS
+    for backend, factors in (("torch", (1e-5, 300.0, 1e4)), ("triton", (1e4,)))
+    for factor in factors
+    for case in (Case(9, 43, 70, 3, dtype=torch.float16, order=order) for order in ("row_col", "col_row"))
+}
+LAYERS["columns-short"] = ("columns", Case(9, 40, 33, 3, dtype=torch.float16), False, "torch", 1e4)  # 17 columns and 16
 
 
 def check_layers(layers: dict[str, tuple], device: str = "cpu") -> dict[str, str]:
@@ -53,11 +61,14 @@ def check_layers(layers: dict[str, tuple], device: str = "cpu") -> dict[str, str
     torch.use_deterministic_algorithms(True, warn_only=device == "cuda")
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     failures = {}
-    for name, (by, case, detach_norm, backend) in layers.items():
+    for name, (by, case, detach_norm, backend, factor) in layers.items():
         layer = functools.partial(sharded_layer, mesh, PLACEMENTS[by])
         options = {"layer": layer, "norm_order": case.order, "detach_norm": detach_norm}
+        inputs, first = case.inputs(device), f"magnitude_{case.order[:3]}"
+        if factor != 1.0:
+            inputs[first] = inputs[first] * factor
         try:
-            check_layer(backend, case.inputs(device), case.upstream(device), **options)
+            check_layer(backend, inputs, case.upstream(device), **options)
         except AssertionError as error:
             failures[name] = str(error)
         except pytest.skip.Exception:
@@ -72,7 +83,7 @@ def failures() -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer_obeys_the_accuracy_rule(name):
-    _, case, _, backend = LAYERS[name]
+    _, case, _, backend, _ = LAYERS[name]
     require(backend, case.dtype)
     for failures_of_rank in failures():
         assert name not in failures_of_rank, failures_of_rank[name]
