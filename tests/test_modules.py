@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from helpers.accuracy import assert_accurate
+from helpers.accuracy import assert_accurate, assert_equal
 from helpers.cases import backends, orders, require
 from torch import nn
 
@@ -213,7 +213,7 @@ def test_state_dict_while_merged_holds_the_base_and_loads(device):
     module.merge()
     merged = module.state_dict()
     assert merged.keys() == unmerged.keys()
-    assert all(torch.equal(merged[name], unmerged[name]) for name in merged)
+    assert_equal(merged, unmerged)
 
     other = FusedBoraLinear(K, N, r=R, device=device)
     other.merge()

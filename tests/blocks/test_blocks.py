@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.accuracy import assert_accurate
+from helpers.accuracy import assert_accurate, assert_equal
 
 from bora_kernels.blocks import NormOrigin, Projection, gated_mlp, rms_norm, shared_input
 from bora_kernels.contract import Adapter, Options
@@ -205,7 +205,7 @@ def test_same_bits_each_time():
     layers = [make_layer(n, k, "bora", seed=i) for i, (n, k) in enumerate(((I, K), (I, K), (N, I)))]
     x = tokens()
     first, second = (results([gated_mlp(x, *layers, "silu")], x, layers) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_equal(first, second)
 
 
 def test_without_gradients_nothing_is_kept():

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.accuracy import assert_accurate
+from helpers.accuracy import assert_accurate, assert_equal
 from helpers.distributed import NCCL, RankErrors, launch
 from helpers.timing import times_in_turn
 from helpers.training import (
@@ -67,7 +67,7 @@ def test_five_steps_equal_those_of_one_process(trained, run):
     first, *others = trained[run]
     assert_as_on_one_process(first, run)
     for other in others:
-        assert all(torch.equal(other[name], value) for name, value in first.items())
+        assert_equal(other, first)
 
 
 GPU_RUNS = [

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.accuracy import assert_accurate
+from helpers.accuracy import assert_accurate, assert_equal
 from helpers.cases import SCALING, Case, run
 from helpers.distributed import RankErrors, launch
 from helpers.sharded import PLACEMENTS, STYLES, sharded_layer, styles, whole_and_sharded, x_and_dy
@@ -74,7 +74,7 @@ def test_five_steps_equal_those_of_one_process(world_size, run):
     first, *others = trained_by(world_size)[run]
     assert_as_on_one_process(first, run)
     for other in others:
-        assert all(torch.equal(other[name], value) for name, value in first.items())
+        assert_equal(other, first)
 
 
 def train_reusing(run: Run) -> tuple[dict, int, int]:

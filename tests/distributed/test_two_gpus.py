@@ -7,6 +7,7 @@ import test_distributed as data_parallel
 import test_sharded_layer as sharded_layer
 import test_tensor_parallel as tensor_parallel
 import torch
+from helpers.accuracy import assert_equal
 from helpers.cases import VARIANTS, Case
 from helpers.distributed import NCCL, launch
 from helpers.sharded import PLACEMENTS, styles
@@ -37,7 +38,7 @@ def trained() -> dict[Run, tuple[dict, dict]]:
 def test_five_steps_equal_those_of_one_process(trained, module: ModuleType, run: Run):
     first, second = trained[run]
     module.assert_as_on_one_process(first, run, "cuda")
-    assert all(torch.equal(second[name], value) for name, value in first.items())
+    assert_equal(second, first)
 
 
 # ---- layers ----

@@ -12,9 +12,12 @@ where exact is what is left of terms that cancel, the norm of those terms. A NaN
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+
+Tensors = Mapping[str, Tensor] | Iterable[Tensor]
 
 FLOOR = 5e-7  # four units in the last place of float32
 FLOOR_FLOAT64 = 1e-12  # and what "exact" itself may err where a sum cancels
@@ -40,6 +43,14 @@ def assert_accurate(
         report = _mismatch(name, value, plain[name], exact[name], samples, scale or 1.0, floor)
         reports += [report] if report else []
     assert not reports, "\n" + "\n".join(reports)
+
+
+def assert_equal(actual: Tensors, expected: Tensors) -> None:
+    """The same values and dtypes, NaN nowhere; the error names the first tensor that differs, and by how much."""
+    one, other = (dict(t if isinstance(t, Mapping) else enumerate(t)) for t in (actual, expected))
+    assert one.keys() == other.keys(), (list(one), list(other))
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def assert_same_finite(actual: dict[str, Tensor], plain: dict[str, Tensor], *, exactly: bool = True) -> None:

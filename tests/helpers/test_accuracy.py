@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers.accuracy import FLOOR, assert_accurate, assert_same_finite
+from helpers.accuracy import FLOOR, assert_accurate, assert_equal, assert_same_finite
+from helpers.on_gpu import assert_runs, run_script
 
 EXACT = torch.linspace(1, 2, 10_000, dtype=torch.float64)
 
@@ -48,6 +49,36 @@ def test_dtype_shape_and_names_must_match():
         check(EXACT.float()[:1], EXACT.float())
     with pytest.raises(AssertionError):
         assert_accurate({"x": EXACT}, {"y": EXACT}, {"y": EXACT}, samples=1)
+
+
+def test_equal_tensors_and_what_is_said_of_others():
+    one = {"y": torch.ones(3), "d_x": torch.tensor([1.0, 2.0])}
+    assert_equal(one, {name: t.clone() for name, t in one.items()})
+    assert_equal([*one.values()], (t for t in one.values()))
+    with pytest.raises(AssertionError, match=r"(?s)^d_x: .*Greatest absolute difference: 0.25 at index \(1,\)"):
+        assert_equal(one, one | {"d_x": torch.tensor([1.0, 2.25])})
+    for other in (torch.ones(3).double(), torch.ones(2), torch.tensor([1.0, 1.0, torch.nan])):
+        with pytest.raises(AssertionError, match="^0: "):
+            assert_equal([other], [torch.ones(3)])
+        with pytest.raises(AssertionError, match="^0: "):
+            assert_equal([other], [other.flip(0) + 1])
+    for others in ({"y": one["y"]}, one | {"more": one["y"]}):
+        with pytest.raises(AssertionError, match="d_x"):
+            assert_equal(one, others)
+
+
+def test_scripts_in_processes_of_their_own():
+    """An error still fails, and what was printed arrives though the interpreter does not shut down."""
+    assert (
+        run_script("""
+        print("said", end="")
+    """).stdout
+        == "said"
+    )
+    with pytest.raises(AssertionError, match="ValueError: on purpose"):
+        assert_runs("raise ValueError('on purpose')")
+    with pytest.raises(AssertionError):
+        assert_runs("import sys; sys.exit(3)")
 
 
 def test_same_finite():

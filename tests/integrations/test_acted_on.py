@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 pytest.importorskip("peft")
+from helpers.accuracy import assert_equal
 from helpers.four_kinds import IDS, Model, adapted, trained  # noqa: E402
 
 from bora_kernels import convert  # noqa: E402
@@ -105,7 +106,8 @@ def test_an_adapted_model_is_cast_layerwise(dtype):
         torch.autograd.grad(y.square().sum(), [p for p in m.parameters() if p.requires_grad])
         for y, m in zip(results, (model, expected), strict=True)
     )
-    assert len(held) == 4 * 4 and all(torch.equal(a, b) for a, b in zip(held, wanted, strict=True))
+    assert len(held) == 4 * 4
+    assert_equal(held, wanted)
 
 
 def test_a_converted_model_is_cast_layerwise_around_its_adapted_layers():

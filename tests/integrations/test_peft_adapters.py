@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from helpers.accuracy import assert_equal
 from helpers.cases import HALVES, NAMES, orders
 from helpers.peft_models import (
     LAYERS,
@@ -103,7 +104,7 @@ def test_merged_weights_are_those_of_the_reference(kind, order, safe_merge):
         assert merged.is_contiguous()
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
     model.unmerge_adapter()
-    assert all(torch.equal(weight, before[name]) for name, weight in base_weights(model).items())
+    assert_equal(base_weights(model), before)
     assert torch.equal(logits(model), expected)
 
 
@@ -115,7 +116,7 @@ def test_a_thousand_merges_leave_the_base_weights_to_the_bit(dtype, tmp_path):
     for _ in range(1000):
         model.merge_adapter()
         model.unmerge_adapter()
-    assert all(torch.equal(weight, before[name]) for name, weight in base_weights(model).items())
+    assert_equal(base_weights(model), before)
     assert torch.equal(logits(model), expected)
     model.save_pretrained(tmp_path)
     fresh = make_base(num_hidden_layers=1).to(dtype)
@@ -174,7 +175,7 @@ def test_a_broken_adapter_is_not_merged_safely():
     before = base_weights(model)
     with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
         model.merge_adapter(safe_merge=True)
-    assert all(torch.equal(weight, before[name]) for name, weight in base_weights(model).items())
+    assert_equal(base_weights(model), before)
 
 
 def test_a_merged_model_moves_and_unmerges_in_another_dtype():

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.accuracy import assert_accurate
+from helpers.accuracy import assert_accurate, assert_equal
 from helpers.cases import orders
+from helpers.on_gpu import END
 from helpers.peft_models import MODELS, bora_layers, dense_twin, make_base, make_ids, make_peft, trained_parameters
 from helpers.timing import times_in_turn
 from torch import nn
@@ -61,7 +62,7 @@ def test_checkpointing_gives_the_same_gradients(kind, use_reentrant):
         model(input_ids=ids, labels=ids).loss.backward()
         found.append({name: p.grad for name, p in trained_parameters(model).items()})
     plain, checkpointed = found
-    assert all(torch.equal(checkpointed[name], gradient) for name, gradient in plain.items())
+    assert_equal(checkpointed, plain)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -193,7 +194,8 @@ def test_the_callback_computes_norms_once_a_step(tmp_path, monkeypatch):
     calls = 2 * 3 * len(bora_layers(model))
     assert counts == [(calls, calls), (calls, calls // 3)] and not reuse._scopes
     (expected, losses), (actual, losses_reused) = runs
-    assert losses == losses_reused and all(torch.equal(actual[name], value) for name, value in expected.items())
+    assert losses == losses_reused
+    assert_equal(actual, expected)
 
 
 def test_the_callback_closes_what_a_failed_training_left_open():
@@ -225,7 +227,7 @@ def test_training_resumes_in_a_new_process_bit_by_bit(tmp_path):
     script = (
         "import sys, torch, test_peft_training as t\n"
         "model, _ = t.run_trainer(sys.argv[1], resume=True)\n"
-        "torch.save(t.adapter_bytes(model), sys.argv[1] + '/resumed.pt')"
+        "torch.save(t.adapter_bytes(model), sys.argv[1] + '/resumed.pt')" + END
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", script, str(tmp_path / "parts")]
@@ -233,4 +235,4 @@ def test_training_resumes_in_a_new_process_bit_by_bit(tmp_path):
     resumed = torch.load(tmp_path / "parts" / "resumed.pt")
     expected = adapter_bytes(uninterrupted)
     assert resumed.keys() == expected.keys() and len(resumed) == 4 * len(bora_layers(uninterrupted))
-    assert all(torch.equal(value, expected[name]) for name, value in resumed.items())
+    assert_equal(resumed, expected)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import CUDA
+from helpers.accuracy import assert_equal
 from helpers.cases import (
     HALVES,
     NAMES,
@@ -214,7 +215,7 @@ def test_lines_cancel_with_the_same_bits_each_time(backend, device):
     case = Case(16, 70, 65, 5, seed=9)
     inputs, dy = cancelled(case.inputs(device), "row", 1e-3), case.upstream(device)
     one, other = (run(bora_linear, inputs, dy, scaling=SCALING, backend=backend) for _ in range(2))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_equal(one, other)
 
 
 def test_of_a_sharded_weight(backend, device):

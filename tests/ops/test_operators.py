@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo.compiled_autograd
 import torch._dynamo.testing
+from helpers.accuracy import assert_equal
 from helpers.cases import TRAINED, Case, backends, check_layer, orders, require, run, variants
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -31,11 +32,6 @@ def results_of(call, module, x):
     y = call(x)
     dy = torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y).to(y.dtype)
     return [y.detach(), *torch.autograd.grad(y, [x, *trained], dy)]
-
-
-def assert_bitwise(actual, expected):
-    for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
-        assert a.dtype == b.dtype and torch.equal(a, b), f"result {index} differs by up to {(a - b).abs().max()}"
 
 
 # ---- operators ----
@@ -108,7 +104,7 @@ def test_compiled_is_eager_for_any_batch(backend, name, device):
     for batch in ((5,), (7,), (2, 3), (2, 9), (4, 4)):
         x = torch.randn(*batch, 24, device=device)
         with torch.autocast(device, torch.bfloat16, enabled="autocast" in name):
-            assert_bitwise(results_of(compiled, module, x), results_of(module, module, x))
+            assert_equal(results_of(compiled, module, x), results_of(module, module, x))
     assert counter.frame_count <= 4  # two for each number of dimensions
 
 
@@ -122,7 +118,7 @@ def test_compiled_layers_of_several_scalings(device):
         for layer in layers:
             layer.scaling *= scaling
             torch.nn.init.normal_(layer.lora_B)
-        assert_bitwise(results_of(compiled, layers, x), results_of(layers, layers, x))
+        assert_equal(results_of(compiled, layers, x), results_of(layers, layers, x))
 
 
 @backends
@@ -136,7 +132,7 @@ def test_compiled_dropout_is_eager(backend, device):
     for call in (compiled, module):
         torch.manual_seed(3)
         results.append(results_of(call, module, x))
-    assert_bitwise(*results)
+    assert_equal(*results)
     assert not torch.equal(results[0][0], results_of(module.eval(), module, x)[0])
 
 
@@ -151,7 +147,7 @@ def test_compiled_autograd(backend, compiled_forward, device):
     call, x = compile_whole(module) if compiled_forward else module, torch.randn(2, 5, 24, device=device)
     expected = results_of(call, module, x)
     with torch._dynamo.compiled_autograd._enable(compile_whole):
-        assert_bitwise(results_of(call, module, x), expected)
+        assert_equal(results_of(call, module, x), expected)
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="inductor needs a C compiler")
@@ -161,7 +157,7 @@ def test_inductor(device, monkeypatch, tmp_path):
     module = make_module(None, device)
     x = torch.randn(2, 5, 24, device=device)
     compiled = torch.compile(module, fullgraph=True)
-    assert_bitwise(results_of(compiled, module, x), results_of(module, module, x))
+    assert_equal(results_of(compiled, module, x), results_of(module, module, x))
 
 
 # ---- autocast ----
@@ -208,7 +204,7 @@ def test_checkpointing_changes_no_bit(backend, order, reentrant, dropout, device
         y.square().sum().backward()
         gradients = [p.grad for p in module.parameters() if p.requires_grad]
         results.append([y.detach(), x_leaf.grad, *gradients])
-    assert_bitwise(*results)
+    assert_equal(*results)
 
 
 @backends
@@ -219,7 +215,7 @@ def test_repeated_runs_give_the_same_bits(backend, order, device):
     inputs, dy = case.inputs(device), case.upstream(device)
     options = {"scaling": 0.5, "norm_order": order, "backend": backend}
     first, second = (run(bora_linear, inputs, dy, **options) for _ in range(2))
-    assert_bitwise(first.values(), second.values())
+    assert_equal(first.values(), second.values())
 
 
 # ---- what is kept for backward ----
@@ -272,7 +268,7 @@ def test_output_may_be_changed_in_place(backend, shape, device):
     x = torch.randn(shape, device=device)
     module = make_module(backend, device)
     assert not module(x.requires_grad_())._is_view()
-    assert_bitwise(results_of(lambda x: module(x).mul_(2), module, x), results_of(lambda x: module(x) * 2, module, x))
+    assert_equal(results_of(lambda x: module(x).mul_(2), module, x), results_of(lambda x: module(x) * 2, module, x))
 
 
 # ---- second derivatives ----

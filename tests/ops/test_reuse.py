@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.accuracy import assert_equal
 from helpers.cases import backends, require
 from torch.utils.checkpoint import checkpoint
 
@@ -39,11 +40,6 @@ def gradients(layer, x, call=None):
     return [y, *torch.autograd.grad(y.square().sum(), [x, *(p for p in layer.parameters() if p.requires_grad)])]
 
 
-def assert_same(actual, expected):
-    for a, b in zip(actual, expected, strict=True):
-        assert torch.equal(a, b)
-
-
 @backends
 @pytest.mark.parametrize("cls", [FusedBoraLinear, FusedDoraLinear])
 def test_micro_batches_in_a_scope(backend, cls, device, computed):
@@ -51,7 +47,7 @@ def test_micro_batches_in_a_scope(backend, cls, device, computed):
     expected = gradients(layer, x)
     with reuse_scales():
         for _ in range(3):
-            assert_same(gradients(layer, x), expected)
+            assert_equal(gradients(layer, x), expected)
     assert len(computed) == 2  # once outside, once inside
     gradients(layer, x)
     gradients(layer, x)
@@ -76,7 +72,7 @@ def test_changes_in_a_scope_are_seen(change, device, computed):
         before = layer(x)
         CHANGES[change](layer)
         inside = gradients(layer, x)
-    assert_same(inside, gradients(layer, x))
+    assert_equal(inside, gradients(layer, x))
     assert not torch.equal(inside[0], before) and len(computed) == 3
 
 
@@ -133,7 +129,7 @@ def test_training_after_evaluation_in_a_scope(device, computed):
     with reuse_scales():
         with torch.no_grad():
             layer(x)
-        assert_same(gradients(layer, x), expected)
+        assert_equal(gradients(layer, x), expected)
         with torch.no_grad():
             assert torch.equal(layer(x), expected[0])
         layer.detach_norm = True
@@ -158,7 +154,7 @@ def test_checkpoint_does_not_repeat_norms(backend, detach_norm, device, computed
     layer, x = make(device, backend, detach_norm=detach_norm)
     expected = gradients(layer, x)
     for _ in range(2):
-        assert_same(gradients(layer, x, lambda x: checkpoint(layer, x, use_reentrant=False)), expected)
+        assert_equal(gradients(layer, x, lambda x: checkpoint(layer, x, use_reentrant=False)), expected)
     assert len(computed) == 3  # the recomputations found theirs
     assert len(reuse._checkpointed) == 0  # and left nothing behind
 
@@ -201,7 +197,7 @@ def test_training_after_inference_mode_in_a_scope(device, computed):
                 assert torch.equal(layer(x), expected[0])
         assert len(computed) == 2
         for _ in range(2):
-            assert_same(gradients(layer, x), expected)
+            assert_equal(gradients(layer, x), expected)
         with torch.inference_mode():
             layer(x)
     assert len(computed) == 3

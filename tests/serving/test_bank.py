@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from helpers.accuracy import assert_equal
 from helpers.cases import NAMES, SCALING, Case, backends, cancelled, dtypes, orders, require
 
 from bora_kernels import AdapterBank, FusedBoraLinear, FusedDoraLinear, bora_linear_mixed
@@ -31,7 +32,7 @@ def state(bank: AdapterBank) -> tuple:
 
 def assert_same(before: tuple, after: tuple) -> None:
     assert before[0] == after[0] and before[2] == after[2]
-    assert all(torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+    assert_equal(before[1], after[1])
 
 
 @pytest.mark.parametrize("max_rank", [5, None], ids=["fixed", "grows"])
