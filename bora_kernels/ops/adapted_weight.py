@@ -96,7 +96,8 @@ def _word(like: Tensor, *cancels: Tensor | bool) -> Tensor:
     """``Scales.cancelled``."""
     word = like.new_zeros(4)
     for place, value in enumerate(cancels):
-        word[place] = value
+        if value is not False:  # a number from the host is a copy that a GPU waits for
+            word[place] = value
     return word
 
 

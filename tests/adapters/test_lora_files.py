@@ -148,8 +148,8 @@ def test_merged_layers_give_the_same_and_stay(tmp_path):
     assert torch.equal(model(X), before)
 
 
-def test_wrappers_are_looked_through(tmp_path):
-    model = model_of_one_place()
+def test_wrappers_are_looked_through(tmp_path, device):
+    model = model_of_one_place().to(device)  # where DataParallel takes it
     save_as_lora(model, tmp_path / "plain", rank=2, verbose=False)
     save_as_lora(nn.DataParallel(torch.compile(model)), tmp_path / "wrapped", rank=2, verbose=False)
     for name in (TENSORS, CONFIG):

@@ -50,7 +50,7 @@ def by_peft_alone(model: nn.Module, name: str, *args, call=None, **kwargs):
 
 
 def assert_each_is_its_own(model: nn.Module, names=NAMES, tolerance=1e-4) -> None:
-    ids = make_ids(len(names))
+    ids = make_ids(len(names)).to(model.device)
     logits = model(ids, adapter_names=names).logits
     for row, name in enumerate(names):
         expected = by_peft_alone(model, name, ids[row : row + 1]).logits[0]
@@ -59,13 +59,13 @@ def assert_each_is_its_own(model: nn.Module, names=NAMES, tolerance=1e-4) -> Non
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
-def test_every_input_has_its_own_adapter(kind, backend, monkeypatch):
+def test_every_input_has_its_own_adapter(kind, backend, device, monkeypatch):
     if backend == "triton":
         if not HAS_TRITON or kind != "llama":
             pytest.skip("one model is enough for the interpreter")
         plain = batches.AdapterBank
         monkeypatch.setattr(batches, "AdapterBank", lambda *args: plain(*args, backend="triton"))
-    assert_each_is_its_own(several(make_base(kind)))
+    assert_each_is_its_own(several(make_base(kind)).to(device))
 
 
 def test_peft_alone_refuses_it():
@@ -121,8 +121,8 @@ def test_scales_are_computed_once_for_a_call(monkeypatch):
     from bora_kernels.serving import entry
 
     computed = []
-    plain = entry.axis_scales
-    monkeypatch.setattr(entry, "axis_scales", lambda *args: computed.append(1) or plain(*args))
+    plain = entry.norms_and_scales
+    monkeypatch.setattr(entry, "norms_and_scales", lambda *args, **kw: computed.append(1) or plain(*args, **kw))
     model, ids = several(targets=["q_proj"]), make_ids(3)  # two layers
     names = ["dora", "__base__", "other"]
     model.generate(input_ids=ids, adapter_names=names, max_new_tokens=4, pad_token_id=0, eos_token_id=None)

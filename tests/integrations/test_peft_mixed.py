@@ -50,7 +50,7 @@ NAMES = ["dora", "__base__", "bora", "columns", "bora", "turned"]
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
-def test_every_input_of_a_batch_runs_with_its_own_adapter(kind, backend):
+def test_every_input_of_a_batch_runs_with_its_own_adapter(kind, backend, device):
     if backend == "triton" and (not HAS_TRITON or kind != "llama"):
         pytest.skip("one model is enough for the interpreter")
     if backend == "triton":  # and in it a layer of each shape
@@ -59,7 +59,7 @@ def test_every_input_of_a_batch_runs_with_its_own_adapter(kind, backend):
         model = with_members(make_base(kind))
     for layer in bora_layers(model).values():
         layer.backend = backend
-    ids = make_ids(len(NAMES))
+    model, ids = model.to(device), make_ids(len(NAMES)).to(device)
     logits = model(ids, adapter_names=NAMES).logits
     assert not logits.requires_grad
     for row, name in enumerate(NAMES):
@@ -151,8 +151,8 @@ def test_scales_are_computed_once_for_a_call_and_once_in_a_scope(monkeypatch):
     from bora_kernels.serving import entry
 
     computed = []
-    plain = entry.axis_scales
-    monkeypatch.setattr(entry, "axis_scales", lambda *args: computed.append(1) or plain(*args))
+    plain = entry.norms_and_scales
+    monkeypatch.setattr(entry, "norms_and_scales", lambda *args, **kw: computed.append(1) or plain(*args, **kw))
     model = with_members(make_base(), ["q_proj"])  # two layers
     ids, names = make_ids(3), ["bora", "dora", "__base__"]
     model.generate(input_ids=ids, adapter_names=names, max_new_tokens=5, pad_token_id=0, eos_token_id=None)
