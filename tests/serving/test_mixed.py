@@ -202,3 +202,21 @@ def test_parts_of_a_split_inner_dimension_add_up(device, monkeypatch):
     few_columns = {"BLOCK_SIZE_C": 64, "BLOCK_SIZE_R": 4, "num_warps": 4}
     monkeypatch.setattr(mixed_project, "mixed_project_few_config", lambda *_: (2, few_columns))
     check("triton", [1, 2, 0, 5, 4], 53, 110, torch.float32, device)
+    check("triton", [4] * 5, 53, 110, torch.float32, device)
+    check("triton", [0] * 3, 53, 110, torch.bfloat16, device)
+
+
+@backends
+def test_one_adapter_alone_of_any_rank_and_then_several_by_the_same_index(backend, device):
+    require(backend, torch.float32)
+    weight, x = torch.randn(40, 70, device=device), torch.randn(5, 70, device=device)
+    for rank in (1, 17, 33, 70):
+        factors = [torch.randn(rank, 70, device=device), torch.randn(40, rank, device=device)]
+        bank = AdapterBank(weight, backend=backend)
+        bank.add("first", None)
+        bank.add("it", (*factors, torch.rand(40, device=device), torch.rand(70, device=device)), scaling=0.1)
+        index = bank.index(["it"] * 5)
+        alone = bora_linear_mixed(x, weight, bank, index)
+        several = bora_linear_mixed(x, weight, bank, bank.index(["it", "it", None, "it", "first"], out=index))
+        torch.testing.assert_close(alone[[0, 1, 3]], several[[0, 1, 3]], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(several[[2, 4]], x[[2, 4]] @ weight.T, rtol=1e-5, atol=1e-4)
