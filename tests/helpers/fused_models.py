@@ -11,7 +11,9 @@ from helpers.accuracy import assert_accurate
 from helpers.peft_models import make_base, make_ids, train_a_little
 from torch import Tensor, nn
 
-from bora_kernels import fuse
+from bora_kernels import convert, fuse
+from bora_kernels.contract import Adapter
+from bora_kernels.fusion import layers, mlp, normed, shared
 
 peft = pytest.importorskip("peft")
 
@@ -27,10 +29,61 @@ def peft_model(variant: str = "lora", kind: str = "llama", *, base: nn.Module | 
     return train_a_little(peft.get_peft_model(make_base(kind) if base is None else base, config))
 
 
+def converted(base: nn.Module | None = None, **options) -> nn.Module:
+    """A Llama of two layers, converted and off its start."""
+    model = convert(make_base() if base is None else base, **{"r": 3, "alpha": 5, **options})
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                change = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(parameter * (1 + 0.1 * change) if parameter.ndim == 1 else parameter + 0.1 * change)
+    return model
+
+
 def twins(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The model fused, and a copy as it was."""
     plain = copy.deepcopy(model)
     return fuse(model), plain
+
+
+def _noting(monkeypatch: pytest.MonkeyPatch, place: object, name: str, note: Callable[..., None]) -> None:
+    """Calls ``note`` with the arguments of each call of a function."""
+    inner = getattr(place, name)
+
+    def call(*args):
+        note(*args)
+        return inner(*args)
+
+    monkeypatch.setattr(place, name, call)
+
+
+def blocks_that_run(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often each block runs from here on."""
+    made = {"gated_mlp": 0, "shared_input": 0, "rms_norm": 0}
+
+    def counting(name):
+        def note(*args):
+            made[name] += 1
+
+        return note
+
+    for place, name in ((mlp, "gated_mlp"), (shared, "shared_input"), (normed, "rms_norm")):
+        _noting(monkeypatch, place, name, counting(name))
+    return made
+
+
+def adapters_that_run(monkeypatch: pytest.MonkeyPatch) -> list[Adapter]:
+    """The adapters that run on this package's kernels from here on, alone or in a block."""
+    made: list[Adapter] = []
+    adapters = [
+        (layers, "adapted_linear", lambda x, weight, adapter, *_: [adapter]),
+        (mlp, "gated_mlp", lambda x, *members: [member.adapter for member in members[:3]]),
+        (shared, "shared_input", lambda x, members, origin: [member.adapter for member in members]),
+    ]
+    for place, name, of in adapters:
+        _noting(monkeypatch, place, name, lambda *args, of=of: made.extend(of(*args)))
+    return made
 
 
 def results(model: nn.Module, ids: Tensor | None = None, seed: int = 0) -> dict[str, Tensor]:
