@@ -136,7 +136,7 @@ def _down(
     if u is None and not needs_S:
         return dh, v, None, None
     with beside_last_launch():
-        parts = reduce(dy, product if needs_S else None, u, None, dropout_p=0.0, precision=precision)
+        parts = reduce(dy, product if needs_S else None, u, scales.cancelled, None, dropout_p=0.0, precision=precision)
     return dh, v, *parts
 
 
@@ -181,8 +181,9 @@ def _reader(
     parts: Parts = (None, None)
     if needs.lora_A or needs_D:
         parts = reduce(
-            x, product if needs_D else None, v if needs.lora_A else None, None, dropout_p=0.0, precision=precision
-        )
+            x, product if needs_D else None, v if needs.lora_A else None, scales.cancelled, None,
+            dropout_p=0.0, precision=precision,
+        )  # fmt: skip
     col = _combined(adapter, weight, flat_scales, parts, False, options["eps"], stand_in)
     gradients = _gradients(weight, adapter, flat_scales, row, col, stand_in=stand_in, **options)
     return dx if needs.x else None, *gradients

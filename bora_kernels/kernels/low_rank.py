@@ -106,13 +106,15 @@ def _reduce_kernel(
     projection_ptr,  # [PARTS, M, R], contiguous
     factor_parts_ptr,  # [splits, C, R]
     total_parts_ptr,  # [splits, C]
+    word_ptr,  # [2]: not 0 where lines are cancelled
     seed_ptr,  # [1]
     M, C, split_size,
     stride_tm, stride_tc, stride_om, stride_oc,
     dropout_p,
     R: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
-    HAS_FACTOR: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_FACTOR: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_WORD: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     offs_c = tl.program_id(0) * BLOCK_SIZE_C + tl.arange(0, BLOCK_SIZE_C)
     split = tl.program_id(1)
@@ -139,6 +141,14 @@ def _reduce_kernel(
         if pid_r == 0:  # a branch: Triton 3.9's interpreter takes no mask of a block and a scalar
             tl.store(total_parts_ptr + base, tl.sum(total, axis=0), mask=mask_c)
     if HAS_FACTOR:
+        if HAS_WORD:  # such a line has most of d_factor to itself: no other averages what rounding takes of it
+            if any_set(word_ptr, 2):
+                for m in tl.range(split * split_size, end, 16, num_stages=1):  # rare: few registers
+                    offs_m = m + tl.arange(0, 16)
+                    t = load_matrix(t_ptr, offs_m, offs_c, end, C, stride_tm, stride_tc)
+                    projection = load_projection(projection_ptr, offs_m, offs_r, M, end, R, PARTS)
+                    low = (projection - projection.to(t.dtype).to(tl.float32)).to(t.dtype)
+                    acc = tl.dot(tl.trans(t), low, acc, input_precision=PRECISION)
         ptrs = factor_parts_ptr + base[:, None] * R + offs_r[None, :]
         tl.store(ptrs, acc, mask=mask_c[:, None] & (offs_r < R)[None, :])
 
@@ -234,12 +244,16 @@ def reduce(
     t: Tensor,
     other: Tensor | None,
     projection: Tensor | None,
+    word: Tensor | None,
     seed: Tensor | None,
     *,
     dropout_p: float,
     precision: str,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Parts of tᵀ·projection [splits, C, R] and of Σ_m t⊙other [splits, C], one for each split of the tokens."""
+    """Parts of tᵀ·projection [splits, C, R] and of Σ_m t⊙other [splits, C], one for each split of the tokens.
+
+    Where there is ``word`` of cancelled lines, a half-precision product takes the projection in two terms.
+    """
     M, C = t.shape
     allocated, _, R = (1, M, 1) if projection is None else projection.shape
     arch, processors = target(t.get_device())
@@ -251,12 +265,13 @@ def reduce(
     launch(
         _reduce_kernel,
         (cdiv(C, config["BLOCK_SIZE_C"]), splits, cdiv(R, config["BLOCK_SIZE_R"])),
-        (t, other, projection, factor_parts, total_parts, seed),
+        (t, other, projection, factor_parts, total_parts, word, seed),
         M=M, C=C, split_size=cdiv(cdiv(M, splits), config["BLOCK_SIZE_M"]) * config["BLOCK_SIZE_M"],
         stride_tm=t.stride(0), stride_tc=t.stride(1), stride_om=other_strides[0], stride_oc=other_strides[1],
         dropout_p=dropout_p,
         R=R, PARTS=parts, HAS_FACTOR=projection is not None, HAS_TOTAL=other is not None,
-        HAS_DROPOUT=seed is not None, PRECISION=precision, **config,
+        HAS_WORD=word is not None and is_half(t.dtype), HAS_DROPOUT=seed is not None,
+        PRECISION=precision, **config,
     )  # fmt: skip
     return factor_parts, total_parts
 

@@ -47,6 +47,8 @@ from ..contract import (
 from ..rounding import HALF_PRECISION, fold
 from .adapted_weight import block_rows, norm_paths, norms_and_scales, times_v
 
+_wide_product = torch.mm
+
 
 def forward(
     x: Tensor,
@@ -118,9 +120,9 @@ def backward(
 
     dA = dB = None
     if needs.lora_B:
-        dB = _times(wide_matmul(_operand(given(u), dy.dtype).T, dy), scales.row_scale).T  # (6)
+        dB = _times(_token_product(given(u), dy), scales.row_scale).T  # (6)
     if needs.lora_A:
-        dA = _times(wide_matmul(_operand(v, dy.dtype).T, _dropped(given(x), mask, dropout_p)), scales.col_scale)  # (6)
+        dA = _times(_token_product(v, _dropped(given(x), mask, dropout_p)), scales.col_scale)  # (6)
 
     dm_row = _magnitude_gradient(S, magnitude_row, scales.row_norm, scales.row_scale, stand_in=stand_in)  # (7)
     dm_col = _magnitude_gradient(D, magnitude_col, scales.col_norm, scales.col_scale, stand_in=stand_in)  # (7)
@@ -157,16 +159,16 @@ def _times_adapted(
     if _takes_v(t, weight, scales, mask):
         return times_v(operand, weight, adapter, scaling, _add_split_matmul, transposed=transposed)
     product = wide_matmul(operand, matrix)
-    if mask is not None and transposed:
-        return product.add_(_dropped(split_matmul(_operand(projection, t.dtype), outer), mask, options.dropout_p))
-    if t.dtype not in HALF_PRECISION or not _has_wide_products(t):
+    dropped = mask if transposed else None
+    if t.dtype in HALF_PRECISION and _has_wide_products(t):
+        if mask is None and scale is not None:
+            rounded = scaling * split_matmul(operand, inner)  # of the operand that W0 meets
+            projection = torch.where(given(scales.cancelled).any(), rounded, projection)
+        (high, low), (factor_high, factor_low) = _split(projection, t.dtype), _split(outer, t.dtype)
+        projection, outer = torch.cat((high, high, low), 1), torch.cat((factor_high, factor_low, factor_high))
+    elif dropped is None:
         return product.addmm_(projection, outer.to(product.dtype))
-    if mask is None and scale is not None:
-        rounded = scaling * split_matmul(operand, inner)  # of the operand that W0 meets
-        projection = torch.where(given(scales.cancelled).any(), rounded, projection)
-    (high, low), (factor_high, factor_low) = _split(projection, t.dtype), _split(outer, t.dtype)
-    tail = torch.cat((high, high, low), 1), torch.cat((factor_high, factor_low, factor_high))
-    return product.add_(wide_matmul(*tail))
+    return product.add_(_dropped(wide_matmul(projection, outer), dropped, options.dropout_p))
 
 
 def _takes_v(t: Tensor, weight: Tensor, scales: Scales, mask: Tensor | None) -> bool:
@@ -241,9 +243,12 @@ def folded(t: Tensor, scale: Tensor | None) -> Tensor:
     return t.to(accumulation_dtype(t.dtype)) * scale
 
 
-def _operand(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """A projection, as wide as it is or in the dtype of the products that the device has."""
-    return t.to(dtype) if dtype not in HALF_PRECISION or _has_wide_products(t) else t
+def _token_product(projection: Tensor, t: Tensor) -> Tensor:
+    """projectionᵀ·t [R, C] for t [M, C], wide; a half-precision product takes the projection in two terms."""
+    if t.dtype not in HALF_PRECISION or not _has_wide_products(t):
+        return wide_matmul(projection.T, t)
+    both = wide_matmul(torch.cat(_split(projection, t.dtype), 1).T, t)  # in one read of t
+    return both[: projection.shape[1]] + both[projection.shape[1] :]
 
 
 def split_matmul(t: Tensor, f: Tensor) -> Tensor:
@@ -275,10 +280,6 @@ def _has_wide_products(t: Tensor) -> bool:
     return t.is_cuda and "dtype" in torch.ops.aten.mm.overloads()
 
 
-def _wide_product(t: Tensor, matrix: Tensor) -> Tensor:
-    return torch.mm(t, matrix, out_dtype=torch.float32)
-
-
 def wide_matmul(t: Tensor, matrix: Tensor) -> Tensor:
     """t [M, C] · matrix [C, O] in the accumulation dtype: rounded to half precision it would lose small updates.
 
@@ -288,7 +289,7 @@ def wide_matmul(t: Tensor, matrix: Tensor) -> Tensor:
     if t.dtype not in HALF_PRECISION and (matrix.dtype not in HALF_PRECISION or t.is_cuda):
         return t @ matrix.to(acc)
     if _has_wide_products(t):
-        return _wide_product(t, matrix.to(t.dtype))
+        return _wide_product(t, matrix.to(t.dtype), out_dtype=acc)
     out = t.new_zeros(t.shape[0], matrix.shape[1], dtype=acc)
     step = max(1, CHUNK_ELEMENTS // matrix.shape[1])
     for start in range(0, matrix.shape[0], step):

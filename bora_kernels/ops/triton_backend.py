@@ -145,6 +145,7 @@ def _backward(
     scales = split_scales(flat_scales, weight.shape, lora_A.shape[0], members)
     dtype, device = dy.dtype, dy.device
     stand_in = zero_stand_in(dtype)
+    word = None if dropout_p else scales.cancelled
     dx = dA = dB = dm_row = dm_col = row_coefficient = col_coefficient = dx_product = None
 
     if needs.x or needs.lora_A or needs_D:
@@ -155,8 +156,9 @@ def _backward(
     if needs.lora_B or needs_S:
         with beside_last_launch():  # the product, which arithmetic bounds and not memory
             dB_parts, S_parts = reduce(
-                dy, product if needs_S else None, u if needs.lora_B else None, None, dropout_p=0.0, precision=precision
-            )
+                dy, product if needs_S else None, u if needs.lora_B else None, word, None,
+                dropout_p=0.0, precision=precision,
+            )  # fmt: skip
             dB = empty(lora_B.shape, torch.float32, device) if needs.lora_B else None
             row_coefficient, dm_row = combine(
                 dB_parts, S_parts, scales.row_scale, scales.row_norm, magnitude_row, dB,
@@ -164,7 +166,7 @@ def _backward(
             )  # (5), (6), (7)  # fmt: skip
     if needs.lora_A or needs_D:
         dA_parts, D_parts = reduce(
-            x, dx_product if needs_D else None, v if needs.lora_A else None, seed,
+            x, dx_product if needs_D else None, v if needs.lora_A else None, word, seed,
             dropout_p=dropout_p, precision=precision,
         )  # fmt: skip
         dA = empty(lora_A.shape, torch.float32, device) if needs.lora_A else None

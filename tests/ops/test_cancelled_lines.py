@@ -38,7 +38,7 @@ def backend(request, monkeypatch):
         name = "torch"
         monkeypatch.setattr(torch_backend, "_reads_word", lambda _: False)
         monkeypatch.setattr(torch_backend, "_has_wide_products", lambda _: True)
-        monkeypatch.setattr(torch_backend, "_wide_product", lambda t, matrix: t.float() @ matrix.float())
+        monkeypatch.setattr(torch_backend, "_wide_product", lambda t, matrix, **_: t.float() @ matrix.float())
     return name
 
 
@@ -98,6 +98,17 @@ def test_layers(backend, dtype, member, order, axis, left, device):
     require(backend, dtype)
     for seed, (N, K, R) in enumerate([(40, 70, 14), (48, 66, 20)]):
         case = Case(21, N, K, R, dtype=dtype, member=member, order=order, bias=seed == 0, seed=seed)
+        check_layer(backend, undone(case.inputs(device), axis, left), case.upstream(device), norm_order=order)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=NAMES.get)
+@orders
+@pytest.mark.parametrize("axis", ["row", "col"])
+def test_rank_1(backend, dtype, order, axis, device):
+    """One number of a factor's gradient is nearly all of it, and rounding the projections would be all of its error."""
+    require(backend, dtype)
+    for seed, (N, K, left) in enumerate([(63, 31, 0.05), (40, 57, 1e-3), (34, 72, 0.05)]):
+        case = Case(36, N, K, 1, dtype=dtype, order=order, bias=False, seed=48 + seed)
         check_layer(backend, undone(case.inputs(device), axis, left), case.upstream(device), norm_order=order)
 
 
