@@ -136,3 +136,11 @@ def fresh_replays(monkeypatch):
         warnings.filterwarnings("error", message=".*cannot replay.*")
         yield
     plan_cache.clear()
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """A CUDA driver played by Python."""
+    from helpers.fake_driver import Driver
+
+    yield from Driver().play(monkeypatch)

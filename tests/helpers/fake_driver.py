@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -199,3 +200,13 @@ def assert_chain(results, a, b, scale=2.0):
     torch.testing.assert_close(w, scale * a, rtol=1e-6, atol=0)
     torch.testing.assert_close(z, 3 * scale * a + b, rtol=1e-6, atol=1e-6)
     assert absent is None
+
+
+def check(run, times=1, **options):
+    """That a chain has the right results, so often; returns the texts of warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(times):
+            a, b = vectors()
+            assert_chain(run(a, b, scale=2.0, **options), a, b)
+    return [str(warning.message) for warning in caught]

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from helpers.fake_driver import Driver, Kernel, assert_chain, chain, vectors
+from helpers.fake_driver import Kernel, assert_chain, chain, vectors
 
 pytest.importorskip("triton", reason="needs triton")
 
@@ -17,11 +17,6 @@ from bora_kernels.replay.driver import Graph
 from bora_kernels.replay.recording import empty, launch
 
 GRAPH = Graph.nbytes
-
-
-@pytest.fixture
-def driver(monkeypatch):
-    yield from Driver().play(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

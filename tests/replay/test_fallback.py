@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import threading
-import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.fake_driver import Driver, Kernel, assert_chain, chain, vectors
+from helpers.fake_driver import Kernel, chain, check, vectors
 
 pytest.importorskip("triton", reason="needs triton")
 
@@ -19,21 +18,6 @@ from bora_kernels.replay.recording import empty, launch
 from bora_kernels.replay.stage import stage
 
 REAL_CUDA, REAL_PARAMETER_SIZES = cuda_driver.cuda, cuda_driver.parameter_sizes
-
-
-@pytest.fixture
-def driver(monkeypatch):
-    yield from Driver().play(monkeypatch)
-
-
-def check(run, times=1, **options):
-    """Right results; returns the texts of warnings."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(times):
-            a, b = vectors()
-            assert_chain(run(a, b, scale=2.0, **options), a, b)
-    return [str(warning.message) for warning in caught]
 
 
 # ---- what is missing or other than expected ----

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from helpers.fake_driver import Driver, Kernel, assert_chain, chain, vectors
+from helpers.fake_driver import Kernel, assert_chain, chain, vectors
 
 pytest.importorskip("triton", reason="needs triton")
 
@@ -16,11 +16,6 @@ from bora_kernels.replay import driver as cuda_driver
 from bora_kernels.replay import parameters, plan
 from bora_kernels.replay.recording import Layout, beside_last_launch, empty, launch
 from bora_kernels.replay.stage import stage
-
-
-@pytest.fixture
-def driver(monkeypatch):
-    yield from Driver().play(monkeypatch)
 
 
 def test_replay_on_other_tensors(driver):
