@@ -32,6 +32,7 @@ FAMILIES = {
     "qwen3": ({"head_dim": 16}, (1, 5, 5)),
     "gemma2": ({"head_dim": 16}, (1, 5, 5)),
     "phi3": ({}, (1, 0, 3)),
+    "glm4": ({"head_dim": 16}, (1, 3, 5)),
     "olmo2": ({}, (1, 5, 5)),
     "cohere": ({}, (1, 5, 0)),
     "lfm2": ({"layer_types": ["full_attention"], "block_auto_adjust_ff_dim": False}, (1, 5, 5)),
@@ -125,8 +126,8 @@ def test_results_are_those_of_the_plain_model(family, way, calls):
     assert (kinds["gated MLP"], kinds["layer that reads its input with others"], kinds["RMSNorm"]) == expected
     assert_same_results(fused, plain)
     mlps, grouped, norms = expected
-    joint = family == "phi3"  # norms of columns are over gate and up together
-    in_attention = 0 if joint else grouped - 2 * (mlps + (family == "bitnet"))
+    joint = family in ("phi3", "glm4")  # norms of columns are over gate and up together
+    in_attention = grouped if joint else grouped - 2 * (mlps + (family == "bitnet"))
     assert calls["gated_mlp"] == (0 if joint and way in ("convert", "bora") else mlps) and calls["rms_norm"] == norms
     assert calls["shared_input"] == (in_attention // 2 if family == "t5" else in_attention // 3 + (family == "bitnet"))
 
