@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import textwrap
 from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers.accuracy import assert_equal
+from helpers.accuracy import assert_accurate, assert_equal
+from helpers.cases import NAMES as DTYPES
 from helpers.cases import SCALING, Case, check_layer, run
 from helpers.on_gpu import BF16, DEVICE, assert_runs, data, in_a_thread, layer, run_script, step
 from torch import nn
 
-from bora_kernels import bora_linear, replay_disabled
+from bora_kernels import FusedBoraLinear, bora_linear, replay_disabled
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_replays")]
 
@@ -188,6 +190,33 @@ def test_an_autograd_graph_that_is_kept_beside_a_capture_is_pytorchs_matter():
             outcomes[kind] = done.stdout.strip().splitlines()[-1:] or done.stderr[-500:]
         assert outcomes["bora"] == outcomes["linear"], (kept, outcomes)
         assert kept or outcomes["bora"] == ["['captured', 'captured']"], outcomes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=DTYPES.get)
+def test_graphs_of_the_compiler(dtype):
+    """mode="reduce-overhead": its graphs are warmed up, captured and replayed, with other values every time."""
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters["inductor"]
+    counters.clear()
+    first, second = (FusedBoraLinear(K, N, r=8, device=DEVICE, dtype=dtype) for K, N in ((96, 160), (160, 64)))
+    for part in (first, second):
+        nn.init.normal_(part.lora_B, std=0.1)
+    model = nn.Sequential(first, nn.GELU(), second)
+    compiled, exact = torch.compile(model, mode="reduce-overhead", fullgraph=True), copy.deepcopy(model).double()
+
+    def results(call, module, x, dy):
+        torch.compiler.cudagraph_mark_step_begin()
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        y = call(x)
+        gradients = torch.autograd.grad(y, list(trained.values()), dy)
+        # The next step writes over them.
+        return {"y": y.detach().clone(), **{name: d.clone() for name, d in zip(trained, gradients, strict=True)}}
+
+    for _ in range(6):
+        x, dy = (torch.randn(64, features, device=DEVICE).to(dtype) for features in (96, 64))
+        found, plain = results(compiled, model, x, dy), results(model, model, x, dy)
+        assert_accurate(found, plain, results(exact, exact, x.double(), dy.double()), samples=64)
+    assert not counters["cudagraph_skips"]
 
 
 # ---- two devices ----
