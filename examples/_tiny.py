@@ -82,6 +82,20 @@ def train(model: nn.Module, tokenizer: Any, rows: list[str], *, steps: int, lear
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
+def adapter(
+    base: nn.Module, tokenizer: Any, rows: list[str], folder: Path, *, steps: int, learning_rate: float
+) -> Path:
+    """The folder, with an adapter over the base that was trained for a few steps."""
+    from peft import get_peft_model
+
+    from bora_kernels.integrations.peft import BoraConfig
+
+    model = get_peft_model(base, BoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    train(model, tokenizer, rows, steps=steps, learning_rate=learning_rate)
+    model.save_pretrained(folder)
+    return folder
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, tokenizer: Any, rows: list[str]) -> float:
     """The mean loss of a token."""

@@ -42,7 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
     def dense() -> torch.nn.Module:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
 
-    adapter = options.adapter or make_adapter(options, name, tokenizer, rows)
+    steps = {"steps": options.steps, "learning_rate": options.learning_rate}
+    adapter = options.adapter or _tiny.adapter(
+        _tiny.four_bits(name, dtype), tokenizer, rows, options.output / "adapter", **steps
+    )
     losses = {"the dense model": _tiny.evaluate(dense(), tokenizer, rows)}
     base = _tiny.four_bits(name, dtype)
     losses["its 4-bit weights"] = _tiny.evaluate(base, tokenizer, rows)
@@ -63,21 +66,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{text:{width}}  {loss:.4f}")
     print(f"\nmerged_4_bit and merged_dense are in {options.output}, plain models of {options.dtype}")
     return 0
-
-
-def make_adapter(options: argparse.Namespace, name: str, tokenizer, rows: list[str]) -> Path:
-    """An adapter over the 4-bit base, trained for a few steps."""
-    import _tiny
-    from peft import get_peft_model
-
-    from bora_kernels.integrations.peft import BoraConfig
-
-    base = _tiny.four_bits(name, getattr(torch, options.dtype))
-    model = get_peft_model(base, BoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    _tiny.train(model, tokenizer, rows, steps=options.steps, learning_rate=options.learning_rate)
-    folder = options.output / "adapter"
-    model.save_pretrained(folder)
-    return folder
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -42,7 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     def load(folder: str | Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
 
-    adapter = options.adapter or make_adapter(options, load(name), tokenizer)
+    adapter = options.adapter or _tiny.adapter(
+        load(name), tokenizer, _tiny.texts(), options.output / "adapter", steps=options.steps, learning_rate=5e-3
+    )
     prompts = options.prompt or ["the small", "the red cat"]
     texts = {"base": generate(load(name), tokenizer, prompts, options.tokens)}
     model = PeftModel.from_pretrained(load(name), adapter).eval()
@@ -82,20 +84,6 @@ def generate(model: Any, tokenizer: Any, prompts: list[str], tokens: int) -> tup
         made += ids.shape[1] - inputs["input_ids"].shape[1]
         found.append(tokenizer.decode(ids[0], skip_special_tokens=True))
     return found, (time.perf_counter() - start) / max(1, made)
-
-
-def make_adapter(options: argparse.Namespace, base: Any, tokenizer: Any) -> Path:
-    """An adapter that was trained for a few steps."""
-    import _tiny
-    from peft import get_peft_model
-
-    from bora_kernels.integrations.peft import BoraConfig
-
-    model = get_peft_model(base, BoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    _tiny.train(model, tokenizer, _tiny.texts(), steps=options.steps, learning_rate=5e-3)
-    folder = options.output / "adapter"
-    model.save_pretrained(folder)
-    return folder
 
 
 def _parser() -> argparse.ArgumentParser:

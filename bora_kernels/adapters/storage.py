@@ -279,7 +279,7 @@ def _tensor_problems(
     if tuple(tensor.shape) != shape:
         return [f"{name} must be {list(shape)}, got {list(tensor.shape)}"]
     if target is None and not tensor.is_floating_point():
-        return [f"{name} must be a floating-point tensor, got {tensor.dtype}"]
+        return [f"{name} must have a floating-point dtype, got {tensor.dtype}"]
     if target is not None and torch.promote_types(tensor.dtype, target.dtype) != target.dtype:
         return [f"{name} must fit into {target.dtype}, got {tensor.dtype}"]
     return []

@@ -37,11 +37,11 @@ def weight_change(before: Tensor, after: Tensor, layer: str = "", step: int | No
     before or after has no direction and counts as not turned.
 
     Shapes: before, after [N, K]. Dtypes: any floating one; computed in float32, or float64 if one of them is.
-    Raises ValueError for other shapes, TypeError for what is no floating-point tensor.
+    Raises ValueError for other shapes, TypeError for other dtypes.
     """
     for name, weight in (("before", before), ("after", after)):
         if not weight.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {weight.dtype}")
+            raise TypeError(f"{name} must have a floating-point dtype, got {weight.dtype}")
         if weight.dim() != 2 or 0 in weight.shape:
             raise ValueError(f"{name} must be [N, K] and not empty, got {list(weight.shape)}")
     if before.shape != after.shape:

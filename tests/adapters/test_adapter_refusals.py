@@ -42,7 +42,7 @@ REFUSED = {
     "rank": ({"tensors": {f"{UP}.lora_A.weight": torch.ones(4, K)}}, r"block.up.lora_A must be \[3, 8\], got \[4, 8\]"),
     "dtype": (
         {"tensors": {f"{UP}.lora_B.weight": torch.ones(N, 3).int()}},
-        "block.up.lora_B must be a floating-point tensor, got torch.int32",
+        "block.up.lora_B must have a floating-point dtype, got torch.int32",
     ),
     "unknown-layer": ({"tensors": {"base_model.model.block.gate.lora_A.weight": X}}, "block.gate is unknown"),
     "unknown-tensor": (
