@@ -116,6 +116,8 @@ def _reduce_kernel(
     HAS_FACTOR: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_WORD: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    if HAS_FACTOR and HAS_WORD:
+        word = any_set(word_ptr, 2)  # early: nobody waits for it
     offs_c = tl.program_id(0) * BLOCK_SIZE_C + tl.arange(0, BLOCK_SIZE_C)
     split = tl.program_id(1)
     pid_r = tl.program_id(2)
@@ -142,7 +144,7 @@ def _reduce_kernel(
             tl.store(total_parts_ptr + base, tl.sum(total, axis=0), mask=mask_c)
     if HAS_FACTOR:
         if HAS_WORD:  # such a line has most of d_factor to itself: no other averages what rounding takes of it
-            if any_set(word_ptr, 2):
+            if word:
                 for m in tl.range(split * split_size, end, 16, num_stages=1):  # rare: few registers
                     offs_m = m + tl.arange(0, 16)
                     t = load_matrix(t_ptr, offs_m, offs_c, end, C, stride_tm, stride_tc)
