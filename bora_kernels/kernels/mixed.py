@@ -19,8 +19,9 @@ from torch import Tensor
 from ..contract import Slots
 from ..replay.recording import empty, launch
 from .common import load_matrix, load_projection, load_vector
-from .config import TRITON_DTYPES, cdiv, is_aligned, mixed_few, mixed_few_config, mixed_many_config, target
+from .config import TRITON_DTYPES, cdiv, is_aligned, target
 from .gemm import descriptor, fits_descriptor
+from .mixed_config import mixed_few, mixed_few_config, mixed_many_config
 from .mixed_project import add_product, groups_of_tile, look_up, project_few, project_many, split_of
 
 

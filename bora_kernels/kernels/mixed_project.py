@@ -13,7 +13,8 @@ from torch import Tensor
 from ..contract import Slots
 from ..replay.recording import empty, launch
 from .common import dot_split, load_matrix, load_vector, round_with_dither
-from .config import cdiv, is_aligned, mixed_project_config, mixed_project_few_config, target
+from .config import cdiv, is_aligned, target
+from .mixed_config import mixed_project_config, mixed_project_few_config
 
 
 @triton.jit

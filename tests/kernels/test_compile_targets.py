@@ -27,6 +27,7 @@ from bora_kernels.kernels import (
     gemm_of_v,
     low_rank,
     mixed,
+    mixed_config,
     mixed_project,
     moments,
     nf4,
@@ -188,10 +189,10 @@ def compile_request(kernel, arguments: dict, arch) -> CompileRequest:
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("arch", PROCESSORS, ids=str)
 def test_every_launch_compiles_within_the_targets_limits(arch, launches, monkeypatch):
-    for module in (config, gated, gemm, gemm_of_v, low_rank, mixed, mixed_project, moments, norms):
+    for module in (config, gated, gemm, gemm_of_v, low_rank, mixed, mixed_config, mixed_project, moments, norms):
         monkeypatch.setattr(module, "target", lambda index: (arch, PROCESSORS[arch]))
     monkeypatch.setattr(torch.version, "hip", "6.4" if isinstance(arch, str) else None)
-    for cached in (config.gemm_config, config.mixed_many_config):
+    for cached in (config.gemm_config, mixed_config.mixed_many_config):
         cached.cache_clear()
     for case in CASES:
         run_layer(case)
@@ -210,7 +211,7 @@ def test_every_launch_compiles_within_the_targets_limits(arch, launches, monkeyp
     for dtype, block in ((torch.bfloat16, 64), (torch.float16, 128), (torch.float32, 4096)):
         for nested in (False, True):
             run_dequantization(dtype, block, nested)
-    for cached in (config.gemm_config, config.mixed_many_config):
+    for cached in (config.gemm_config, mixed_config.mixed_many_config):
         cached.cache_clear()
     requests = {}
     for kernel, arguments in launches:

@@ -6,7 +6,8 @@ import torch
 pytest.importorskip("triton", reason="needs triton")
 
 from bora_kernels.contract import projection_parts
-from bora_kernels.kernels.config import cdiv, mixed_few_config, mixed_project_config, parts_in_use
+from bora_kernels.kernels.config import cdiv, parts_in_use
+from bora_kernels.kernels.mixed_config import mixed_few_config, mixed_project_config
 
 
 @pytest.mark.parametrize("processors", [108, 132, 144])
