@@ -49,6 +49,12 @@ def pytest_xdist_auto_num_workers() -> int | None:
     return min(4, os.cpu_count() or 1) if CUDA else None
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-variant", action="store_true", help="compile every variant of a kernel for every GPU, not half of them"
+    )
+
+
 def pytest_report_header() -> str:
     triton = "no triton"
     if HAS_TRITON:
