@@ -16,7 +16,7 @@ from benchmarks.providers import PROVIDERS, Provider, install
 from benchmarks.verify import References, WrongResult, make_step, named
 from bora_kernels import reference
 
-BY_HAND = [provider for provider in PROVIDERS if provider.name.startswith("lora-by-hand")]
+BY_HAND = [provider for provider in PROVIDERS if provider.name in ("lora-by-hand", "lora-by-hand-half")]
 
 
 def layer(out_features: int, in_features: int, rank: int, dtype: torch.dtype = torch.float64) -> LoraByHand:
