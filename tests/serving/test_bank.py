@@ -63,7 +63,8 @@ def test_a_thousand_swaps_leave_no_stale_result_and_take_no_memory(backend, max_
             del adapter, before
             gc.collect()
             living.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
-    assert living[0] == living[1] and not any(ref() is not None for ref in entered)
+    assert living[1] <= living[0]  # what other tests left may end meanwhile
+    assert not any(ref() is not None for ref in entered)
     assert bank.nbytes == 4 * (1 + 4) * (5 + 1) * (N + K) and len(bank) == 4
     if max_rank is not None:
         assert [t.data_ptr() for t in bank.slots] == addresses
