@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..contract import Activation, Adapter, Needs, Options, given, split_scales, zero_stand_in
+from ..kernels.combine import combine
 from ..kernels.config import gated_rank
 from ..kernels.gated import Side, gate_sums
-from ..kernels.low_rank import combine, reduce
+from ..kernels.low_rank import reduce
 from ..ops import operators, triton_backend
 from ..ops.triton_backend import Sums
 from ..replay.recording import beside_last_launch, empty

@@ -7,7 +7,7 @@
                     de⊙a_e                   S_e = Σ_m de⊙e          deᵀ·u_e
                     df⊙a_f                   S_f = Σ_m df⊙f          dfᵀ·u_f
                     h, which is not stored   D_d = Σ_m dh⊙h          hᵀ·v_d
-                    (5) and (6) of ``ops.torch_backend``, in parts that ``low_rank.combine`` adds
+                    (5) and (6) of ``ops.torch_backend``, in parts that ``combine`` adds
 
 act(e) = e·P(e), so act'(e) = P(e) + e·P'(e). P is the logistic function for SiLU and, of a polynomial in e, for the
 approximation of GELU by tanh; for GELU it is the normal distribution.

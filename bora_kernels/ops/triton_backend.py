@@ -26,8 +26,9 @@ from ..contract import (
     zero_stand_in,
 )
 from ..kernels import mixed, norms
+from ..kernels.combine import combine
 from ..kernels.gemm import scaled_gemm
-from ..kernels.low_rank import combine, project, reduce
+from ..kernels.low_rank import project, reduce
 from ..replay.recording import beside_last_launch, empty
 from ..replay.stage import stage
 

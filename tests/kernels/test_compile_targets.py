@@ -24,6 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bora_kernels.contract import Adapter, Needs, Options, Slots, separate_product
 from bora_kernels.kernels import (
+    combine,
     config,
     gated,
     gemm,
@@ -97,7 +98,7 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch):
     recorded = []
-    for module in (gated, gemm, gemm_of_v, low_rank, mixed, mixed_project, moments, nf4, norms, rms, tail):
+    for module in (combine, gated, gemm, gemm_of_v, low_rank, mixed, mixed_project, moments, nf4, norms, rms, tail):
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder(kernel, recorded))

@@ -223,7 +223,7 @@ class Device:
 
 driver.set_active(Device())
 torch.cuda.current_device, torch.cuda.device = (lambda: 0), (lambda index: contextlib.nullcontext())
-from bora_kernels.kernels import low_rank
+from bora_kernels.kernels.combine import combine
 from bora_kernels.replay import compiling
 from bora_kernels.replay.recording import planning
 
@@ -235,8 +235,8 @@ parts, total = torch.zeros(2, 64, 16), torch.zeros(2, 64)
 def run():
     vectors = [torch.ones(64) for _ in range(3)]
     options = {"multiplier": 1.0, "eps": 1e-6, "stand_in": 0.0}
-    low_rank.combine(parts, total, *vectors, torch.zeros(64, 16), **options)
-    low_rank.combine(parts, None, *vectors, torch.zeros(64, 16), **options)
+    combine(parts, total, *vectors, torch.zeros(64, 16), **options)
+    combine(parts, None, *vectors, torch.zeros(64, 16), **options)
 
 
 missing = compiling.Missing()
