@@ -1,7 +1,7 @@
 """The product of ``gemm`` made of V itself, where the update cancels lines of a float32 W.
 
 There t·Wᵀ and projection·factor are large and nearly opposite: their float32 sum has few digits left, while a
-product with the sum V of W and the update has all of them. The kernel runs beside that of ``gemm``, and what the norms
+product with the sum V of W and the update has all of them. The kernel runs before that of ``gemm``, and what the norms
 say of cancelled lines decides on the device which of the two does the work; the other returns at once. It is a kernel
 of its own because its registers would cost the other, which serves ordinary layers, a quarter of its speed.
 """
