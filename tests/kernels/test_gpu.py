@@ -73,15 +73,17 @@ def test_float32_products_follow_the_setting_of_pytorch(tf32, monkeypatch):
 
 @orders
 def test_weight_of_more_than_2_31_elements(order):
-    """Against the same formulas in PyTorch operations: the dense reference would not fit."""
-    needs_memory(50)
+    """An element of the weight takes 30 bytes in the dense reference, in float64 66, too many: the formulas judge."""
+    needs_memory(72)
     case = Case(8, 131072 + 16, 16640, 16, dtype=BF16, order=order, bias=False)
     inputs, dy = case.inputs(DEVICE), case.upstream(DEVICE)
     assert inputs["weight"].numel() > 2**31
+    options = {"scaling": SCALING, "norm_order": order}
     actual = triton_run(inputs, dy, norm_order=order)
-    options = {"scaling": SCALING, "backend": "torch", "norm_order": order}
-    plain = run(bora_linear, inputs, dy, **options)
-    exact = run(bora_linear, inputs, dy, dtype=torch.float64, **options)
+    torch.cuda.empty_cache()  # blocks that are half in use would be in the way
+    plain = run(bora_linear_ref, inputs, dy, **options)
+    torch.cuda.empty_cache()
+    exact = run(bora_linear, inputs, dy, dtype=torch.float64, backend="torch", **options)
     assert_accurate(actual, plain, exact, samples=8 * 16)
 
 
