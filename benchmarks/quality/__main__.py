@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from . import mechanism, report, synthetic, teachers
+from .merge import merge
 from .methods import METHODS
 from .prepare import load, prepare
 from .session import Session
@@ -22,7 +23,7 @@ _RUNS = {  # command: its tasks and what it does
     "stage1": (_ENCODER_PRIMARY, "choose the learning rates of the encoder tasks"),
     "stage2": (_ENCODER_PRIMARY, "fresh seeds at the chosen learning rates"),
     "bbc_lm": (("bbc_lm",), "stages 1 and 2 of the language model"),
-    "sensitivity": (_ENCODER_PRIMARY, "LoRA's learning rate, magnitudes' own one, bfloat16 base, ranks 2 and 16"),
+    "sensitivity": (_ENCODER_PRIMARY, "magnitudes' own learning rate, LoRA's one, bfloat16 base, ranks 2 and 16"),
     "mechanism": (_ENCODER_PRIMARY, "figures 2 and 3: changes of magnitude and direction"),
     "teachers": ((), "which differences does a layer learn?"),
     "secondary": (SECONDARY_TASKS, "stages 1 and 2 of the secondary tasks"),
@@ -40,10 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "report":
         print(report.write(options.out, options.folder or options.out.parent / options.out.stem))
         return 0
+    if options.command == "merge":
+        print(f"{merge(options.files, options.out)} runs in {options.out}")
+        return 0
     session, plan = _session(options)
     if session.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, but for norms
-    commands = _ALL if options.command == "all" else (options.command,)
+    commands = options.stages if options.command == "all" else (options.command,)
     complete = all([session.each(command, _jobs(command, plan, options)) for command in commands])
     session.save()
     print(f"{len(session.records)} runs in {session.path}")
@@ -65,7 +69,13 @@ def _session(options: argparse.Namespace) -> tuple[Session, Plan]:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     arrays = synthetic.arrays() if options.small else load(options.data)
     session = Session(
-        options.out, arrays, device, options.minutes, options.commit, _small if options.small else sizes_of
+        options.out,
+        arrays,
+        device,
+        options.minutes,
+        options.commit,
+        _small if options.small else sizes_of,
+        graph=not options.eager,
     )
     if options.small:
         torch.set_num_threads(1)  # on tensors this small a second one only waits
@@ -96,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--out", type=Path, required=True, metavar="PATH", help="the JSON file of all runs")
         one.add_argument("--minutes", type=float, help="start nothing that would end later; the rest is for next time")
         one.add_argument("--device", help="default: cuda where there is one")
+        one.add_argument("--eager", action="store_true", help="without CUDA graphs: slower, the same results")
         one.add_argument("--commit", help="the commit that is measured (default: what git says)")
         known = list(METHODS)
         text = f"of {', '.join(known)} (default: all)"
@@ -105,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument("--tasks", nargs="+", choices=known, metavar="TASK", help=f"default: {', '.join(tasks)}")
         else:
             one.set_defaults(tasks=None)
+        if name == "all":
+            text = f"these alone, in this order: of {', '.join(_ALL)}"
+            one.add_argument("--stages", nargs="+", choices=_ALL, default=_ALL, metavar="STAGE", help=text)
+    one = commands.add_parser("merge", help="one file of the runs of several")
+    one.add_argument("files", type=Path, nargs="+", metavar="FILE", help="JSON files of runs")
+    one.add_argument("--out", type=Path, required=True, metavar="PATH", help="the file to write")
     one = commands.add_parser("report", help="tables, figures and the finding from the JSON file")
     one.add_argument("--out", type=Path, required=True, metavar="PATH", help="the JSON file of all runs")
     one.add_argument("--folder", type=Path, metavar="PATH", help="where to write (default: beside the file)")

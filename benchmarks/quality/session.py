@@ -49,6 +49,7 @@ class Session:
         minutes: no batch of runs is started that would end later than so many minutes from now; None for no end.
         commit: the sources' commit; None asks git.
         sizes: of a task's training, by its name.
+        graph: whether a GPU takes the gradients of a step from a CUDA graph.
     """
 
     def __init__(
@@ -59,12 +60,13 @@ class Session:
         minutes: float | None = None,
         commit: str | None = None,
         sizes: Callable[[str], Sizes] = sizes_of,
+        graph: bool = True,
     ) -> None:
-        self.path, self.arrays, self.device, self.sizes = path, arrays, device, sizes
+        self.path, self.arrays, self.device, self.sizes, self.graph = path, arrays, device, sizes, graph
         self.began, self.seconds = time.monotonic(), None if minutes is None else 60 * minutes
         content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"sessions": [], "records": []}
         self.sessions, self.records = content["sessions"], content["records"]
-        self.done = {_key(record) for record in self.records}
+        self.done = {key_of(record) for record in self.records}
         self.sessions.append(measure.environment(device, commit) | {"checks": {}})
         self.models: dict[tuple[str, str], Encoder | LanguageModel] = {}
         self.tasks: dict[str, Task] = {}
@@ -75,7 +77,7 @@ class Session:
 
         def train_runs(runs: list[Run]) -> list[dict]:
             model, task = self.model(cell.task, base_dtype), self.task(cell.task)
-            return train(model, task, cell.method, runs, rank=cell.rank, watch=watch)
+            return train(model, task, cell.method, runs, rank=cell.rank, watch=watch, graph=self.graph)
 
         at_once = self.sizes(cell.task).runs_at_once
         if cell.task in LANGUAGE_TASKS and cell.method == "full":  # weights, gradients and moments of every run
@@ -84,7 +86,7 @@ class Session:
 
     def run_with(self, cell: Cell, train_runs: Callable[[list[Run]], list[dict]], at_once: int = 100) -> list[dict]:
         """``run`` with a training of one's own."""
-        missing = [run for run in cell.runs if _key(_identity(cell, run)) not in self.done]
+        missing = [run for run in cell.runs if key_of(_identity(cell, run)) not in self.done]
         while missing:
             batch, began = missing[:at_once], time.monotonic()
             self.check_time(self.pace.get(_pace_key(cell), 0.0))
@@ -101,15 +103,15 @@ class Session:
             took = time.monotonic() - began
             self.pace[_pace_key(cell)] = max(took, self.pace.get(_pace_key(cell), 0.0))
             self.add([record | _identity(cell, run) for run, record in zip(batch, new, strict=True)], took)
-        wanted = {_key(_identity(cell, run)) for run in cell.runs}
-        return [record for record in self.records if _key(record) in wanted]
+        wanted = {key_of(_identity(cell, run)) for run in cell.runs}
+        return [record for record in self.records if key_of(record) in wanted]
 
     def add(self, records: list[dict], took: float) -> None:
         """Record new runs in the file, and say so."""
         for record in records:
             record["session"] = len(self.sessions) - 1
         self.records += records
-        self.done |= {_key(record) for record in records}
+        self.done |= {key_of(record) for record in records}
         self.save()
         first, diverged = records[0], sum(record["diverged"] for record in records)
         what = f"{first['stage']} {first['variant']}".strip()
@@ -117,13 +119,7 @@ class Session:
         print(f"      {what}: {first['task']} {first['method']}, {len(records)} runs, {took:.1f} s{note}", flush=True)
 
     def save(self) -> None:
-        """Write the file anew; a crash leaves the old one."""
-        lines = ",\n".join("  " + json.dumps(record, separators=(",", ":")) for record in self.records)
-        sessions = json.dumps(self.sessions, indent=1)
-        new = self.path.with_suffix(".new")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(f'{{"sessions": {sessions},\n"records": [\n{lines}\n]}}\n', encoding="utf-8")
-        os.replace(new, self.path)
+        write_runs(self.path, self.sessions, self.records)
 
     def check_time(self, needed: float) -> None:
         """Raise OutOfTime where a batch that takes so many seconds would end too late."""
@@ -154,7 +150,7 @@ class Session:
             self.models[kind, "torch.float32"] = model
             checked = self.task("bbc_lm" if kind == "language" else "movies")
             began = time.monotonic()
-            found = check(_shallow(model), checked)
+            found = check(_shallow(model), checked, self.graph)
             self.sessions[-1]["checks"][kind] = found
             worst = f"largest relative difference {max(found.values()):.1e}, {time.monotonic() - began:.0f} s"
             print(f"      the engine agrees with the package on the {kind}: {worst}", flush=True)
@@ -179,12 +175,22 @@ def _shallow(model: Encoder | LanguageModel) -> Encoder | LanguageModel:
     return model
 
 
+def write_runs(path: Path, sessions: list[dict], records: list[dict]) -> None:
+    """Write the file anew; a crash leaves the old one."""
+    lines = ",\n".join("  " + json.dumps(record, separators=(",", ":")) for record in records)
+    new = path.with_suffix(".new")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new.write_text(f'{{"sessions": {json.dumps(sessions, indent=1)},\n"records": [\n{lines}\n]}}\n', encoding="utf-8")
+    os.replace(new, path)
+
+
 def _identity(cell: Cell, run: Run) -> dict:
     found = {"stage": cell.stage, "variant": cell.variant, "task": cell.task, "method": cell.method, "rank": cell.rank}
     return found | asdict(run)
 
 
-def _key(record: Mapping) -> tuple:
+def key_of(record: Mapping) -> tuple:
+    """What tells a run from all others."""
     return tuple(record[name] for name in _KEY)
 
 

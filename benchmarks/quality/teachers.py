@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from .graphs import captured
 from .methods import METHODS, Layers, initial_parameters
 from .session import Cell, Session
-from .stages import best_of, kind_of, widened
+from .stages import Jobs, best_of, kind_of, widened
 from .training import RANK, SCALING, Adam, Run, schedule
 
 TEACHERS = {
@@ -26,7 +28,7 @@ _LOWEST, _POINTS = {"adapter": 2e-3, "full": 1e-3}, 5
 _LAYER = "layer"
 
 
-def jobs(session: Session, methods: Sequence[str], seeds: Sequence[int] = SEEDS, steps: int = _STEPS):
+def jobs(session: Session, methods: Sequence[str], seeds: Sequence[int] = SEEDS, steps: int = _STEPS) -> Jobs:
     """A job for each teacher and method: its grid of learning rates, widened while the best is at an edge."""
 
     def tune(teacher: str, method: str) -> None:
@@ -34,11 +36,13 @@ def jobs(session: Session, methods: Sequence[str], seeds: Sequence[int] = SEEDS,
         grid: list[float] | None = [lowest * 2**i for i in range(_POINTS)]
         while grid is not None:
             cell = Cell("teachers", teacher, method, tuple(Run(seed, lr) for lr in grid for seed in seeds))
-            records = session.run_with(cell, lambda runs: train(teacher, method, runs, session.device, steps))
+            records = session.run_with(
+                cell, lambda runs: train(teacher, method, runs, session.device, steps, session.graph)
+            )
             grid = widened(*best_of(records))
 
     return [
-        (f"{method} from {teacher}", lambda t=teacher, m=method: tune(t, m))
+        (f"{method} from {teacher}", partial(tune, teacher, method))
         for teacher in TEACHERS
         for method in methods
         if method != "head"
@@ -67,7 +71,9 @@ def teacher_weight(teacher: str, seed: int) -> Tensor:
     }[teacher]
 
 
-def train(teacher: str, method_name: str, runs: list[Run], device: torch.device, steps: int = _STEPS) -> list[dict]:
+def train(
+    teacher: str, method_name: str, runs: list[Run], device: torch.device, steps: int = _STEPS, graph: bool = True
+) -> list[dict]:
     """Train all ``runs`` at once. The score is the share of the difference that was learned, in percent:
 
         100·(1 − ‖(W' − W*)·diag(c)‖² / ‖(W0 − W*)·diag(c)‖²)        inputs are normal with standard deviations c
@@ -96,11 +102,14 @@ def train(teacher: str, method_name: str, runs: list[Run], device: torch.device,
         tensor.requires_grad_()
     layers, optimizer = Layers(method, {_LAYER: weight}, {}, parameters, SCALING), Adam(parameters, runs)
     run_number = torch.arange(len(runs), device=device)[:, None]
+
+    def gradients(rows: Tensor) -> tuple[Tensor, ...]:
+        error = layers(_LAYER, x[run_number, rows]) - y[run_number, rows]
+        return torch.autograd.grad(error.square().mean((1, 2)).sum(), list(parameters.values()))
+
+    compute = captured(gradients, rows[0], graph)
     for step in range(steps):
-        error = layers(_LAYER, x[run_number, rows[step]]) - y[run_number, rows[step]]
-        loss = error.square().mean((1, 2))
-        gradients = torch.autograd.grad(loss.sum(), list(parameters.values()))
-        optimizer.step(gradients, schedule(step, steps))
+        optimizer.step(list(compute(rows[step])), schedule(step, steps))
     with torch.no_grad():
         left, whole = (
             ((w - target) * c[:, None]).square().sum((1, 2)) for w in (layers.effective_weight(_LAYER), weight)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .graphs import Compute, captured
 from .methods import METHODS, Layers, Method, Parameters, initial_parameters
 from .tasks import Task
 
@@ -41,7 +42,7 @@ class Adam:
         self.common_rate = runs[0].lr if all(run == Run(run.seed, runs[0].lr) for run in runs) else None
 
     @torch.no_grad()
-    def step(self, gradients: tuple[Tensor, ...], factor: float) -> None:
+    def step(self, gradients: list[Tensor], factor: float) -> None:
         """One step at ``factor`` times the learning rates."""
         self.t += 1
         torch._foreach_lerp_(self.first, gradients, 0.1)
@@ -75,6 +76,18 @@ def start(model, task: Task, method: Method, seeds: list[int], rank: int, scalin
     return Layers(method, model.weights, model.biases, parameters, scaling)
 
 
+def gradients_of(model, task: Task, layers: Layers) -> Compute:
+    """Numbers of training examples [R, B] -> the loss of each run [R], and the gradient of each of the parameters."""
+    trained = list(layers.parameters.values())
+
+    def compute(rows: Tensor) -> tuple[Tensor, ...]:
+        batch = [column[rows] for column in task.parts["train"]]
+        loss = task.loss_and_hits(model, layers, batch)[0].mean(1)
+        return loss.detach(), *torch.autograd.grad(loss.sum(), trained)
+
+    return compute
+
+
 def train(
     model,
     task: Task,
@@ -84,31 +97,33 @@ def train(
     rank: int = RANK,
     scaling: float = SCALING,
     watch: Callable[[int, Layers], None] | None = None,
+    graph: bool = True,
 ) -> list[dict]:
     """Train all ``runs`` at once; a record for each.
 
-    ``watch`` is called with the number of steps done and the layers: before the first step and after each.
+    ``watch`` is called with the number of steps done and the layers: before the first step and after each. With
+    ``graph`` a GPU takes the gradients of a step from a CUDA graph.
     """
     began, sizes, method, seeds = time.perf_counter(), task.sizes, METHODS[method_name], [run.seed for run in runs]
     layers = start(model, task, method, seeds, rank, scaling)
-    trained = list(layers.parameters.values())
     optimizer = Adam(layers.parameters, runs)
     orders = {seed: task.batch_order(seed) for seed in set(seeds)}
     rows = torch.stack([orders[seed] for seed in seeds], 1).to(task.device)  # [steps, R, B]
     losses = []
     if watch is not None:
         watch(0, layers)
+    compute = captured(gradients_of(model, task, layers), rows[0], graph)
     for step in range(sizes.steps):
-        batch = [column[rows[step]] for column in task.parts["train"]]
-        loss = task.loss_and_hits(model, layers, batch)[0].mean(1)  # [R]
-        optimizer.step(torch.autograd.grad(loss.sum(), trained), schedule(step, sizes.steps))
-        losses.append(loss.detach())
+        loss, *gradients = compute(rows[step])
+        optimizer.step(gradients, schedule(step, sizes.steps))
+        losses.append(loss.clone())
         if watch is not None:
             watch(step + 1, layers)
+    del compute, loss, gradients  # the graph holds a step's activations
     last = torch.stack(losses[-max(1, sizes.steps // 10) :]).mean(0).tolist()
     found = {part: evaluate(model, task, layers, part, len(runs)) for part in ("validation", "test")}
     seconds = (time.perf_counter() - began) / len(runs)
-    trained_count = sum(tensor[0].numel() for tensor in trained)
+    trained_count = sum(tensor[0].numel() for tensor in layers.parameters.values())
     records = []
     for i, run in enumerate(runs):
         record = {"task": task.name, "method": method_name, "seed": run.seed, "lr": run.lr, "rank": rank}
