@@ -92,9 +92,9 @@ class Scales(NamedTuple):
     row_scale: Tensor | None = None  # [N], a = m_r / row_norm
     col_norm: Tensor | None = None  # [K]
     col_scale: Tensor | None = None  # [K], g = m_c / col_norm
+    cancelled: Tensor | None = None  # [4], of which two are to fill 16 bytes
     row_product: Tensor | None = None  # [N, R]
     col_product: Tensor | None = None  # [K, R]
-    cancelled: Tensor | None = None  # [4], of which two are to fill 16 bytes
 
     @property
     def members(self) -> Members:
@@ -104,12 +104,15 @@ class Scales(NamedTuple):
 def _sections(
     shape: Sequence[int], R: int, members: Members, products: bool
 ) -> list[tuple[int, tuple[int, ...] | None]]:
-    """Start and shape of each field of ``Scales`` in the flat tensor (None for an absent one), and the end."""
+    """Start and shape of each field of ``Scales`` in the flat tensor (None for an absent one), and the end.
+
+    A recorded forward reads scales with and without products alike, so products come last.
+    """
     (N, K), (row, col) = shape, members
     shapes: list[tuple[int, ...] | None]
     shapes = [(N,) if row else None, (N,) if row else None, (K,) if col else None, (K,) if col else None]
-    shapes += [(N, R) if products and row else None, (K, R) if products and col else None]
-    shapes += [(4,) if row or col else None, None]
+    shapes += [(4,) if row or col else None]
+    shapes += [(N, R) if products and row else None, (K, R) if products and col else None, None]
     starts, start = [], 0
     for field in shapes:
         starts.append(start)

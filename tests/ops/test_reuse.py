@@ -9,6 +9,7 @@ from helpers.cases import backends, require
 from torch.utils.checkpoint import checkpoint
 
 from bora_kernels import FusedBoraLinear, FusedDoraLinear, reuse_scales
+from bora_kernels.contract import Members, scales_size, split_scales
 from bora_kernels.ops import operators, reuse
 
 
@@ -201,3 +202,18 @@ def test_training_after_inference_mode_in_a_scope(device, computed):
         with torch.inference_mode():
             layer(x)
     assert len(computed) == 3
+
+
+@pytest.mark.parametrize("members", [Members(True, True), Members(True, False), Members(False, True)])
+def test_what_a_forward_reads_lies_alike_with_and_without_products(members):
+    """One recording serves both: it would read the word of cancelled lines from beyond the end of the shorter one."""
+    places = []
+    for products in (False, True):
+        flat = torch.arange(scales_size((7, 5), 3, members, products))
+        *read, row_product, col_product = split_scales(flat, (7, 5), 3, members)
+        places.append([None if field is None else (field.data_ptr() - flat.data_ptr(), field.shape) for field in read])
+        assert (row_product is not None, col_product is not None) == (
+            products and members.row,
+            products and members.col,
+        )
+    assert places[0] == places[1] and places[0][-1] is not None

@@ -42,8 +42,8 @@ def norms_and_scales(weight: Tensor, adapter: Adapter, options: Options, complet
         cancelled = cancelled + more
         second = _norm_and_scale(squares, m_second, complete_second, options.eps)
     if rows_first:
-        return Scales(*first, *second, first_product, second_product, cancelled)
-    return Scales(*second, *first, second_product, first_product, cancelled)
+        return Scales(*first, *second, cancelled, first_product, second_product)
+    return Scales(*second, *first, cancelled, second_product, first_product)
 
 
 def _norm_and_scale(
