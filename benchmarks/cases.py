@@ -33,7 +33,7 @@ class Case:
     dtype: str
     checkpointing: bool = False
     base: str = "dense"
-    main_only: bool = False  # a point of a chart: only the providers that charts show
+    main_only: bool = False  # a point of a chart, or a further model: only the providers that charts show
     lead: bool = False  # of the first layer, or of the first model as it is
 
     def __str__(self) -> str:
@@ -83,6 +83,10 @@ _CPU_LAYERS = [
 ]
 _CPU_POINTS = [("1024x1024", 1024, 16), ("512x512", 512, 16), ("1536x1536", 512, 16)]
 _MODELS = {"cuda": ("llama3-8b", [(4, 2048), (1, 1024)]), "cpu": ("tiny", [(2, 128)])}
+_OTHER_MODELS = {  # biases; GeGLU and norms of 1 + w: steps of the providers that charts show
+    "cuda": [("qwen2.5-7b", 4, 2048), ("gemma2-9b", 4, 2048)],
+    "cpu": [("tiny-qwen2", 2, 128), ("tiny-gemma2", 2, 128)],
+}
 # (mode, checkpointing, base, the batches of a run without --full)
 _MODEL_RUNS = [
     ("step", False, "dense", slice(None)),
@@ -141,7 +145,9 @@ def model_cases(
     Modes that are asked for are had in full. Over the 4-bit base training only: in eval mode on a CPU bitsandbytes
     stores the weights anew, with a loss.
     """
-    shape, batches = _MODELS["cuda" if device == "cuda" else "cpu"]
+    device = "cuda" if device == "cuda" else "cpu"
+    shape, batches = _MODELS[device]
+    others = [] if quick or "step" not in (modes or MODES) else _OTHER_MODELS[device]
     dtypes = dtypes or ["bf16" if device == "cuda" else "fp32"]
     batches = batches[-1:] if quick else batches
     return [
@@ -154,4 +160,9 @@ def model_cases(
         for batch, length in batches
         for mode, checkpointing, base, default in _MODEL_RUNS
         if mode in (modes or MODES) and (full or modes or (batch, length) in batches[default])
+    ] + [
+        Case("model", "step", shape, batch, length, rank, dtype, main_only=True)
+        for dtype in dtypes
+        for rank in ranks or [16]
+        for shape, batch, length in others
     ]  # fmt: skip

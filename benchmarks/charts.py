@@ -34,7 +34,14 @@ _NAMES = {
 }
 _LINES = ("frozen", "peft-lora-half", "lora-by-hand-half", "peft-dora-half", "fused-bora")
 _FIELDS = (("median", 1e3, "ms", "time of a step"), ("peak_bytes", 2**-20, "MiB", "peak memory of a step"))
-_MODELS = {"llama3-8b": "Four layers of Llama-3-8B", "tiny": "Four layers of a tiny Llama"}
+_MODELS = {
+    "llama3-8b": "Four layers of Llama-3-8B",
+    "qwen2.5-7b": "Four layers of Qwen2.5-7B",
+    "gemma2-9b": "Four layers of Gemma-2-9B",
+    "tiny": "Four layers of a tiny Llama",
+    "tiny-qwen2": "Four layers of a tiny Qwen2",
+    "tiny-gemma2": "Four layers of a tiny Gemma-2",
+}
 _LIBRARIES = {"torch": "PyTorch", "triton": "Triton", "peft": "PEFT"}
 
 

@@ -31,11 +31,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from . import collectives, measure
+from .adapting import install
 from .cases import Case
 from .collectives import average_gradients, gathered, together
 from .harness import Harness
 from .models import STACKS, Workload
-from .providers import PROVIDERS, Provider, install
+from .providers import PROVIDERS, Provider
 from .records import by_case, load, ratio
 from .report import number, table
 from .sharding import STRATEGIES, ShardedStep
@@ -91,7 +92,7 @@ class Session:
         try:
             with self.harness.recording(case, provider.name, provider.title) as record:
                 record["gpus"] = 1 if case.mode == "single" else self.size
-                if problem := provider.problem(self.device, case.base):
+                if problem := provider.problem(self.device, case):
                     raise Unsupported(problem)
                 with provider.scope():
                     self._measure(case, provider, record)

@@ -17,11 +17,14 @@ import torch
 from bora_kernels import FusedBoraLinear
 
 from . import measure
+from .adapting import install
 from .cases import DTYPES, Case
 from .models import Workload
-from .providers import Provider, install
+from .providers import Provider
 from .records import to_json
 from .verify import References, make_step, named
+
+_ROUNDS_OF_MODELS = 7  # at least: a step takes so long that little else disturbs it
 
 
 class Harness:
@@ -44,7 +47,7 @@ class Harness:
         A provider that cannot run here is skipped; one that gives a wrong result fails and is not timed.
         """
         with self.recording(case, provider.name, provider.title) as record:
-            if problem := provider.problem(self.device, case.base):
+            if problem := provider.problem(self.device, case):
                 record["status"], record["reason"] = "skipped", problem
                 benchmark.skipped = True
                 pytest.skip(problem)
@@ -87,7 +90,7 @@ class Harness:
         record["error_ratio"] = round(references.check(result, provider, provider.adapter_dtype(case)), 3)
         del result
         with provider.scope():
-            self._time(benchmark, step, record)
+            self._time(benchmark, step, case, record)
             record["peak_bytes"] = measure.peak_bytes(step, self.device)
             if provider.graphed and case.graphed and self.device.type == "cuda":
                 self._time_graph(step, record)
@@ -106,16 +109,17 @@ class Harness:
                 self.gemm[case.dtype] = round(measure.gemm_tflops(self.device, DTYPES[case.dtype]), 3)
         return self._loaded
 
-    def _time(self, benchmark, step, record: dict) -> None:
+    def _time(self, benchmark, step, case: Case, record: dict) -> None:
         setup = measure.behind_another(step, self.device)
         seconds = measure.warm_up(step, self.device, setup)
-        rounds = measure.rounds_for(seconds, self.budget, self.least_rounds)
+        least = self.least_rounds if case.level == "layer" else min(self.least_rounds, _ROUNDS_OF_MODELS)
+        rounds = measure.rounds_for(seconds, self.budget, least)
         benchmark.pedantic(step, setup=setup, rounds=rounds)
         if benchmark.stats is not None:  # None under --benchmark-disable
             stats = benchmark.stats.stats
             names = ("median", "min", "q1", "q3", "rounds")
             record.update({name: _significant(getattr(stats, name)) for name in names})
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and case.graphed:  # elsewhere the host is not waited for
             setup = measure.on_idle_device(self.device)
             seconds = measure.median_seconds(step, self.device, setup, self.budget / 3, least=3)
             record["idle_median"] = _significant(seconds)

@@ -1,4 +1,4 @@
-"""What the adapters are put into: one linear layer, or a Llama-shaped stack with random weights."""
+"""What the adapters are put into: one linear layer, or a stack of decoder blocks with random weights."""
 
 from __future__ import annotations
 
@@ -22,16 +22,25 @@ HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 
 @dataclass(frozen=True)
 class StackShape:
-    """Sizes of a Llama stack."""
+    """Sizes of a stack, and whose blocks they are: Qwen2's q, k and v have biases, Gemma-2's norms are of 1 + w."""
 
     hidden: int
     intermediate: int
     heads: int
     kv_heads: int
     layers: int = 4
+    family: str = "Llama"  # of transformers' classes
+    head_width: int | None = None  # hidden / heads by default
 
 
-STACKS = {"llama3-8b": StackShape(4096, 14336, 32, 8), "tiny": StackShape(256, 704, 8, 2)}
+STACKS = {
+    "llama3-8b": StackShape(4096, 14336, 32, 8),
+    "qwen2.5-7b": StackShape(3584, 18944, 28, 4, family="Qwen2"),
+    "gemma2-9b": StackShape(3584, 14336, 16, 8, family="Gemma2", head_width=256),
+    "tiny": StackShape(256, 704, 8, 2),
+    "tiny-qwen2": StackShape(256, 704, 8, 2, family="Qwen2"),
+    "tiny-gemma2": StackShape(256, 704, 4, 2, family="Gemma2", head_width=64),
+}
 
 
 class Workload:
@@ -54,6 +63,8 @@ class Workload:
             else:
                 stack = STACKS[case.shape]
                 stack = replace(stack, layers=layers or stack.layers)
+                if stack.family != "Llama" and not HAS_TRANSFORMERS:
+                    raise ModuleNotFoundError(f"{case.shape} needs transformers")
                 self.dense = (_TransformersStack if HAS_TRANSFORMERS else _PlainStack)(stack, dtype)
                 width = (stack.hidden, stack.hidden)
                 names = (name for name, _ in self.dense.named_modules())
@@ -118,13 +129,16 @@ class _Layer(nn.Module):
 
 
 class _TransformersStack(nn.Module):
-    """``transformers.LlamaModel`` on embeddings, with the attention of ``scaled_dot_product_attention``."""
+    """``transformers.LlamaModel`` or its like on embeddings, with ``scaled_dot_product_attention`` as it is."""
 
     def __init__(self, shape: StackShape, dtype: torch.dtype) -> None:
         super().__init__()
-        from transformers import LlamaConfig, LlamaModel
+        import transformers
 
-        config = LlamaConfig(
+        own: dict[str, Any] = {"head_dim": shape.head_width} if shape.head_width else {}
+        if shape.family == "Gemma2":
+            own |= {"query_pre_attn_scalar": shape.head_width, "attn_logit_softcapping": None}
+        config = getattr(transformers, f"{shape.family}Config")(
             vocab_size=8,  # embeddings are given: the table is not used
             hidden_size=shape.hidden,
             intermediate_size=shape.intermediate,
@@ -132,14 +146,20 @@ class _TransformersStack(nn.Module):
             num_key_value_heads=shape.kv_heads,
             num_hidden_layers=shape.layers,
             pad_token_id=None,
-            attn_implementation="sdpa",
+            attn_implementation="eager" if shape.family == "Gemma2" else "sdpa",
+            **own,
         )
         default = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
-            self.model = LlamaModel(config)
+            self.model = getattr(transformers, f"{shape.family}Model")(config)
         finally:
             torch.set_default_dtype(default)
+        config._attn_implementation = "sdpa"  # refused of Gemma-2 for the cap that its attention does not have here
+        with torch.no_grad():  # where norms are 1 and biases 0, a wrong use of them would be right
+            for parameter in self.model.parameters():
+                if parameter.ndim == 1:
+                    parameter += 0.1 * torch.randn_like(parameter)
 
     def set_checkpointing(self, enabled: bool) -> None:
         name = "activation_checkpointing" if hasattr(self.model, "activation_checkpointing_enable") else None

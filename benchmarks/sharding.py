@@ -13,9 +13,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from bora_kernels import FusedBoraLinear
 from bora_kernels.distributed import BoraColwiseParallel, BoraRowwiseParallel
 
+from .adapting import install
 from .cases import Case
 from .models import Workload
-from .providers import Provider, install
+from .providers import Provider
 from .verify import Result
 
 STRATEGIES = ("single", "fsdp", "tp")

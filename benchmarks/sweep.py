@@ -22,9 +22,10 @@ import torch
 import bora_kernels
 
 from . import measure
+from .adapting import install
 from .cases import DTYPES, Case
 from .harness import Harness
-from .providers import PROVIDERS, Provider, install
+from .providers import PROVIDERS, Provider
 from .records import CASE_FIELDS, by_case, title
 from .verify import make_step, named
 

@@ -15,8 +15,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .adapting import Adapter, Formula, dense, install
 from .models import Workload
-from .providers import Adapter, Formula, Provider, dense, install
+from .providers import Provider
 
 OWN_FACTOR, PEER_FACTOR = 2.0, 8.0
 FLOOR = 5e-7  # four units in the last place of float32

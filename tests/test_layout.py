@@ -29,7 +29,8 @@ LEVELS = {
     "benchmarks": (
         ("benchmarks", "by_hand", "cases", "collectives", "communication", "liger", "measure", "records"),
         ("charts", "compare", "models", "readme"),
-        ("providers", "report"),
+        ("adapting", "report"),
+        ("providers",),
         ("verify",),
         ("harness", "sharding"),
         ("sweep",),

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from benchmarks import measure, records, report
+from benchmarks.adapting import DenseLinear, Formula, dense, install
 from benchmarks.cases import MODES, Case, layer_cases, model_cases
 from benchmarks.harness import Harness
 from benchmarks.models import Workload
-from benchmarks.providers import PROVIDERS, DenseLinear, Formula, Provider, dense, install
+from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.verify import References, WrongResult, make_step, named
 
 ROOT = Path(__file__).parents[2]
@@ -269,8 +270,10 @@ def test_what_is_measured_unless_asked_for_more() -> None:
     assert {row[:3] for row in layers if row[3] == "step"} == {row[:3] for row in layers} and len(layers) == 7
     points = [case for case in layer_cases("cuda") if case.main_only]
     assert [case.rank for case in points if case.shape == "4096x4096" and case.length == 8192] == [8, 64, 256]
-    models = [str(case).removeprefix("step-llama3-8b-") for case in model_cases("cuda")]
-    assert models == ["4x2048-r16-bf16", "4x2048-r16-bf16-checkpointed", "1x1024-r16-bf16", "1x1024-r16-bf16-nf4"]
+    models = [str(case).removeprefix("step-") for case in model_cases("cuda")]
+    llamas = ["4x2048-r16-bf16", "4x2048-r16-bf16-checkpointed", "1x1024-r16-bf16", "1x1024-r16-bf16-nf4"]
+    others = [f"{name}-4x2048-r16-bf16" for name in ("qwen2.5-7b", "gemma2-9b")]
+    assert models == [f"llama3-8b-{case}" for case in llamas] + others
     for cases in (layer_cases, model_cases):
         by_mode = [case for mode in MODES for case in cases("cuda", modes=[mode])]
         assert set(cases("cuda")) < set(cases("cuda", full=True)) == set(by_mode)
@@ -286,12 +289,13 @@ def test_providers_that_take_long_are_measured_once_unless_asked_for_more() -> N
     for name in ("dense-bora", "fused-bora-reused"):
         assert places[name][:7] == 7 * [True] and not any(places[name][7:])
     layers = len(layer_cases("cuda"))
-    first_model = [number == layers for number in range(layers + 4)]
+    models = len(model_cases("cuda"))
+    first_model = [number == layers for number in range(layers + models)]
     assert places["peft-dora"] == [number < 7 or first for number, first in enumerate(first_model)]
     for name in ("frozen-liger", "peft-dora-liger", "fused-bora-liger-fuse"):
         assert places[name] == first_model
     for name in ("peft-lora-fuse", "peft-dora-fuse", "fused-bora-fuse"):
-        assert places[name] == [number >= layers for number in range(layers + 4)]
+        assert places[name] == [number >= layers for number in range(layers + models)]
     for name in ("frozen", "peft-lora", "peft-lora-half", "peft-dora-half", "fused-bora"):
         assert all(places[name])
     dense = [case.base == "dense" for case in (lead, *others, *model_cases("cuda"))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import types
 
@@ -10,10 +11,11 @@ import torch
 
 import bora_kernels
 from benchmarks import liger, measure, readme, records, report
+from benchmarks.adapting import install
 from benchmarks.cases import Case, layer_cases, model_cases
 from benchmarks.harness import Harness
 from benchmarks.models import Workload
-from benchmarks.providers import PROVIDERS, Provider, install
+from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.verify import References, make_step, named
 
 CPU = torch.device("cpu")
@@ -73,14 +75,74 @@ def test_references_know_nothing_of_what_is_open_around_a_step(library, monkeypa
         harness.measure(CASE, provider, None)
 
 
+FURTHER = [case for case in model_cases("cpu") if case.main_only]
+OF_MODELS = [p for p in PROVIDERS if p.runs(FURTHER[0]) and p.by_default(FURTHER[0])]
+
+
+@pytest.mark.parametrize("provider", OF_MODELS, ids=lambda p: p.name)
+@pytest.mark.parametrize("case", FURTHER, ids=lambda case: case.shape)
+def test_providers_are_right_in_other_families(case: Case, provider: Provider) -> None:
+    """Biases, GeGLU and norms of 1 + w, none of them 0 or 1 throughout."""
+    pytest.importorskip("transformers")
+    if provider.library is not None:
+        pytest.importorskip(provider.library)
+    case = dataclasses.replace(case, batch=1, length=8, rank=4)
+    workload = Workload(case, CPU)
+    biases = [layer.bias for layer in workload.root.modules() if getattr(layer, "bias", None) is not None]
+    assert len(biases) == (3 * 4 if case.shape == "tiny-qwen2" else 0) and all(bias.any() for bias in biases)
+    assert all(p.std() > 0.03 for p in workload.root.parameters() if p.ndim == 1)
+    root = workload.copy(workload.root, share=True)
+    adapters = install(provider.adapt, root, workload, case.rank, torch.float32)
+    workload.set_mode(root, training=True, checkpointing=False)
+    if provider in AFTER_FUSE:
+        assert sum("gated MLP" in line for line in str(bora_kernels.explain(root)).splitlines()) >= 1
+    step = make_step(root, workload.x.requires_grad_(), workload.dy, adapters, "step")
+    References(workload, case.rank).check(named(step(), adapters), provider, torch.float32)
+
+
+def test_further_families_are_measured_where_their_blocks_are() -> None:
+    shapes = [case.shape for case in model_cases("cuda") if case.main_only]
+    assert shapes == ["qwen2.5-7b", "gemma2-9b"] and not any(case.main_only for case in model_cases("cuda", quick=True))
+    case = model_cases("cuda")[-1]
+    names = {p.name for p in PROVIDERS if p.runs(case)}
+    assert {"frozen", "lora-by-hand-half", "fused-bora", "fused-bora-fuse"} <= names
+    assert not [name for name in names if "liger" in name]
+
+
+COMPILED = [p for p in PROVIDERS if p.name.endswith("-compiled") and "model" in p.levels]
+
+
+def test_compiled_models_are_measured_on_request() -> None:
+    lead, *_, last = model_cases("cuda")
+    assert len(COMPILED) == 7 and all(p.runs(lead) and not p.by_default(lead) for p in COMPILED)
+    assert not any(p.runs(last) for p in COMPILED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["frozen-compiled", "fused-bora-fuse-compiled"])
+def test_compiled_models_are_right_and_compiled(name: str) -> None:
+    (provider,) = [p for p in COMPILED if p.name == name]
+    if problem := provider.problem(CPU, CASE):
+        pytest.skip(problem)
+    workload = Workload(CASE, CPU, layers=1)
+    root = workload.copy(workload.root, share=True)
+    adapters = install(provider.adapt, root, workload, CASE.rank, torch.float32)
+    workload.set_mode(root, training=True, checkpointing=False)
+    step = make_step(root, workload.x.requires_grad_(), workload.dy, adapters, "step")
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    result = named(step(), adapters)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+    assert References(workload, CASE.rank).check(result, provider, torch.float32) <= 2
+
+
 def test_liger_is_left_out_with_a_reason(monkeypatch) -> None:
     (provider,) = [p for p in PROVIDERS if p.name == "frozen-liger"]
     found = {"liger_kernel": None}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: found.get(name, True))
-    assert provider.problem(torch.device("cuda"), "dense") == "liger_kernel is not installed"
+    assert provider.problem(torch.device("cuda"), CASE) == "liger_kernel is not installed"
     found.clear()
-    assert provider.problem(CPU, "dense") == "Liger's kernels need a GPU"
-    assert provider.problem(torch.device("cuda"), "dense") is None
+    assert provider.problem(CPU, CASE) == "Liger's kernels need a GPU"
+    assert provider.problem(torch.device("cuda"), CASE) is None
 
 
 class _Timed:

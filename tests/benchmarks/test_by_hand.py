@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.adapting import install
 from benchmarks.by_hand import LoraByHand
 from benchmarks.cases import Case
 from benchmarks.models import Workload
-from benchmarks.providers import PROVIDERS, Provider, install
+from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.verify import References, WrongResult, make_step, named
 from bora_kernels import reference
 
@@ -61,9 +62,13 @@ def test_nothing_runs_but_products():
     assert products == {"mm": 4, "addmm_": 2, "addmm": 2}
 
 
-def test_a_bias_is_refused():
-    with pytest.raises(ValueError, match="linear must have no bias"):
-        LoraByHand(nn.Linear(4, 4), 2, 1.0, torch.float32)
+def test_a_bias_is_added():
+    linear = nn.Linear(5, 6, dtype=torch.float64).requires_grad_(False)
+    made = LoraByHand(linear, 2, 1.5, torch.float64)
+    for factor in (made.lora_A, made.lora_B):
+        nn.init.normal_(factor)
+    x = torch.randn(3, 5, dtype=torch.float64)
+    torch.testing.assert_close(made(x), linear(x) + 1.5 * x @ made.lora_A.T @ made.lora_B.T)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
