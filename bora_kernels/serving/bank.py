@@ -11,6 +11,7 @@ from torch import Tensor
 from ..contract import EPS, Backend, NormOrder, Slots, accumulation_dtype
 from ..modules import FusedBoraLinear
 from ..ops import validation
+from .cancelled import Judge, wait_and_warn
 from .entry import read
 from .index import BatchIndex
 
@@ -101,6 +102,7 @@ class AdapterBank:
         scaling: float | None = None,
         norm_order: NormOrder = "row_col",
         eps: float = EPS,
+        judge: Judge | None = wait_and_warn,
     ) -> None:
         """Let an adapter enter under a new name.
 
@@ -113,6 +115,8 @@ class AdapterBank:
                 lora_A [R, K], lora_B [N, R], magnitude_row [N] or None, magnitude_col [K] or None; or None, for a name
                 under which the layer is the base layer's.
             scaling, norm_order, eps: of tensors, as in ``bora_linear``.
+            judge: what takes the name, the weight and the device's word of such lines, which is not 0 where there are
+                some, in place of waiting and warning; None does not ask.
 
         Raises:
             ValueError, TypeError: for a name that is taken, a full bank, an adapter over another weight or of other
@@ -126,9 +130,8 @@ class AdapterBank:
                     f"max_adapters must be more than {self.max_adapters} for another adapter, {name!r}: remove one "
                     f"first; {next(iter(self._names))!r} was used longest ago"
                 )
-            entering = read(name, adapter, self.weight, self.max_rank, scaling, norm_order, eps)
             slot = min(set(range(1, len(self._names) + 2)) - set(self._names.values()))
-            self._write(slot, entering)
+            self._write(slot, read(name, adapter, self.weight, self.max_rank, scaling, norm_order, eps, judge))
             self._names[name] = slot
 
     def replace(
@@ -139,6 +142,7 @@ class AdapterBank:
         scaling: float | None = None,
         norm_order: NormOrder = "row_col",
         eps: float = EPS,
+        judge: Judge | None = wait_and_warn,
     ) -> None:
         """Let an adapter take the place of the one of this name; arguments and errors are those of ``add``.
 
@@ -146,7 +150,7 @@ class AdapterBank:
         """
         with self._lock:
             slot = self._known(name)
-            self._write(slot, read(name, adapter, self.weight, self.max_rank, scaling, norm_order, eps))
+            self._write(slot, read(name, adapter, self.weight, self.max_rank, scaling, norm_order, eps, judge))
 
     def remove(self, name: str) -> None:
         """Take an adapter out. An index that has it is refused from now on."""

@@ -2,20 +2,22 @@
 
 While such a call runs, every linear layer has a bank of the adapters of its batch, whose scales are computed once, for
 a ``generate`` of many tokens too. ``reuse_scales()`` keeps banks from call to call. Other layers, and linear ones that
-are acted on or scaled, run one adapter after the other, each on its entries.
+are acted on or scaled, run one adapter after the other, each on its entries. No call waits for the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdRef
 
 from ..contract import Adapter, Backend, NormOrder
 from ..ops import reuse
+from . import cancelled
 from .bank import BASE, AdapterBank
 from .index import BatchIndex
 from .linear import bora_linear_mixed
@@ -45,15 +47,17 @@ class MixedBatches:
 
         What has left the layer leaves its bank too, so that adapters may come and go in a scope of ``reuse_scales``.
         """
+        cancelled.hear()
         known = self._banks.get(layer)
         if known is None:
             kept = reuse.keep(layer, reuse.state_of((weight,), ()), lambda: _LayerBank(weight))
             known = self._banks[layer] = kept
             known.begin(present)
+            cancelled.forget_all_but(layer, present)
         own = tuple(name if name in present else BASE for name in names)
         for name in own:
             if name not in known.checked and name != BASE:
-                known.enter(name, *adapter(name))
+                known.enter(layer, name, *adapter(name))
         bank = known.bank
         key = own, tuple(map(bank.slot, own)), x.device
         if key not in self._indexes:
@@ -77,14 +81,17 @@ class _LayerBank:
                 self.bank.remove(name)
                 del self.states[name]
 
-    def enter(self, name: str, adapter: Adapter, scaling: float, norm_order: NormOrder) -> None:
-        state = reuse.state_of(tuple(adapter), (scaling, norm_order))
-        if state is not None:  # another adapter may lie where this one lay
-            state += tuple(ref(tensor) for tensor in adapter if tensor is not None)
-        if name not in self.bank:
-            self.bank.add(name, adapter, scaling=scaling, norm_order=norm_order)
-        elif state is None or self.states[name] != state:
-            self.bank.replace(name, adapter, scaling=scaling, norm_order=norm_order)
+    def enter(self, layer: Any, name: str, adapter: Adapter, scaling: float, norm_order: NormOrder) -> None:
+        """Let an adapter enter that has not, or not in this state."""
+        tensors, options = tuple(adapter), (scaling, norm_order)
+        same = tuple(WeakIdRef(t) for t in tensors if t is not None)  # another adapter may lie where this one lay
+        state = reuse.state_of(tensors, options)
+        state = None if state is None else state + same
+        if state is None or self.states.get(name) != state:
+            judged = reuse.state_of((self.bank.weight, *tensors), options) or ()
+            judge = cancelled.ask_once(layer, name, judged + same)
+            enter = self.bank.replace if name in self.bank else self.bank.add
+            enter(name, adapter, scaling=scaling, norm_order=norm_order, judge=judge)
         self.states[name] = state
         self.checked.add(name)
 

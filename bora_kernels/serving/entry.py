@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +11,7 @@ from ..contract import Adapter, NormOrder, Options, Slots, accumulation_dtype
 from ..modules import FusedBoraLinear
 from ..ops import validation
 from ..ops.adapted_weight import norms_and_scales
+from .cancelled import Judge
 
 
 @torch.no_grad()
@@ -23,10 +23,11 @@ def read(
     scaling: float | None,
     norm_order: NormOrder,
     eps: float,
+    judge: Judge | None,
 ) -> Slots | None:
     """One slot: lora_A [R, K], (s·B)ᵀ [R, N] and the scales a [N], g [K]; None for the base layer.
 
-    Warns of an adapter that cancels rows or columns of the weight, which waits for the device.
+    ``judge`` is handed word of an adapter that may cancel rows or columns of the weight.
     Raises ValueError or TypeError for what cannot be an adapter of this weight; see ``AdapterBank.add``.
     """
     if adapter is None:
@@ -42,9 +43,9 @@ def read(
     validation.check_tensors(no_token, weight, lora_A, lora_B, magnitude_row, magnitude_col, None)
     if lora_A.shape[0] > max_rank:
         raise ValueError(f"lora_A must be of rank at most {max_rank}, got {lora_A.shape[0]}")
-    scales = norms_and_scales(weight, tensors.map(lambda tensor: tensor.detach()), options, judge=True)
-    if scales.cancelled is not None and _can_wait(weight) and any(scales.cancelled.tolist()):
-        _warn_of_cancelled(name, weight)
+    scales = norms_and_scales(weight, tensors.map(lambda tensor: tensor.detach()), options, judge=judge is not None)
+    if judge is not None and scales.cancelled is not None:
+        judge(name, weight, scales.cancelled)
     row_scale, col_scale = scales.row_scale, scales.col_scale
     wide = accumulation_dtype(weight.dtype)
     ones = torch.ones((), dtype=wide, device=weight.device)
@@ -55,20 +56,6 @@ def read(
         power = _power_of_two(col_scale)
         row_scale, col_scale = row_scale * power, col_scale / power
     return Slots(lora_A, (options.scaling * lora_B.to(wide)).T, row_scale, col_scale)
-
-
-def _can_wait(weight: Tensor) -> bool:
-    return not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _warn_of_cancelled(name: str, weight: Tensor) -> None:
-    rounding = torch.finfo(weight.dtype).eps / 2
-    warnings.warn(
-        f"adapter {name!r} leaves less than half of some rows or columns of a weight {list(weight.shape)}: where "
-        f"a fraction f is left, a batch of several adapters computes it with an error of about {rounding:.0e} / f; "
-        "where f is small, merge the adapter, or serve it alone, by its own layer, which is right there.",
-        stacklevel=4,
-    )
 
 
 def is_same(weight: object, other: Tensor) -> bool:

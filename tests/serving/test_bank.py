@@ -127,8 +127,9 @@ def test_an_adapter_that_cancels_a_line_is_warned_of(backend, dtype, order, axis
         bank.add("none", None)
     adapter = Adapter(*(inputs[name] for name in Adapter._fields))
     said = rf"adapter 'undo' leaves less than half .* \[30, 45\].*about {torch.finfo(dtype).eps / 2:.0e} / f"
-    with pytest.warns(UserWarning, match=said):
+    with pytest.warns(UserWarning, match=said) as caught:
         bank.add("undo", adapter, scaling=SCALING, norm_order=order)
+    assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match=said.replace("undo", "of size 0")):
         bank.replace("of size 0", adapter, scaling=SCALING, norm_order=order)
     y = bora_linear_mixed(x[None], weight, bank, bank.index(["undo"]))[0].double()
@@ -138,6 +139,20 @@ def test_an_adapter_that_cancels_a_line_is_warned_of(backend, dtype, order, axis
         y, exact = y[:, 1], exact[:, 1]
     error = ((y - exact).norm() / exact.norm()).item()
     assert error <= 2 * torch.finfo(dtype).eps / left, (NAMES[dtype], error)
+
+
+def test_word_of_cancelled_lines_may_be_left_on_the_device(weight, device):
+    inputs = cancelled(Case(1, N, K, 2, bias=False).inputs(device) | {"weight": weight}, "row", 0.1)
+    adapter, bank, words = Adapter(*(inputs[name] for name in Adapter._fields)), AdapterBank(weight), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bank.add("unasked", adapter, scaling=SCALING, judge=None)
+        bank.add("undo", adapter, scaling=SCALING, judge=lambda *word: words.append(word))
+        bank.replace("unasked", tensors(2), scaling=SCALING, judge=lambda *word: words.append(word))
+    assert [(name, of.data_ptr() == weight.data_ptr(), word.any().item()) for name, of, word in words] == [
+        ("undo", True, True),
+        ("unasked", True, False),
+    ]
 
 
 def test_a_warning_that_is_an_error_leaves_the_bank_as_it_was(weight, device):
