@@ -106,5 +106,5 @@ def test_readme_without_a_place_for_the_table_is_refused(tmp_path, capsys):
 def test_readme_says_which_bora_and_code_comes_early():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     before_code = text.partition("```python")[0]
-    assert "2412.06441" in before_code and "2508.06953" in before_code and "not reproduced" in before_code
+    assert "2412.06441" in before_code and "2508.06953" in before_code and "undecided" in before_code
     assert len(before_code.split()) < 400

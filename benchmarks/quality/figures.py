@@ -12,7 +12,7 @@ from .mechanism import METHODS as WATCHED
 from .mechanism import changes
 from .methods import METHODS, PRIMARY
 from .statistics import Contrast, Scores
-from .tasks import PRIMARY_TASKS
+from .tasks import PRIMARY_TASKS, UNITS
 
 _COLORS = {
     "bora": "#e4572e", "lora_r1": "#86b9e0", "dora": "#1b4f8f", "lora": "#4a90c2", "full": "#2e8b57",
@@ -41,7 +41,7 @@ def draw(
 
     if found:
         save(_contrasts(Figure, found), "contrasts.png")
-    if tasks := [task for task in PRIMARY_TASKS if task in table]:
+    if tasks := [t for t in PRIMARY_TASKS if any(METHODS[method].is_adapter for method in table.get(t, {}))]:
         save(_rates(Figure, table, tasks), "learning_rates.png")
     for key, name in (("steps", "figure2.png"), ("starts", "figure3.png")):
         runs = [r for r in records if r["stage"] == "mechanism" and key in r]
@@ -52,39 +52,61 @@ def draw(
 
 def _contrasts(Figure, found: Mapping[tuple[str, str], Contrast]):
     """Estimates and intervals, pooled and by task, of each primary contrast."""
-    figure = Figure(figsize=(4.6 * len(found), 3.4), layout="constrained")
-    panels = figure.subplots(1, len(found), squeeze=False, sharex=True)[0]
+    figure = Figure(figsize=(4.8 * len(found), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False, sharex=True, sharey=True)[0]
     for panel, ((a, b), contrast) in zip(panels, found.items(), strict=True):
-        rows = [("pooled", contrast.estimate, contrast.low, contrast.high)]
-        rows += [(task, *values) for task, values in contrast.tasks.items()]
-        for place, (_, estimate, low, high) in enumerate(reversed(rows)):
-            pooled = place == len(rows) - 1
-            panel.plot(
-                [low, high], [place] * 2, color=_COLORS[a] if pooled else "#999999", linewidth=3 if pooled else 1.5
-            )
-            panel.plot(estimate, place, "o", color=_COLORS[a] if pooled else "#666666")
+        lines = [("pooled", contrast.estimate, contrast.low, contrast.high)]
+        lines += [(task, *values) for task, values in contrast.tasks.items()]
+        for place, (_, estimate, low, high) in enumerate(reversed(lines)):
+            pooled = place == len(lines) - 1
+            color, width = (_COLORS[a], 3.0) if pooled else ("#777777", 1.5)
+            panel.plot([low, high], [place] * 2, color=color, linewidth=width, solid_capstyle="butt")
+            panel.plot(estimate, place, "o", color=color, markersize=8 if pooled else 6)
         panel.axvline(0, color="black", linewidth=0.8)
         panel.axvline(SMALLEST, color="black", linewidth=0.8, linestyle=":")
-        panel.set_yticks(range(len(rows)), [name for name, *_ in reversed(rows)])
-        panel.set(title=f"{METHODS[a].label} − {METHODS[b].label}", xlabel="seed standard deviations")
+        panel.annotate(f"{SMALLEST}", (SMALLEST, -0.5), (2, 2), textcoords="offset points", fontsize=8)
+        panel.set_yticks(range(len(lines)), [name for name, *_ in reversed(lines)])
+        panel.set_ylim(-0.5, len(lines) - 0.5)
+        title = f"{METHODS[a].label} − {METHODS[b].label}"
+        panel.set_title(f"{title}, pooled at {100 * contrast.level:g} %", fontsize=10)
+        panel.set_xlabel(
+            f"← {METHODS[b].label.split(',')[0].split(' (')[0]} better    seed SDs    {METHODS[a].label} better →"
+        )
+        panel.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def _rates(Figure, table: Mapping[str, Mapping[str, Scores]], tasks: list[str]):
-    """Stage 1: mean validation score over the learning rate, the chosen one marked."""
-    figure = Figure(figsize=(3.6 * len(tasks), 3.6), layout="constrained")
+    """Stage 1: mean validation score of the adapters over the learning rate, the chosen one marked.
+
+    The lowest quarter of a panel's scores, where learning has failed or hardly begun, is cut off.
+    """
+    figure = Figure(figsize=(3.4 * len(tasks), 3.4), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    lines = {}
     for panel, task in zip(panels, tasks, strict=True):
-        for method, scores in table[task].items():
+        adapters = {method: scores for method, scores in table[task].items() if METHODS[method].is_adapter}
+        for method, scores in adapters.items():
             means = scores.validation.mean(1)
             width = 2.2 if method in PRIMARY else 1
-            panel.plot(scores.rates, means, color=_COLORS[method], linewidth=width, label=METHODS[method].label)
-            panel.plot(scores.rates[scores.chosen], means[scores.chosen], "o", color=_COLORS[method])
-        best = max(scores.validation.mean(1).max() for scores in table[task].values())
-        spread = best - np.median([scores.validation.mean(1).max() for scores in table[task].values()])
-        panel.set(xscale="log", title=task, xlabel="learning rate", ylim=(best - max(4 * spread, 1), None))
-    panels[0].set_ylabel("validation score")
-    panels[-1].legend(fontsize=6)
+            style = {"color": _COLORS[method], "linewidth": width, "zorder": 3 if method in PRIMARY else 2}
+            (lines[method],) = panel.plot(scores.rates, means, marker=".", **style)
+            panel.plot(scores.rates[scores.chosen], means[scores.chosen], "o", **style)
+        means = np.concatenate([scores.validation.mean(1) for scores in adapters.values()])
+        low, high = np.percentile(means, 25), means.max()
+        panel.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        grid = sorted({rate for scores in adapters.values() for rate in scores.rates})
+        panel.set_xscale("log")
+        panel.set_xticks(grid[:: max(1, len(grid) // 5)], [f"{rate:g}" for rate in grid[:: max(1, len(grid) // 5)]])
+        panel.minorticks_off()
+        panel.tick_params(labelsize=7)
+        panel.set(title=f"{task} ({UNITS.get(task, 'accuracy, %')})", xlabel="learning rate")
+        panel.title.set_fontsize(10)
+    panels[0].set_ylabel("validation score, mean of seeds")
+    names = [method for method in METHODS if method in lines]
+    figure.legend(
+        [lines[m] for m in names], [METHODS[m].label for m in names], loc="outside lower center", ncols=6, fontsize=8
+    )
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -103,6 +104,22 @@ def seed_deviation(scores: Sequence[Scores]) -> float:
     return math.sqrt(float(np.mean([s.final.var(ddof=1) for s in scores])))
 
 
+def choices(scores: Scores) -> dict[float, float]:
+    """{learning rate: in which share of all resamples of stage 1's seeds it is chosen}, those that ever are."""
+    seeds = scores.validation.shape[1]
+    first = np.array(list(itertools.product(range(seeds), repeat=seeds)))
+    places, counts = np.unique(scores.validation[:, first].mean(2).argmax(0), return_counts=True)
+    return {scores.rates[place]: float(count / len(first)) for place, count in zip(places, counts, strict=True)}
+
+
+def pooled_differences(
+    table: Mapping[str, Mapping[str, Scores]], pair: tuple[str, str], unit: Mapping[str, float]
+) -> Array:
+    """The difference of two methods at their chosen rates for each seed of stage 2, averaged over tasks, in units."""
+    a, b = pair
+    return np.mean([(methods[a].final - methods[b].final) / unit[task] for task, methods in table.items()], 0)
+
+
 def contrasts(
     table: Mapping[str, Mapping[str, Scores]],
     pairs: Sequence[tuple[str, str]],
@@ -130,7 +147,7 @@ def contrasts(
             task: (methods[a].final - methods[b].final) / unit[task] for task, methods in table.items()
         }
         draws[a, b] = {task: drawn[task, a] - drawn[task, b] for task in table}
-    p = {pair: sign_flip_p(np.mean(list(d.values()), 0)) for pair, d in differences.items()}
+    p = {pair: sign_flip_p(pooled_differences(table, pair, unit)) for pair in pairs}
     adjusted, found = holm(p), {}
     order = sorted(p, key=p.__getitem__)
     for pair in pairs:

@@ -216,7 +216,7 @@ def test_the_study_from_start_to_end(tmp_path, fewer, capsys):
     main(["report", "--out", str(tmp_path / "runs.json"), "--folder", str(tmp_path / "report")])
     text = (tmp_path / "report" / "report.md").read_text()
     assert "## Finding: incomplete" in text and "made-up data" in text
-    for title in ("## bbc_lm (primary", "## Sensitivity", "rank 16", "own rate of magnitudes, × 16", "## Correlation"):
+    for title in ("## bbc_lm (primary", "## Sensitivity", "rank 16", "own rate of magnitudes, × 16", "## Mechanism"):
         assert title in text
     pictures = {path.name for path in (tmp_path / "report").glob("*.png")}
     assert pictures in ({"contrasts.png", "learning_rates.png", "figure2.png", "figure3.png"}, set())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from benchmarks.quality.stages import STAGE1_SEEDS, STAGE2_SEEDS
 from benchmarks.quality.statistics import (
     Contrast,
     Scores,
+    choices,
     contrasts,
     holm,
     resampled,
@@ -22,6 +24,7 @@ from benchmarks.quality.statistics import (
     t_interval,
     t_quantile,
 )
+from benchmarks.quality.tables import interval, signed
 from benchmarks.quality.tasks import PRIMARY_TASKS
 
 TASKS = PRIMARY_TASKS
@@ -123,6 +126,13 @@ def test_intervals_cover_the_truth():
         found = contrasts(table, [("a", "b")], dict.fromkeys(TASKS, 1.0), resamples=400)["a", "b"]
         covered.append(found.low < 0.5 < found.high)
     assert 0.88 <= np.mean(covered) <= 0.99
+
+
+def test_choices_are_counted_over_all_resamples():
+    """Of two seeds there are four draws: both twice, where the second rate wins by 4.5 over 2.5, and each alone."""
+    validation = np.array([[5.0, 0.0], [1.0, 8.0], [0.0, 0.0]])
+    scores = Scores((1.0, 2.0, 4.0), validation, validation, 1, np.zeros(3))
+    assert choices(scores) == {1.0: 0.25, 2.0: 0.75}
 
 
 def test_contrasts_are_pooled_in_units_of_each_task():
@@ -245,3 +255,30 @@ def test_the_report_of_complete_runs(tmp_path):
     for method in PRIMARY:
         assert METHODS[method].label in text
     assert "a device" in text and "abc" in text
+
+
+# ---- what is recorded ----
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "quality" / "results"
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """The report of the recorded runs, made anew."""
+    return report.write(RESULTS / "runs.json", tmp_path_factory.mktemp("report"))
+
+
+def test_the_recorded_report_is_that_of_the_recorded_runs(recorded):
+    assert (RESULTS / "report.md").read_text(encoding="utf-8") == recorded
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/guide.md"])
+def test_documents_say_what_was_found(name):
+    """The finding and its two contrasts, to the digit, beside the recorded figure."""
+    found = findings.primary_contrasts(findings.scores(json.loads((RESULTS / "runs.json").read_text())["records"]))
+    text = " ".join((ROOT / name).read_text(encoding="utf-8").split())
+    assert f"the finding is **{findings.finding(found)}**" in text
+    for contrast in found.values():
+        assert f"{signed(contrast.estimate)} {interval(contrast.low, contrast.high)}" in text
+    assert "quality/results/contrasts.png" in text and (RESULTS / "contrasts.png").is_file()
