@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -22,13 +22,10 @@ PUBLISHED = {"full": -0.62, "lora": 0.83, "dora": -0.31}  # DoRA, arXiv 2402.093
 MAGNITUDES, LORAS_RATE = "own rate of magnitudes", "LoRA's learning rate"
 
 
-def sensitivity(records: list[dict], table: Table) -> str:
+def sensitivity(records: list[dict], table: Table, drawn: Sequence[str] = ()) -> str:
     """Each variant's difference to stage 2's runs of the same seeds, and the primary contrasts within it."""
-    variants: dict[str, dict[tuple[str, str], Settings]] = {}
-    for r in records:
-        if r["stage"] == "sensitivity":
-            settings = variants.setdefault(r["variant"], {}).setdefault((r["method"], r["task"]), {})
-            settings.setdefault((r["lr"], r["magnitude_factor"]), []).append(r)
+    names = dict.fromkeys(r["variant"] for r in records if r["stage"] == "sensitivity")
+    variants = {name: settings_of(records, name) for name in names}
     if not variants:
         return ""
     tasks = [task for task in PRIMARY_TASKS if any(task == t for cells in variants.values() for _, t in cells)]
@@ -38,7 +35,7 @@ def sensitivity(records: list[dict], table: Table) -> str:
         for method in [m for m in METHODS if any(m == name for name, _ in cells)]:
             factors = sorted({factor for (m, _), s in cells.items() if m == method for _, factor in s})
             for factor in factors:
-                found = [_best(cells.get((method, task), {}), factor) for task in tasks]
+                found = [best_runs(cells.get((method, task), {}), factor) for task in tasks]
                 texts = [_beside_stage_2(runs, final) for runs in found]
                 what = f"{variant}, × {factor:g}" if len(factors) > 1 else variant
                 lines.append([what, METHODS[method].label, *texts])
@@ -55,10 +52,30 @@ def sensitivity(records: list[dict], table: Table) -> str:
             "deviations, 95 % (t, 8 seeds; the choice of learning rates is not in it):\n\n"
         )
         text += rows(["variant", *(difference(pair) for pair in CONTRASTS)], contrasts)
-    return text
+    return text + _figures(
+        {
+            "magnitudes.png": "Magnitudes' own learning rate: what a factor changes (8 seeds, paired, 95 %).",
+            "ranks.png": "Ranks, at the best of three learning rates, beside LoRA of rank 4 (8 seeds, paired, 95 %).",
+        },
+        drawn,
+    )
 
 
-def _best(settings: Settings, factor: float) -> list[dict]:
+def _figures(titles: Mapping[str, str], drawn: Sequence[str]) -> str:
+    return "".join(f"\n\n![{title}]({name})\n\n{title}" for name, title in titles.items() if name in drawn)
+
+
+def settings_of(records: list[dict], variant: str) -> dict[tuple[str, str], Settings]:
+    """{(method, task): settings} of one variant of the sensitivity runs."""
+    found: dict[tuple[str, str], Settings] = {}
+    for r in records:
+        if (r["stage"], r["variant"]) == ("sensitivity", variant):
+            settings = found.setdefault((r["method"], r["task"]), {})
+            settings.setdefault((r["lr"], r["magnitude_factor"]), []).append(r)
+    return found
+
+
+def best_runs(settings: Settings, factor: float) -> list[dict]:
     """The runs at the learning rate with the best mean validation score, among those with this factor."""
     own = [runs for (_, by), runs in settings.items() if by == factor]
     return max(own, key=lambda runs: np.mean([r["validation"] for r in runs]), default=[])
@@ -69,7 +86,7 @@ def _beside_stage_2(runs: list[dict], final: dict[tuple[str, str, int], float]) 
         return ""
     pairs = [r["test"] - final[key] for r in runs if (key := (r["task"], r["method"], r["seed"])) in final]
     beside = f" ({around(*t_interval(pairs))})" if len(pairs) > 1 else ""
-    return f"{np.mean([r['test'] for r in runs]):.2f}{beside}"
+    return f"{np.mean([r['test'] for r in runs]):.2f}{beside}".replace("-", "−")
 
 
 def _contrasts(
@@ -81,7 +98,7 @@ def _contrasts(
         return []
 
     def runs(method: str, task: str) -> dict[int, float]:
-        found = _best(cells.get((method, task), {}), 1.0)
+        found = best_runs(cells.get((method, task), {}), 1.0)
         if not found and variant == LORAS_RATE:  # the method's own rate, so that stage 2 has its runs
             found = [r for r in records if (r["stage"], r["task"], r["method"]) == ("stage2", task, method)]
         return {r["seed"]: r["test"] for r in found}
@@ -96,7 +113,7 @@ def _contrasts(
     return [[variant, *texts]] if any(texts) else []
 
 
-def teachers(records: list[dict]) -> str:
+def teachers(records: list[dict], drawn: Sequence[str] = ()) -> str:
     """The best learning rate's mean share of the difference that was learned."""
     found = teacher_scores(records)
     methods = [m for m in METHODS if any(m in by for by in found.values())]
@@ -112,7 +129,7 @@ def teachers(records: list[dict]) -> str:
     return (
         "## Teachers (descriptive)\n\nShare of a known difference between two weights that one layer learns, in "
         f"percent, 95 % (t, 8 seeds).\n\n{rows(['method', *TEACHERS], lines)}"
-    )
+    ) + _figures({"teachers.png": "What of each difference is learned."}, drawn)
 
 
 def teacher_scores(records: list[dict]) -> dict[str, dict[str, tuple[float, float]]]:
@@ -149,9 +166,11 @@ def mechanism(records: list[dict], drawn: Sequence[str] = ()) -> str:
         "of a vision-language model. Pooled over checkpoints, a correlation shows for the most part that both grow "
         f"with the steps.\n\n{rows(head, lines, text=2)}"
     )
-    titles = {
-        "figure2.png": "Figure 2: what eight single steps change in each layer.",
-        "figure3.png": "Figure 3: how far each layer is from W0 at four checkpoints.",
-    }
-    figures = "\n\n".join(f"![{title}]({name})\n\n{title}" for name, title in titles.items() if name in drawn)
-    return f"{text}\n\n{figures}".rstrip()
+    return text + _figures(
+        {
+            "figure2.png": "Figure 2: what eight single steps change in each layer (means over seeds); r as in the "
+            "table, its mean over tasks.",
+            "figure3.png": "Figure 3: how far each layer is from W0 at four checkpoints, likewise.",
+        },
+        drawn,
+    )

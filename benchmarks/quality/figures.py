@@ -7,19 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from .figures_descriptive import COLORS, magnitudes, mechanism, ranks, teachers
 from .findings import SMALLEST
-from .mechanism import METHODS as WATCHED
-from .mechanism import changes
 from .methods import METHODS, PRIMARY
 from .statistics import Contrast, Scores
+from .tables import difference
 from .tasks import PRIMARY_TASKS, UNITS
-
-_COLORS = {
-    "bora": "#e4572e", "lora_r1": "#86b9e0", "dora": "#1b4f8f", "lora": "#4a90c2", "full": "#2e8b57",
-    "dora_exact": "#6a4fb3", "bora_cr": "#f2a65a", "bora_detached": "#b5452c", "columns": "#c9a227",
-    "scales": "#8c8c8c", "head": "#bbbbbb",
-}  # fmt: skip
-_AXES = {"row": "output feature", "col": "input feature"}
 
 
 def draw(
@@ -27,8 +20,12 @@ def draw(
     records: list[dict],
     table: Mapping[str, Mapping[str, Scores]],
     found: Mapping[tuple[str, str], Contrast],
+    others: Mapping[tuple[str, str], Contrast],
 ) -> list[Path]:
-    """Write the figures for which there are runs; returns their paths."""
+    """Write the figures for which there are runs; returns their paths.
+
+    ``found`` are the primary contrasts, ``others`` the rest of them.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -37,16 +34,21 @@ def draw(
 
     def save(figure: Figure, name: str) -> None:
         drawn.append(folder / name)
-        figure.savefig(drawn[-1], dpi=130)
+        figure.savefig(drawn[-1], dpi=110)
 
     if found:
         save(_contrasts(Figure, found), "contrasts.png")
     if tasks := [t for t in PRIMARY_TASKS if any(METHODS[method].is_adapter for method in table.get(t, {}))]:
         save(_rates(Figure, table, tasks), "learning_rates.png")
+    if others:
+        save(_others(Figure, others), "others.png")
+    for make in (magnitudes, ranks, teachers):
+        if (figure := make(Figure, records)) is not None:
+            save(figure, f"{make.__name__}.png")
     for key, name in (("steps", "figure2.png"), ("starts", "figure3.png")):
         runs = [r for r in records if r["stage"] == "mechanism" and key in r]
         if runs:
-            save(_mechanism(Figure, runs, key), name)
+            save(mechanism(Figure, runs, key), name)
     return drawn
 
 
@@ -59,7 +61,7 @@ def _contrasts(Figure, found: Mapping[tuple[str, str], Contrast]):
         lines += [(task, *values) for task, values in contrast.tasks.items()]
         for place, (_, estimate, low, high) in enumerate(reversed(lines)):
             pooled = place == len(lines) - 1
-            color, width = (_COLORS[a], 3.0) if pooled else ("#777777", 1.5)
+            color, width = (COLORS[a], 3.0) if pooled else ("#777777", 1.5)
             panel.plot([low, high], [place] * 2, color=color, linewidth=width, solid_capstyle="butt")
             panel.plot(estimate, place, "o", color=color, markersize=8 if pooled else 6)
         panel.axvline(0, color="black", linewidth=0.8)
@@ -67,7 +69,7 @@ def _contrasts(Figure, found: Mapping[tuple[str, str], Contrast]):
         panel.annotate(f"{SMALLEST}", (SMALLEST, -0.5), (2, 2), textcoords="offset points", fontsize=8)
         panel.set_yticks(range(len(lines)), [name for name, *_ in reversed(lines)])
         panel.set_ylim(-0.5, len(lines) - 0.5)
-        title = f"{METHODS[a].label} − {METHODS[b].label}"
+        title = difference((a, b))
         panel.set_title(f"{title}, pooled at {100 * contrast.level:g} %", fontsize=10)
         panel.set_xlabel(
             f"← {METHODS[b].label.split(',')[0].split(' (')[0]} better    seed SDs    {METHODS[a].label} better →"
@@ -89,7 +91,7 @@ def _rates(Figure, table: Mapping[str, Mapping[str, Scores]], tasks: list[str]):
         for method, scores in adapters.items():
             means = scores.validation.mean(1)
             width = 2.2 if method in PRIMARY else 1
-            style = {"color": _COLORS[method], "linewidth": width, "zorder": 3 if method in PRIMARY else 2}
+            style = {"color": COLORS[method], "linewidth": width, "zorder": 3 if method in PRIMARY else 2}
             (lines[method],) = panel.plot(scores.rates, means, marker=".", **style)
             panel.plot(scores.rates[scores.chosen], means[scores.chosen], "o", **style)
         means = np.concatenate([scores.validation.mean(1) for scores in adapters.values()])
@@ -110,22 +112,17 @@ def _rates(Figure, table: Mapping[str, Mapping[str, Scores]], tasks: list[str]):
     return figure
 
 
-def _mechanism(Figure, runs: list[dict], key: str):
-    """ΔD against ΔM, a point for each layer, step and seed, coloured by step; a column for each method."""
-    tasks = [task for task in PRIMARY_TASKS if any(r["task"] == task for r in runs)]
-    methods = [method for method in WATCHED if any(r["method"] == method for r in runs)]
-    lines = [(task, axis) for task in tasks for axis in _AXES]
-    figure = Figure(figsize=(3 * len(methods), 2.5 * len(lines)), layout="constrained")
-    panels = figure.subplots(len(lines), len(methods), squeeze=False)
-    for line, (task, axis) in zip(panels, lines, strict=True):
-        for panel, method in zip(line, methods, strict=True):
-            points = [c for r in runs if (r["task"], r["method"]) == (task, method) for c in changes(r[key])]
-            moved = [[getattr(c, f"{kind}_{axis}") for c in points] for kind in ("magnitude", "direction")]
-            panel.scatter(*moved, c=[c.step for c in points], s=3)
-            panel.ticklabel_format(style="sci", scilimits=(0, 0))
-            panel.tick_params(labelsize=6)
-            panel.set_title(f"{METHODS[method].label}, {task}, by {_AXES[axis]}", fontsize=7)
-        line[0].set_ylabel("ΔD")
-    for panel in panels[-1]:
-        panel.set_xlabel("ΔM")
+def _others(Figure, found: Mapping[tuple[str, str], Contrast]):
+    """The other contrasts' estimates and intervals."""
+    figure = Figure(figsize=(6.4, 0.7 + 0.32 * len(found)), layout="constrained")
+    panel = figure.subplots()
+    pairs = list(found)[::-1]
+    for place, pair in enumerate(pairs):
+        contrast, (a, _) = found[pair], pair
+        panel.plot([contrast.low, contrast.high], [place] * 2, color=COLORS[a], linewidth=2, solid_capstyle="butt")
+        panel.plot(contrast.estimate, place, "o", color=COLORS[a])
+    panel.axvline(0, color="black", linewidth=0.8)
+    panel.set_yticks(range(len(found)), [difference(pair) for pair in pairs], fontsize=8)
+    panel.set_xlabel("pooled difference in seed standard deviations, 95 %", fontsize=9)
+    panel.spines[["top", "right"]].set_visible(False)
     return figure

@@ -48,7 +48,8 @@ def write(path: Path, folder: Path) -> str:
     table = scores(records, "score", seeds1, seeds2)
     found = primary_contrasts(table)
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = [path.name for path in figures.draw(folder, records, table, found)]
+    others = _other_contrasts(table)
+    drawn = [path.name for path in figures.draw(folder, records, table, found, others)]
     parts = [
         "# The study's results",
         "What was compared, on which tasks and by which rule is in `benchmarks/quality/PLAN.md`, which was committed "
@@ -57,10 +58,10 @@ def write(path: Path, folder: Path) -> str:
         _finding(INCOMPLETE if small else finding(found), table, found, small, drawn),
         _learning_rates(table, drawn),
         *(_scores(table, task) for task in (*PRIMARY_TASKS, *SECONDARY_TASKS) if task in table),
-        _others(table),
+        _others(table, others, drawn),
         _by_loss(table, scores(records, "loss", seeds1, seeds2)),
-        descriptive.sensitivity(records, table),
-        descriptive.teachers(records),
+        descriptive.sensitivity(records, table, drawn),
+        descriptive.teachers(records, drawn),
         descriptive.mechanism(records, drawn),
         _runs(records, sessions),
     ]
@@ -191,17 +192,31 @@ def _scores(table: Table, task: str) -> str:
     return f"## {task} ({role}; {UNITS.get(task, 'accuracy, %')}; {seeds} seeds)\n\n{rows(head, lines)}"
 
 
-def _others(table: Table) -> str:
-    unit, lines = units(table), []
-    for pair in OTHER_CONTRASTS:
-        tasks = [t for t in PRIMARY_TASKS if t in unit and all(method in table[t] for method in pair)]
-        if tasks:
-            complete = {t: table[t] for t in tasks}
-            c = contrasts(complete, [pair], unit)[pair]
-            alone = around(*t_interval(pooled_differences(complete, pair, unit)))
-            lines.append([difference(pair), f"{signed(c.estimate)} {interval(c.low, c.high)}", alone, ", ".join(tasks)])
+def _shared_tasks(table: Table, pair: tuple[str, str]) -> Table:
+    """The primary tasks that have both methods, and a unit."""
+    unit = units(table)
+    return {t: table[t] for t in PRIMARY_TASKS if t in unit and all(method in table[t] for method in pair)}
+
+
+def _other_contrasts(table: Table) -> Found:
+    shared = {pair: _shared_tasks(table, pair) for pair in OTHER_CONTRASTS}
+    return {pair: contrasts(own, [pair], units(table))[pair] for pair, own in shared.items() if own}
+
+
+def _others(table: Table, found: Found, drawn: Sequence[str]) -> str:
+    if not found:
+        return ""
+    lines = []
+    for pair, c in found.items():
+        own = _shared_tasks(table, pair)
+        alone = around(*t_interval(pooled_differences(own, pair, units(table))))
+        lines.append([difference(pair), f"{signed(c.estimate)} {interval(c.low, c.high)}", alone, ", ".join(own)])
     head = ["seed standard deviations", "pooled, 95 %", "at the chosen rates, 95 % (t)", "tasks"]
-    return f"## Other contrasts (descriptive)\n\n{rows(head, lines)}" if lines else ""
+    text = (
+        "## Other contrasts (descriptive)\n\nThe first interval counts the choice of learning rates in, the second one "
+        f"does not.\n\n{rows(head, lines)}"
+    )
+    return f"{text}\n\n![The other contrasts](others.png)" if "others.png" in drawn else text
 
 
 def _by_loss(table: Table, by_loss: Table) -> str:
