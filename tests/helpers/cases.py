@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pytest
@@ -117,6 +118,47 @@ def run(
 
 
 def check_layer(
+    backend: str, inputs: dict[str, Tensor | None], dy: Tensor, *, floor: float = FLOOR, **options
+) -> dict[str, Tensor]:
+    """Hold the output and all gradients of a backend to the accuracy rule; returns them.
+
+    ``options`` are those of ``run_beside_reference``.
+    """
+    actual, plain, exact, terms = run_beside_reference(backend, inputs, dy, **options)
+    N, K, R = *inputs["weight"].shape, inputs["lora_A"].shape[0]
+    samples = min(N, K, inputs["x"].numel() // K * R)
+    assert_accurate(actual, plain, exact, samples=samples, terms=terms, floor=floor)
+    return actual
+
+
+def check_together(
+    backend: str,
+    layers: Iterable[tuple[dict[str, Tensor | None], Tensor]],
+    *,
+    shares: dict[str, float] | None = None,
+    **options,
+) -> None:
+    """Hold each result of several layers, given as inputs and dy, to the accuracy rule as one tensor.
+
+    Where one number is nearly all of a result its error is one rounding, and plain PyTorch's is close to 0 now and
+    then: the layers are the samples that the rule speaks of. ``shares`` of what plain PyTorch errs count for results
+    that are known to be better.
+    """
+    stacks: tuple[dict[str, list[Tensor]], ...] = ({}, {}, {}, {})
+    for inputs, dy in layers:
+        results = run_beside_reference(backend, inputs, dy, **options)
+        for name in results[0]:
+            scale = max(result[name].norm() for result in results[2:])
+            for stack, result in zip(stacks, results, strict=True):
+                wide = torch.promote_types(result[name].dtype, torch.float32)
+                stack.setdefault(name, []).append((result[name].to(wide) / scale).flatten())
+    actual, plain, exact, terms = ({name: torch.cat(parts) for name, parts in stack.items()} for stack in stacks)
+    for name, share in (shares or {}).items():
+        plain[name] = (exact[name] + share * (plain[name] - exact[name])).to(plain[name].dtype)
+    assert_accurate(actual, plain, exact, samples=len(stacks[0]["y"]), terms=terms)
+
+
+def run_beside_reference(
     backend: str,
     inputs: dict[str, Tensor | None],
     dy: Tensor,
@@ -124,26 +166,22 @@ def check_layer(
     layer=bora_linear,
     mask: Tensor | None = None,
     seed: int | None = None,
-    floor: float = FLOOR,
+    trained=TRAINED,
     **options,
-) -> dict[str, Tensor]:
-    """Hold the output and all gradients of a backend to the accuracy rule; returns them.
+) -> tuple[dict[str, Tensor], ...]:
+    """What a backend makes of a layer, and the dense reference: in the same dtypes, in float64, and with its terms.
 
     ``layer`` may wrap ``bora_linear``, as in autocast. With dropout, ``seed`` is set before the backend runs and
     ``mask`` says what it is known to keep then.
     """
-    options = {"scaling": SCALING, **options}
-    trained = options.pop("trained", TRAINED)
+    options = {"scaling": SCALING, "trained": trained, **options}
     require(backend, inputs["x"].dtype)
     if seed is not None:
         torch.manual_seed(seed)
-    actual = run(layer, inputs, dy, trained=trained, backend=backend, **options)
+    actual = run(layer, inputs, dy, backend=backend, **options)
 
-    twin = {"trained": trained, "dropout_mask": mask, **options}
+    twin = {"dropout_mask": mask, **options}
     plain = run(bora_linear_ref, inputs, dy, **twin)
     exact = run(bora_linear_ref, inputs, dy, dtype=torch.float64, **twin)
     terms = run(bora_linear_ref, inputs, dy, dtype=torch.float64, **(twin | {"detach_norm": True}))
-    N, K, R = *inputs["weight"].shape, inputs["lora_A"].shape[0]
-    samples = min(N, K, inputs["x"].numel() // K * R)
-    assert_accurate(actual, plain, exact, samples=samples, terms=terms, floor=floor)
-    return actual
+    return actual, plain, exact, terms
