@@ -183,13 +183,13 @@ PROVIDERS += [  # whole models under torch.compile, where compiling takes most o
         compiled=True,
         by_default=lambda case: False,
     )
-    for name in (
+    for name in (  # the longest last
         "frozen",
         "lora-by-hand-half",
-        "peft-dora-half",
-        "fused-bora",
-        "peft-lora-fuse",
-        "peft-dora-fuse",
         "fused-bora-fuse",
+        "fused-bora",
+        "peft-dora-fuse",
+        "peft-lora-fuse",
+        "peft-dora-half",
     )
 ]
