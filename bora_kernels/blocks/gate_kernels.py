@@ -17,9 +17,10 @@ def gate(e: Tensor, f: Tensor, activation: Activation) -> Tensor:
 
 
 def gate_backward(dh: Tensor, e: Tensor, f: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
-    """de and df."""
+    """de, written over dh where that is contiguous, and df."""
+    dh = dh.contiguous()
     with operators.context("triton", e):
-        return _gate_backward(dh.contiguous(), e.contiguous(), f.contiguous(), activation=activation)
+        return dh, _gate_backward(dh, e.contiguous(), f.contiguous(), activation=activation)[0]
 
 
 @stage
@@ -29,4 +30,4 @@ def _gate(e, f, *, activation):
 
 @stage
 def _gate_backward(dh, e, f, *, activation):
-    return gated.gate_backward(e, f, dh, activation)
+    return gated.gate_backward(e, f, dh, activation)[1:]

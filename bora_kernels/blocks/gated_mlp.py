@@ -127,17 +127,19 @@ def _backward(ctx, dy: Tensor) -> tuple[Any, ...]:
     x, origin_x, origin_weight, e, f, *rest = autograd.saved_tensors(
         ctx, (_DOWN_PRODUCT,) if ctx.output_is_saved else (), x_is_saved=True
     )
-    if origin_x is not None:
-        x = NormOrigin(origin_x, origin_weight, ctx.offset, ctx.eps).output()
+
+    def make_x() -> Tensor | None:
+        return x if origin_x is None else NormOrigin(origin_x, origin_weight, ctx.offset, ctx.eps).output()
+
     kept = [Kept(call, *rest[3 * i : 3 * i + 3]) for i, call in enumerate(ctx.calls)]
     of_gate, of_up, of_down = projection.split(ctx.parts, rest[9:])
     wanted_e, wanted_f, wanted_y = projection.split(ctx.parts, ctx.requested)
     gate, up, down = ctx.parts
     needs_e, needs_f, needs_y = ctx.needs
-    kernels = _kernels(kept, dy, e, f, x, *rest)
+    kernels = _kernels(kept, dy, e, f, x, origin_x, *rest)
     with transforms.without_autocast(dy.device):
         if kernels is not None and needs_y.x and (layers := _layers(ctx, kept, rest[9:], e)) is not None:
-            return _backward_in_one_pass(ctx, dy, x, e, f, layers, of_down[4])
+            return _backward_in_one_pass(ctx, dy, make_x, e, f, layers, of_down[4])
         h = _gate(kernels, e, f, ctx.activation)
         dh, of_y = projection.backward(dy, h, of_down, down, kept[2], needs_y, wanted_y)
         del h
@@ -145,6 +147,7 @@ def _backward(ctx, dy: Tensor) -> tuple[Any, ...]:
         if dh is not None:
             de, df = _gate_backward(kernels, dh, e, f, ctx.activation)
             del dh
+            x = make_x()
             dx, of_f = projection.backward(df, x, of_up, up, kept[1], needs_f, wanted_f)
             del df
             dx_gate, of_e = projection.backward(de, x, of_gate, gate, kept[0], needs_e, wanted_e)
@@ -160,11 +163,12 @@ def _gate(kernels: ModuleType | None, e: Tensor, f: Tensor, activation: Activati
 def _gate_backward(
     kernels: ModuleType | None, dh: Tensor, e: Tensor, f: Tensor, activation: Activation
 ) -> tuple[Tensor, Tensor]:
-    """de and df"""
+    """de, which may be written over dh, and df."""
     if kernels is not None:
         return kernels.gate_backward(dh, e, f, activation)
     act, act_backward = _ACTIVATIONS[activation]
-    return act_backward(dh * f, e), dh * act(e)
+    df = act(e).mul_(dh)
+    return act_backward(dh.mul_(f), e), df
 
 
 def _kernels(kept: Sequence[Kept], first: Tensor, *tensors: Tensor | None) -> ModuleType | None:
@@ -197,12 +201,14 @@ def _layers(ctx, kept: Sequence[Kept], tensors: Sequence[Tensor | None], e: Tens
 
 
 def _backward_in_one_pass(
-    ctx, dy: Tensor, x: Tensor | None, e: Tensor, f: Tensor, layers: Any, bias: Tensor | None
+    ctx, dy: Tensor, make_x: Callable, e: Tensor, f: Tensor, layers: Any, bias: Tensor | None
 ) -> tuple[Any, ...]:
     from . import mlp_kernels as kernels
 
-    flat_dy, flat_x = autograd.flat(dy), autograd.flat(x)
-    dx, gradients = kernels.backward(flat_dy, flat_x, autograd.flat(e), autograd.flat(f), layers, ctx.activation)
+    flat_dy, flat_e, flat_f = (autograd.flat(t) for t in (dy, e, f))
+    dx, gradients = kernels.backward(
+        flat_dy, lambda: autograd.flat(make_x()), flat_e, flat_f, layers, ctx.activation
+    )  # fmt: skip
     results: list[Tensor | None] = []
     for part, layer, own in zip(ctx.parts, layers, gradients, strict=True):
         members = own if layer.adapter is None else layer.adapter

@@ -1,7 +1,7 @@
 """The backward of a gated MLP on Triton kernels, where e, f and dh are read once for all that is made of them.
 
     down       dy⊙a_d, v_d      dh      parts of dB_d and S_d
-    the gate   one read of e, f, dh: de⊙a_e, df⊙a_f, parts of dB_e, S_e, dB_f, S_f, dA_d, D_d; h is not stored
+    the gate   one read of e, f, dh: de⊙a_e over dh, df⊙a_f, parts of dB_e, S_e, dB_f, S_f, dA_d, D_d; h is not stored
     down       dA_d, dB_d, its magnitudes' gradients and norm paths
     gate, up   v and dx from the stored de⊙a (df⊙a), parts of dA and D, and the same end
 
@@ -10,6 +10,7 @@ Equations (3) to (11) of ``ops.torch_backend`` for each layer, e = gate(x), f = 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -71,17 +72,23 @@ def can_run(e: Tensor, layers: tuple[Layer, Layer, Layer]) -> bool:
 
 
 def backward(
-    dy: Tensor, x: Tensor | None, e: Tensor, f: Tensor, layers: tuple[Layer, Layer, Layer], activation: Activation
+    dy: Tensor,
+    make_x: Callable[[], Tensor | None],
+    e: Tensor,
+    f: Tensor,
+    layers: tuple[Layer, Layer, Layer],
+    activation: Activation,
 ) -> tuple[Tensor | None, list[Gradients]]:
     """dx [M, K], and the gradients of the adapters of gate, up and down, of dy [M, N], x [M, K], and e and f [M, I].
 
-    Without dropout and float16, for ranks up to ``config.gated_rank``; e and f are products without a bias.
+    x is made after e, f and dh were read, when memory is free again. Without dropout and float16, for ranks up to
+    ``config.gated_rank``; e and f are products without a bias.
     """
     with operators.context("triton", dy):
-        return _backward(dy, x, e.contiguous(), f.contiguous(), layers, activation)
+        return _backward(dy, make_x, e.contiguous(), f.contiguous(), layers, activation)
 
 
-def _backward(dy, x, e, f, layers, activation):
+def _backward(dy, make_x, e, f, layers, activation):
     *readers, down = layers
     precision = triton_backend._precision(dy.dtype)
     v: Tensor | None = None
@@ -94,7 +101,7 @@ def _backward(dy, x, e, f, layers, activation):
             scaling=down.options.scaling, needs_S=down.sums()[0], precision=precision,
         )  # fmt: skip
         of_down = dB_parts, S_parts
-    de, df, *parts = _gate_sums(
+    df, *parts = _gate_sums(
         e, f, dh, *[layer.row_scale() if layer.adapter is not None else None for layer in readers],
         *[layer.u if layer.needs.lora_B else None for layer in readers], v if down.needs.lora_A else None,
         totals=(
@@ -103,15 +110,16 @@ def _backward(dy, x, e, f, layers, activation):
         ),
         activation=activation, precision=precision,
     )  # fmt: skip
-    del dh
     gradients: list[Gradients] = [(None, None, None, None)] * 3
     if down.adapter is not None and any(down.needs[1:]):
         gradients[2] = _finish(
             down.weight, *down.adapter, down.flat_scales, *of_down, *parts[4:],
             stand_in=zero_stand_in(dy.dtype), **down.keywords(),
         )  # fmt: skip
-    dx = None
-    for i, (layer, d) in enumerate(zip(readers, (de, df), strict=True)):
+    x, dx, of_readers = make_x(), None, [df, dh]
+    del df, dh
+    for i, layer in enumerate(readers):
+        d = of_readers.pop()
         if layer.adapter is not None and any(layer.needs):
             own, *rest = _reader(
                 d, x, layer.weight, *layer.adapter, layer.flat_scales, *parts[2 * i : 2 * i + 2],
@@ -143,10 +151,10 @@ def _down(
 
 @stage
 def _gate_sums(e, f, dh, scale_e, scale_f, u_e, u_f, v, *, totals, activation, precision):
-    """de⊙a_e, df⊙a_f and the parts of dB_e, S_e, dB_f, S_f, dA_d and D_d."""
+    """df⊙a_f and the parts of dB_e, S_e, dB_f, S_f, dA_d and D_d; de⊙a_e is written over dh."""
     sides = Side(scale_e, u_e, totals[0]), Side(scale_f, u_f, totals[1]), Side(None, v, totals[2])
-    de, df, sums = gate_sums(e, f, dh, sides, activation, precision=precision)
-    return de, df, *sums[0], *sums[1], *sums[2]
+    _, df, sums = gate_sums(e, f, dh, sides, activation, precision=precision)
+    return df, *sums[0], *sums[1], *sums[2]
 
 
 @stage

@@ -60,8 +60,7 @@ def _gate_kernel(
 def _gate_backward_kernel(
     e_ptr,  # [n]
     f_ptr,  # [n]
-    dh_ptr,  # [n]
-    de_ptr,  # [n]
+    dh_ptr,  # [n], read and then written over: dh, de
     df_ptr,  # [n]
     n,
     BLOCK_SIZE: tl.constexpr,
@@ -71,16 +70,15 @@ def _gate_backward_kernel(
     activated, slope = _activated(load_vector(e_ptr, offs, n), ACTIVATION)
     dh = load_vector(dh_ptr, offs, n)
     de = dh * load_vector(f_ptr, offs, n) * slope
-    tl.store(de_ptr + offs, de.to(de_ptr.dtype.element_ty), mask=offs < n)
+    tl.store(dh_ptr + offs, de.to(dh_ptr.dtype.element_ty), mask=offs < n)
     tl.store(df_ptr + offs, (dh * activated).to(df_ptr.dtype.element_ty), mask=offs < n)
 
 
 @triton.jit
 def _gate_sums_kernel(
-    e_ptr,  # [M, C], contiguous, as are f, dh, de and df
+    e_ptr,  # [M, C], contiguous, as are f, dh and df
     f_ptr,  # [M, C]
-    dh_ptr,  # [M, C]
-    de_ptr,  # [M, C]: de⊙scale_e
+    dh_ptr,  # [M, C], read and then written over: dh, de⊙scale_e
     df_ptr,  # [M, C]: df⊙scale_f
     scale_e_ptr,  # [C]
     scale_f_ptr,  # [C]
@@ -118,7 +116,7 @@ def _gate_sums_kernel(
         dh = load_matrix(dh_ptr, offs_m, offs_c, end, C, C, 1).to(tl.float32)
         activated, slope = _activated(e, ACTIVATION)
         de, df = dh * f * slope, dh * activated
-        _store_folded(de_ptr, de, scale_e_ptr, offs_m, offs_c, end, C, HAS_SCALE_E, dtype)
+        _store_folded(dh_ptr, de, scale_e_ptr, offs_m, offs_c, end, C, HAS_SCALE_E, dtype)
         _store_folded(df_ptr, df, scale_f_ptr, offs_m, offs_c, end, C, HAS_SCALE_F, dtype)
         if HAS_TOTAL_E:
             total_e += de * e
@@ -193,22 +191,22 @@ def gate(e: Tensor, f: Tensor, activation: Activation) -> Tensor:
 
 
 def gate_backward(e: Tensor, f: Tensor, dh: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
-    """de and df in e's dtype; all are contiguous and of one shape."""
-    de, df = empty(e.shape, e.dtype, e.device), empty(e.shape, e.dtype, e.device)
+    """de, written over dh, and df in e's dtype; all are contiguous and of one shape."""
+    df = empty(e.shape, e.dtype, e.device)
     config = gate_config()
     launch(
         _gate_backward_kernel,
         (cdiv(e.numel(), config["BLOCK_SIZE"]),),
-        (e, f, dh, de, df),
+        (e, f, dh, df),
         n=e.numel(), ACTIVATION=activation, **config,
     )  # fmt: skip
-    return de, df
+    return dh, df
 
 
 def gate_sums(
     e: Tensor, f: Tensor, dh: Tensor, sides: tuple[Side, Side, Side], activation: Activation, *, precision: str
 ) -> tuple[Tensor, Tensor, list[tuple[Tensor | None, Tensor | None]]]:
-    """de⊙scale_e and df⊙scale_f [M, C] rounded with dither, and the sums of gate, up and down.
+    """de⊙scale_e, written over dh, and df⊙scale_f [M, C], rounded with dither, and the sums of gate, up and down.
 
     The sums are parts of tᵀ·projection [splits, C, R] and of Σ_m t⊙other [splits, C], as ``low_rank.reduce`` has them.
     """
@@ -218,18 +216,18 @@ def gate_sums(
     ranks = [0 if side.projection is None else side.projection.shape[2] for side in sides]
     splits, config = gate_sums_config(arch, processors, M, C, max(1, *ranks), e.dtype, is_aligned(e))
     parts = [parts_in_use(each, M, processors) for each in allocated]
-    de, df = empty((M, C), e.dtype, e.device), empty((M, C), e.dtype, e.device)
+    df = empty((M, C), e.dtype, e.device)
     factors = [None if R == 0 else empty((splits, C, R), torch.float32, e.device) for R in ranks]
     totals = [empty((splits, C), torch.float32, e.device) if side.total else None for side in sides]
     block_m = config["BLOCK_SIZE_M"]
     launch(
         _gate_sums_kernel,
         (cdiv(C, config["BLOCK_SIZE_C"]), splits),
-        (e, f, dh, de, df, sides[0].scale, sides[1].scale, *[side.projection for side in sides], *factors, *totals),
+        (e, f, dh, df, sides[0].scale, sides[1].scale, *[side.projection for side in sides], *factors, *totals),
         M=M, C=C, split_size=cdiv(cdiv(M, splits), block_m) * block_m,
         R_E=ranks[0], R_F=ranks[1], R_H=ranks[2], PARTS_E=parts[0], PARTS_F=parts[1], PARTS_H=parts[2],
         HAS_SCALE_E=sides[0].scale is not None, HAS_SCALE_F=sides[1].scale is not None,
         HAS_TOTAL_E=sides[0].total, HAS_TOTAL_F=sides[1].total, HAS_TOTAL_H=sides[2].total,
         ACTIVATION=activation, PRECISION=precision, **config,
     )  # fmt: skip
-    return de, df, list(zip(factors, totals, strict=True))
+    return dh, df, list(zip(factors, totals, strict=True))

@@ -7,7 +7,8 @@ launches with ``launch``. A replay allocates the results, and one workspace for 
 recorded parameters point to, and hands the kernels to the driver.
 
 So a stage consists of ``empty``, ``launch`` and views of tensors only, and depends on nothing but its key: the shapes,
-strides, dtypes, alignments and devices of its tensors, and its options. It writes to nothing but what it allocates.
+strides, dtypes, alignments and devices of its tensors, and its options. It writes to nothing but what it allocates; one
+of a single launch, which runs once or not at all, may write over a tensor that it is given.
 
 A stage runs as Python, every time, on AMD GPUs and where the user wants it (``switch``), while hooks watch Triton's
 launches, and with a warning where anything that a replay relies on is missing, refused or not as expected here.

@@ -23,7 +23,7 @@ def plain(e, f, dh, activation):
 
 
 def kernels(e, f, dh, activation):
-    de, df = gate_kernels.gate_backward(dh, e, f, activation)
+    de, df = gate_kernels.gate_backward(dh.clone(), e, f, activation)
     return {"h": gate_kernels.gate(e, f, activation), "de": de, "df": df}
 
 
@@ -44,6 +44,17 @@ def test_gate_reads_strided_tensors_and_gives_the_same_bits_again(activation, de
     first, second = kernels(e, f, dh, activation), kernels(*(t.contiguous() for t in (e, f, dh)), activation)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+def test_de_is_written_over_dh(device):
+    """A block holds one of them at a time; e and f are kept for other uses of the graph."""
+    e, f, dh = (torch.randn(9, 40, device=device) for _ in range(3))
+    before = e.clone(), f.clone()
+    expected = plain(e, f, dh, "silu")["de"]
+    de, df = gate_kernels.gate_backward(dh, e, f, "silu")
+    assert de is dh and df.data_ptr() not in (e.data_ptr(), f.data_ptr(), dh.data_ptr())
+    torch.testing.assert_close(de, expected)
+    assert torch.equal(e, before[0]) and torch.equal(f, before[1])
 
 
 @pytest.mark.parametrize("backend, used", [("triton", True), ("torch", False)])

@@ -117,16 +117,16 @@ def gate_of_mlp(at):
 
     M, C = 37, 75
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(shape, generator=generator) for shape in ((M, C),) * 3 + ((C,),) * 2]
+    tensors = [torch.randn(shape, generator=generator) for shape in ((M, C),) * 4 + ((C,),) * 2]
     tensors += [torch.randn(shape, generator=generator) for shape in ((4, M, 3), (1, M, 17), (2, M, 1))]
     if at is not None:
         tensors = [guarded(tensor, at) for tensor in tensors]
-    e, f, dh, a_e, a_f, u_e, u_f, v = tensors
+    e, f, dh, other_dh, a_e, a_f, u_e, u_f, v = tensors  # de is written over dh
     sides = Side(a_e, u_e, True), Side(a_f, u_f, True), Side(None, v, True)
     de, df, sums = gate_sums(e, f, dh, sides, "silu", precision="ieee")
     made = [
         gate(e, f, "gelu"),
-        *gate_backward(e, f, dh, "gelu_tanh"),
+        *gate_backward(e, f, other_dh, "gelu_tanh"),
         de,
         df,
         *[part for pair in sums for part in pair],
