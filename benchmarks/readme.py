@@ -1,11 +1,13 @@
-"""The README's table, made from a recorded result: ``python -m benchmarks.report RESULT.json --readme README.md``.
+"""The README's table, made from recorded results: ``python -m benchmarks.report RESULT.json ... --readme README.md``.
 
-It stands between two comments, of which the first names the result; a test makes it again and compares.
+It stands between two comments, of which the first names the results; a test makes it again and compares. Of several
+results of one device and the same versions, say layers from one and models from another, the last with a case counts.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from .records import CASE_FIELDS, by_case, load
@@ -30,12 +32,24 @@ _ROWS = {
     "peft-dora-fuse": "**DoRA, PEFT after `fuse`**",
     "fused-bora-fuse": "**BoRA, `FusedBoraLinear` after `fuse`**",
 }
-_MARKED = re.compile(r"<!-- made from (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+_COMPARED = ("torch", "triton", "peft")  # libraries that the caption names
+_MARKED = re.compile(r"<!-- made from (\S+(?: \S+)*) -->\n.*?<!-- end -->", re.DOTALL)
 
 
-def text(result: dict) -> str:
-    """The table and what was measured: one figure a cell, the fastest setting of each peer."""
-    cases, environment = by_case(result["records"]), result["environment"]
+def text(results: Sequence[dict]) -> str:
+    """The table and what was measured: one figure a cell, the fastest setting of each peer.
+
+    Raises ValueError for results of different devices or versions.
+    """
+    environment = results[0]["environment"]
+    cases: dict[tuple, dict[str, dict]] = {}
+    for result in results:
+        for name in ("device", *_COMPARED):
+            known, found = _fact(environment, name), _fact(result["environment"], name)
+            if known != found:
+                raise ValueError(f"results must have the same {name}, got {known} and {found}")
+        cases |= by_case(result["records"])
+    commits = dict.fromkeys(result["environment"]["commit"][:7] for result in results)
     versions = environment["versions"]
     lines = ["| | " + " | ".join(column[0] for column in _COLUMNS) + " |", "|---|" + "---:|" * len(_COLUMNS)]
     for provider, name in _ROWS.items():
@@ -50,6 +64,8 @@ def text(result: dict) -> str:
         f"{length} tokens, rank {rank}, {dtype} base, {environment['device']}, PyTorch {versions['torch']}, "
         f"Triton {versions['triton']}, PEFT {versions['peft']}.\n"
         f"The peers' adapters are in {dtype}, their faster setting, this package's in float32."
+        + f"\nMeasured at commits {' and '.join(commits)}."
+        * (len(commits) > 1)
     )
     return caption + "\n\n" + "\n".join(lines)
 
@@ -61,17 +77,21 @@ def _cell(value: float | None, scale: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
-def source(readme: Path) -> Path:
-    """The result that the README's table is made from."""
-    return readme.parent / _marked(readme)[1]
+def sources(readme: Path) -> list[Path]:
+    """The results that the README's table is made from."""
+    return [readme.parent / name for name in _marked(readme)[1].split()]
 
 
-def write(readme: Path, result: Path) -> None:
-    """Put the table of a result that lies below the README's folder into the README."""
+def write(readme: Path, results: Sequence[Path]) -> None:
+    """Put the table of results that lie below the README's folder into the README."""
     _marked(readme)
-    name = result.resolve().relative_to(readme.resolve().parent).as_posix()
-    table = f"<!-- made from {name} -->\n{text(load(result))}\n<!-- end -->"
+    names = [path.resolve().relative_to(readme.resolve().parent).as_posix() for path in results]
+    table = f"<!-- made from {' '.join(names)} -->\n{text([load(path) for path in results])}\n<!-- end -->"
     readme.write_text(_MARKED.sub(lambda _: table, readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _fact(environment: dict, name: str) -> str:
+    return environment["device"] if name == "device" else environment["versions"][name]
 
 
 def _marked(readme: Path) -> re.Match:

@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("results", type=Path, nargs="+", help="JSON files that pytest benchmarks wrote")
     parser.add_argument("--output", type=Path, help="folder to write to (default: beside the first, with its name)")
     parser.add_argument("--merged", type=Path, help="file to write the merged result to")
-    parser.add_argument("--readme", type=Path, help="only write the table of this README anew, from one result")
+    parser.add_argument("--readme", type=Path, help="only write the table of this README anew")
     parser.add_argument(
         "--compare", action="store_true", help="only say what changed from the first result to the second"
     )
@@ -181,9 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _compare(options.results)
     try:
         if options.readme is not None:
-            if len(options.results) != 1:
-                raise ValueError(f"--readme must have one result, got {len(options.results)}")
-            readme.write(options.readme, options.results[0])
+            readme.write(options.readme, options.results)
             return 0
         result = merge([load(path) for path in options.results])
         folder = options.output or (options.merged or options.results[0]).with_suffix("")

@@ -81,24 +81,56 @@ def test_readme_table_is_that_of_the_recorded_run(tmp_path):
     written = path.read_text(encoding="utf-8")
     copy = tmp_path / "README.md"
     copy.write_text(written, encoding="utf-8")
-    result = tmp_path / readme.source(path).relative_to(ROOT)
-    result.parent.mkdir(parents=True)
-    result.write_bytes(readme.source(path).read_bytes())
-    readme.write(copy, result)
+    results = [tmp_path / source.relative_to(ROOT) for source in readme.sources(path)]
+    for source, result in zip(readme.sources(path), results, strict=True):
+        result.parent.mkdir(parents=True, exist_ok=True)
+        result.write_bytes(source.read_bytes())
+    readme.write(copy, results)
     assert copy.read_text(encoding="utf-8") == written
 
-    other = records.load(result)
+    other = records.load(results[0])
     for record in other["records"]:
         record["median"] = record.get("median") and 2 * record["median"]
-    result.write_text(records.to_json(other), encoding="utf-8")
-    readme.write(copy, result)
+    results[0].write_text(records.to_json(other), encoding="utf-8")
+    readme.write(copy, results)
     assert copy.read_text(encoding="utf-8") != written
+
+
+def test_readme_table_of_layers_from_one_run_and_models_from_another(tmp_path):
+    copy, (path, *_) = tmp_path / "README.md", readme.sources(ROOT / "README.md")
+    copy.write_text("<!-- made from a.json -->\n<!-- end -->", encoding="utf-8")
+    for name, level, factor in (("a.json", "layer", 1), ("b.json", "model", 3)):
+        result = records.load(path)
+        result["records"] = [record for record in result["records"] if record["level"] == level]
+        for record in result["records"]:
+            record["median"] = record.get("median") and factor * record["median"]
+        result["environment"]["commit"] = name
+        (tmp_path / name).write_text(records.to_json(result), encoding="utf-8")
+    results = [tmp_path / name for name in ("a.json", "b.json")]
+    assert report.main([*map(str, results), "--readme", str(copy)]) == 0
+    written = copy.read_text(encoding="utf-8")
+    assert "made from a.json b.json" in written and "Measured at commits a.json and b.json." in written
+    row = next(line for line in written.splitlines() if "FusedBoraLinear`** |" in line)
+    cells = {name: case["fused-bora"]["median"] for name, case in _cases(path).items()}
+    assert row.split("|")[2].strip() == f"{1e3 * cells[readme._LAYER]:.2f}"
+    assert row.split("|")[4].strip() == f"{3e3 * cells[readme._MODEL]:.0f}"
+    assert readme.sources(copy) == results
+
+    result["environment"]["versions"]["triton"] = "9"
+    results[1].write_text(records.to_json(result), encoding="utf-8")
+    assert report.main([*map(str, results), "--readme", str(copy)]) == 1
+    assert copy.read_text(encoding="utf-8") == written
+
+
+def _cases(path):
+    cases = records.by_case(records.load(path)["records"])
+    return {key: cases[key] for key in (readme._LAYER, readme._MODEL)}
 
 
 def test_readme_without_a_place_for_the_table_is_refused(tmp_path, capsys):
     other = tmp_path / "README.md"
     other.write_text("nothing", encoding="utf-8")
-    assert report.main([str(readme.source(ROOT / "README.md")), "--readme", str(other)]) == 1
+    assert report.main([str(readme.sources(ROOT / "README.md")[0]), "--readme", str(other)]) == 1
     assert "must hold the comments <!-- made from RESULT -->" in capsys.readouterr().err
     assert other.read_text(encoding="utf-8") == "nothing"
 

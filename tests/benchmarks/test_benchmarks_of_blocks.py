@@ -191,7 +191,7 @@ def result() -> dict:
 
 
 def test_tables_have_rows_after_fuse() -> None:
-    rows = readme.text(result()).splitlines()
+    rows = readme.text([result()]).splitlines()
     assert "| **BoRA, `FusedBoraLinear` after `fuse`** | – | – | 71 | 71 |" in rows
     assert "| **DoRA, PEFT after `fuse`** | – | – | 77 | 77 |" in rows
     details = report.markdown(result()).partition("## Every case")[2].splitlines()
