@@ -142,7 +142,6 @@ PROVIDERS += [  # whole blocks, after fuse
     _blocks("peft-dora-fuse", "PEFT DoRA after fuse", _DORA, after_fuse(peft("dora")), library="peft"),
     _blocks("fused-bora-fuse", "FusedBoraLinear after fuse", _BORA, after_fuse(_fused_bora)),
 ]
-_bora_with_liger = with_liger(_fused_bora)
 PROVIDERS += [
     _liger("frozen-liger", "frozen, Liger", _NONE, with_liger(dense(_NONE)), charted=True),
     _liger("peft-lora-liger", "PEFT LoRA, Liger", _LORA, with_liger(peft("lora")), library="peft"),
@@ -155,8 +154,8 @@ PROVIDERS += [
         charted=True,
     ),
     _liger("peft-dora-liger", "PEFT DoRA, Liger", _DORA, with_liger(peft("dora")), library="peft"),
-    _liger("fused-bora-liger", "FusedBoraLinear, Liger", _BORA, _bora_with_liger, charted=True),
-    _liger("fused-bora-liger-fuse", "FusedBoraLinear, Liger, after fuse", _BORA, after_fuse(_bora_with_liger)),
+    _liger("fused-bora-liger", "FusedBoraLinear, Liger", _BORA, with_liger(_fused_bora), charted=True),
+    _liger("fused-bora-liger-fuse", "FusedBoraLinear after fuse, Liger's rotation", _BORA, after_fuse(_fused_bora)),
 ]
 # last, because what its compiler leaves behind could disturb the others
 PROVIDERS.append(

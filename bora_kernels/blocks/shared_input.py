@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import autograd, transforms
+from ..ops import autograd, overwritten, transforms
 from . import projection
 from .norms import NormOrigin
 from .projection import Kept, Part, Projection
@@ -59,6 +59,9 @@ class _SharedInput(torch.autograd.Function):
         ctx.saved_outputs = tuple(
             3 + 3 * i + 1 for i, (y, part) in enumerate(zip(outputs, kept, strict=True)) if part.product is y
         )
+        ctx.output_is_saved = bool(ctx.saved_outputs)
+        if ctx.output_is_saved:
+            overwritten.protect()
         return outputs
 
     @staticmethod

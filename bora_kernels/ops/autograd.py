@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import quantized, reference
 from ..contract import Adapter, Needs, Options, given, separate_product
-from . import balance, calls, operators, reuse, transforms
+from . import balance, calls, operators, overwritten, reuse, transforms
 
 
 class BoraLinearFunction(torch.autograd.Function):
@@ -48,6 +48,8 @@ class BoraLinearFunction(torch.autograd.Function):
             *stored,
         )
         ctx.needs, ctx.call, ctx.output_is_saved = needs, call, needs_S and not apart
+        if ctx.output_is_saved:
+            overwritten.protect()
         # what hooks hand back for a saved tensor may lie in memory otherwise
         if call.prepared is not None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             ctx.call = call._replace(prepared=None)
@@ -85,6 +87,10 @@ def layer_backward(
     plans: object | None = calls.prepare_backward(prepared, flat_dy, saved)
     if layout is not None:
         weight = quantized.dense(layout, tuple(stored), dy.dtype, given(options.backend), "backward")
+    if product_is_saved and overwritten.is_overwritten(product, flat_dy):
+        if x is None:
+            raise RuntimeError(f"{_CHANGED}: train lora_A too, or change a copy, layer(x).clone()")
+        product = None
     original, (adapter, power) = adapter, balance.balanced(flat_dy, weight, adapter, options)
     if product is None and product_is_saved:
         plans = None
