@@ -106,11 +106,9 @@ class BoraLayer(MergingLayer):
 
     def _magnitudes(self, adapter_name: str) -> tuple[Tensor | None, Tensor | None]:
         modules = self._modules  # a module's attributes are slow to look up
-        row, col = modules["lora_magnitude_vector_row"]._modules, modules["lora_magnitude_vector_col"]._modules
-        return (
-            row[adapter_name].weight if adapter_name in row else None,
-            col[adapter_name].weight if adapter_name in col else None,
-        )
+        row = modules["lora_magnitude_vector_row"]._modules.get(adapter_name)
+        col = modules["lora_magnitude_vector_col"]._modules.get(adapter_name)
+        return None if row is None else row.weight, None if col is None else col.weight
 
     def _options(self, adapter_name: str) -> dict[str, Any]:
         return {
@@ -125,7 +123,7 @@ class BoraLayer(MergingLayer):
         They change ``scaling``. s stays, for which magnitudes were trained; W0 + share·(W' − W0) is W0 at 0.
         """
         scaling, full = self.scaling[adapter_name], self.full_scaling[adapter_name]
-        return 1.0 if scaling == full or math.isclose(scaling, full, rel_tol=1e-6) else scaling / full
+        return 1.0 if math.isclose(scaling, full, rel_tol=1e-6) else scaling / full
 
     def _dropout(self, adapter_name: str) -> dict[str, Any]:
         dropout = self._modules["lora_dropout"][adapter_name]
@@ -187,8 +185,10 @@ class BoraLayer(MergingLayer):
 
     def _with_share(self, x: Tensor, name: str, *args, **kwargs) -> Tensor:
         """The output with one adapter, which the layer has."""
-        y, share = self._adapted(x, name), self._share(name)
-        return y if share == 1.0 else torch.lerp(self.base_layer(x, *args, **kwargs).to(y.dtype), y, share)
+        y = self._adapted(x, name)
+        if self.scaling[name] == self.full_scaling[name] or (share := self._share(name)) == 1.0:
+            return y
+        return torch.lerp(self.base_layer(x, *args, **kwargs).to(y.dtype), y, share)
 
     def _mixed(self, x: Tensor, names: list[str], *args, **kwargs) -> Tensor:
         """The output with an adapter for each entry of x; the base layer's where the layer lacks an adapter."""
@@ -277,18 +277,21 @@ class BoraLinear(BoraLayer, lora.Linear):
 
     def _product(self, x: Tensor, adapter_name: str) -> Tensor:
         modules = self._modules
-        base = modules["base_layer"]
+        base, dropout = modules["base_layer"], modules["lora_dropout"]._modules[adapter_name]
         weight = base.weight
         row, col = self._magnitudes(adapter_name)
-        return bora_linear(
+        return bora_linear(  # options one by one: dictionaries of them cost host time in every call
             x,
             weight.T if self.fan_in_fan_out else weight,
-            modules["lora_A"][adapter_name].weight,
-            modules["lora_B"][adapter_name].weight,
+            modules["lora_A"]._modules[adapter_name].weight,
+            modules["lora_B"]._modules[adapter_name].weight,
             row,
             col,
             base.bias,
-            **self._options(adapter_name),
-            **self._dropout(adapter_name),
+            scaling=self.full_scaling[adapter_name],
+            norm_order=self.norm_order[adapter_name],
+            detach_norm=self.detach_norm[adapter_name],
+            dropout_p=dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
+            training=dropout.training,
             backend=self.backend,
         )
