@@ -42,6 +42,7 @@ class Kernel(NamedTuple):
     function: int
     threads: int  # of a block
     shared: int  # bytes of shared memory
+    dependent: bool  # may start before the kernel before has ended: programmatic dependent launch
     names: tuple[str, ...]  # of all arguments
     kinds: dict[str, str]  # of those that are parameters, in order
     maps: tuple[dict, ...]  # of each tensor descriptor among them: block_size and swizzle
@@ -53,15 +54,15 @@ def kernel_of(compiled: Any) -> Kernel:
         raise Unsupported("Triton's interpreter runs the kernels (TRITON_INTERPRET=1)")
     try:
         metadata, source = compiled.metadata, compiled.src
-        special = metadata.num_ctas != 1 or metadata.launch_cooperative_grid or metadata.launch_pdl
+        special = metadata.num_ctas != 1 or metadata.launch_cooperative_grid
         scratch = metadata.global_scratch_size or metadata.profile_scratch_size
         kinds = {name: kind for name, kind in source.signature.items() if kind != "constexpr"}
         kernel = Kernel(
-            compiled, compiled.function, 32 * metadata.num_warps, metadata.shared, tuple(source.fn.arg_names), kinds,
-            tuple(getattr(metadata, "tensordesc_meta", None) or ()),
+            compiled, compiled.function, 32 * metadata.num_warps, metadata.shared, bool(metadata.launch_pdl),
+            tuple(source.fn.arg_names), kinds, tuple(getattr(metadata, "tensordesc_meta", None) or ()),
         )  # fmt: skip
     except (AttributeError, TypeError) as error:
         raise Unsupported(f"this version of Triton keeps a kernel's parts elsewhere ({error})") from error
     if special or scratch:
-        raise Unsupported("Triton launches a kernel in clusters, cooperatively, dependently or with scratch memory")
+        raise Unsupported("Triton launches a kernel in clusters, cooperatively or with scratch memory")
     return kernel

@@ -21,6 +21,7 @@ _CALLS = {
     "cuDeviceGet": [_POINTER, ctypes.c_int],
     "cuDevicePrimaryCtxRetain": [_POINTER, ctypes.c_int],
     "cuLaunchKernel": [_POINTER, *[_UNSIGNED] * 7, _POINTER, _POINTER, _POINTER],
+    "cuLaunchKernelEx": [_POINTER] * 4,
     "cuTensorMapEncodeTiled": [_POINTER, _UNSIGNED, _UNSIGNED, _POINTER, *[_POINTER] * 4, *[_UNSIGNED] * 4],
     "cuFuncGetParamInfo": [_POINTER, ctypes.c_size_t, _POINTER, _POINTER],  # since CUDA 12.4, the newest of them
     "cuGraphCreate": [_POINTER, _UNSIGNED],
@@ -86,6 +87,43 @@ def parameter_sizes(function: int) -> list[int]:
     return sizes
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, of those whose value is an int"""
+
+    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig"""
+
+    _fields_ = [
+        *[(name, _UNSIGNED) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")],
+        ("stream", _POINTER),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", _UNSIGNED),
+    ]
+
+
+class DependentLaunch:
+    """A launch that may start before the kernel before it in its stream has ended: that one's programs have all begun.
+
+    The kernel itself waits, with ``griddepcontrol.wait``, before it reads what others wrote.
+    """
+
+    _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+
+    def __init__(self, geometry: Geometry, pointers: ctypes.Array) -> None:
+        self._function, *sizes = geometry
+        self._pointers = pointers
+        self._attribute = _Attribute(self._PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+        self._config = _LaunchConfig(*sizes, None, ctypes.pointer(self._attribute), 1)
+
+    def __call__(self, stream: int) -> None:
+        self._config.stream = stream
+        if status := cuda().cuLaunchKernelEx(ctypes.byref(self._config), self._function, self._pointers, None):
+            check(status, "cuLaunchKernelEx")
+
+
 class _KernelNode(ctypes.Structure):
     """CUDA_KERNEL_NODE_PARAMS"""
 
@@ -101,6 +139,8 @@ class _KernelNode(ctypes.Structure):
 
 class Graph:
     """Kernels handed to the device at once: one launch instead of many. Each waits for those that it names by number.
+
+    A dependent launch waits as others do: where graphs pay, the host is slower than the device.
 
     The driver copies the parameters that ``pointers`` lead to when the graph is made and in ``update``. ``nbytes`` is
     about what it takes of a device's memory.

@@ -36,7 +36,9 @@ class Plan(Entry):
         self.returned: list[int | None] = returned  # which result stands at each place of the returned tuple
         self.references: list[Reference] = references  # the addresses at the head of ``host``: a base and an offset
         self.maps: list[TensorMap] = maps  # one for each descriptor that a kernel takes
-        self.launches: list[tuple] = launches  # (geometry, pointers to the parameters, numbers before, compiled kernel)
+        # (geometry, pointers to the parameters, numbers before, how it is launched if it is dependent, the compiled
+        # kernel, which is kept alive: it owns the function)
+        self.launches: list[tuple] = launches
         self.host = host
         self.write_addresses = struct.Struct(f"<{len(references)}Q").pack_into
         self.workspace_bytes = workspace_bytes
@@ -67,8 +69,8 @@ class Plan(Entry):
                     life = lives.get(owner, together)
                     lives[owner] = min(life[0], together[0]), max(life[1], together[1])
             kernel = kernel_of(launch.compiled)
-            pointers = parameters.of_launch(kernel, launch.operands, launch.arguments)
-            launches.append((kernel, launch.grid, pointers, before))
+            places = parameters.of_launch(kernel, launch.operands, launch.arguments)
+            launches.append((kernel, launch.grid, places, before))
         scratch = {owner: (recording.allocated[owner - first].nbytes, *life) for owner, life in lives.items()}
         offsets, workspace_bytes = _pack(scratch)
 
@@ -77,20 +79,18 @@ class Plan(Entry):
             return (workspace, offsets[owner] + offset) if owner in offsets else (bases[owner], offset)
 
         host = parameters.lay_out(place)
+        ready = []
+        for kernel, grid, places, before in launches:
+            geometry = (kernel.function, *grid, kernel.threads, 1, 1, kernel.shared)
+            pointers = parameters.pointers(places)
+            dependent = driver.DependentLaunch(geometry, pointers) if kernel.dependent else None
+            ready.append((geometry, pointers, before, dependent, kernel.compiled))
         return cls(
             [recording.allocated[number].layout for number in made],
             [None if number is None else made.index(number) for number in returned],
             parameters.references,
             parameters.maps,
-            [
-                (
-                    (kernel.function, *grid, kernel.threads, 1, 1, kernel.shared),
-                    parameters.pointers(pointers),
-                    before,
-                    kernel.compiled,  # kept alive: it owns the function
-                )
-                for kernel, grid, pointers, before in launches
-            ],
+            ready,
             host,
             workspace_bytes,
             device_index,
@@ -132,8 +132,10 @@ class Plan(Entry):
 
     def _launch_kernels(self, stream: int) -> None:
         launch_kernel = driver.cuda().cuLaunchKernel
-        for geometry, pointers, *_ in self.launches:
-            if status := launch_kernel(*geometry, stream, pointers, None):
+        for geometry, pointers, _, dependent, _ in self.launches:
+            if dependent is not None:
+                dependent(stream)
+            elif status := launch_kernel(*geometry, stream, pointers, None):
                 driver.check(status, "cuLaunchKernel")
 
     def _launch_graph(self, stream: int) -> None:

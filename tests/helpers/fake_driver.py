@@ -72,6 +72,7 @@ class Driver:
 
     def __init__(self):
         self.kernels, self.launches, self.capturing = [], [], False
+        self.dependent = []  # numbers of the launches that may start before those before them have ended
         self.failing, self.destroyed = {}, 0
         self.graphs, self.updates = [], 0  # a graph that is destroyed leaves None
         self.waits = []  # for each node the nodes that it waits for
@@ -117,6 +118,17 @@ class Driver:
         status = self._status("cuLaunchKernel")
         if not status:
             self.launches.append((function, tuple(geometry), stream))
+            self.kernels[function].launch(pointers)
+        return status
+
+    def cuLaunchKernelEx(self, config, function, pointers, extra):  # noqa: N802
+        config = config._obj
+        assert config.count == 1 and config.attributes[0].id == 6 and config.attributes[0].value == 1
+        status = self._status("cuLaunchKernelEx")
+        if not status:
+            geometry = tuple(getattr(config, name) for name, _ in config._fields_[:7])
+            self.launches.append((function, geometry, config.stream))
+            self.dependent.append(len(self.launches) - 1)
             self.kernels[function].launch(pointers)
         return status
 

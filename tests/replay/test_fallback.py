@@ -26,7 +26,6 @@ REAL_CUDA, REAL_PARAMETER_SIZES = cuda_driver.cuda, cuda_driver.parameter_sizes
 SURPRISES = [
     {"sizes": [8, 8, 4, 4, 8]},
     {"num_ctas": 2},
-    {"launch_pdl": True},
     {"launch_cooperative_grid": True},
     {"global_scratch_size": 16},
     {"profile_scratch_size": 8},

@@ -51,6 +51,37 @@ def test_captured_launches_are_single_kernels(driver):
         assert not driver.capturing or driver.updates == updates
 
 
+def test_dependent_launches_are_so_one_by_one_and_in_captures(driver):
+    """The second of three kernels may start before the first has ended; a graph of a plan takes it as any other."""
+    plain, early = Kernel(driver), Kernel(driver, launch_pdl=True)
+
+    @stage
+    def run(a, b):
+        first, second, z = (empty((10,), torch.float32, a.device) for _ in range(3))
+        launch(plain, (1,), (a, None, first), n=10, scale=2.0, ONE=1)
+        launch(early, (4, 5), (first, b, second), n=10, scale=3.0, ONE=1)
+        launch(plain, (1,), (second, b, z), n=10, scale=1.0, ONE=1)
+        return (z,)
+
+    for driver.capturing in (False, False, False, False, False, True):
+        a, b = vectors()
+        torch.testing.assert_close(run(a, b)[0], 6 * a + 2 * b)
+    assert driver.dependent == [1, 4, 13]  # of two replays before there is a graph, and the capture
+    assert driver.launches[1] == driver.launches[13] == (1, (4, 5, 1, 128, 1, 1, 0), 7)
+    assert driver.waits == [[], [0], [1]]
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_dependent_launch_that_fails_runs_as_python(driver, capturing):
+    run, calls = chain(Kernel(driver, launch_pdl=True))
+    run(*vectors(), scale=2.0)
+    driver.capturing, driver.failing["cuLaunchKernelEx"] = capturing, 1
+    with pytest.warns(UserWarning, match=r"cuLaunchKernelEx failed"):
+        a, b = vectors()
+        assert_chain(run(a, b, scale=2.0), a, b)
+    assert len(calls) == 2
+
+
 def test_launches_beside_another(driver):
     """They wait for what it waits for, what follows waits for both, and their scratch is apart."""
     kernel = Kernel(driver)
