@@ -8,10 +8,9 @@ batch is a run of tokens (a sequence, or one token). ``index`` [4, entries] hold
 entry in the batch, its slot and its group, and at last the slot of each group.
 
 ``mixed_linear`` launches two kernels. The first makes (1) and x⊙g in that order of tokens, the second (2), and puts
-every token back into its place. Both exist for few tokens, where one read of W0 is what counts, and for many.
+every token back into its place. Both exist for few tokens, see ``mixed_few``, and for many.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,87 +18,11 @@ from torch import Tensor
 from ..contract import Slots
 from ..replay.recording import empty, launch
 from .common import load_matrix, load_projection, load_vector
-from .config import TRITON_DTYPES, cdiv, is_aligned, target
-from .gemm import descriptor, fits_descriptor
-from .mixed_config import mixed_few, mixed_few_config, mixed_many_config
-from .mixed_project import add_product, groups_of_tile, look_up, project_few, project_many, split_of
-
-
-@triton.jit
-def _linear_few_kernel(
-    scaled,  # [M, K], contiguous, in the order of the slots; a tensor descriptor with USE_DESCRIPTORS, as is w
-    w,  # [N, K]
-    index_ptr,  # [4, entries], contiguous
-    row_scale_ptr,  # [slots, N], contiguous
-    lora_B_ptr,  # [slots, R, N], contiguous
-    projection_ptr,  # [PARTS, M, R], contiguous, in the order of the slots
-    bias_ptr,  # [N]
-    partial_ptr,  # [SPLITS + 1, M, N], contiguous, in that order
-    counter_ptr,  # [tiles], zero
-    y_ptr,  # [M, N], contiguous
-    M, N, K, entries, tokens, split_size,
-    stride_wn, stride_wk,
-    R: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
-    HAS_BIAS: tl.constexpr, USE_DESCRIPTORS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One program for a tile and a split of K, and with several splits one more for the low-rank product.
-
-    The last of a tile's programs adds what they made, always in the same order. With one split it makes all.
-    """
-    pid_n, split, pid_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    offs_m = pid_m * BLOCK_SIZE_M + tl.arange(0, BLOCK_SIZE_M)
-    offs_n = pid_n * BLOCK_SIZE_N + tl.arange(0, BLOCK_SIZE_N)
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    rows, slots, groups = look_up(index_ptr, offs_m, M, entries, tokens)
-    row_scale = tl.load(row_scale_ptr + (slots * N)[:, None] + offs_n[None, :], mask=mask, other=0.0)
-    acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), dtype=tl.float32)
-    if SPLITS > 1:
-        start, end = (split - 1) * split_size, tl.minimum(split * split_size, K)  # none for the low-rank product
-    else:
-        start, end = 0, K
-    if (SPLITS == 1) | (split > 0):
-        for k in range(start, end, BLOCK_SIZE_C):
-            if USE_DESCRIPTORS:
-                scaled_tile = scaled.load([pid_m * BLOCK_SIZE_M, k])
-                w_tile = w.load([pid_n * BLOCK_SIZE_N, k])
-            else:
-                offs_k = k + tl.arange(0, BLOCK_SIZE_C)
-                scaled_tile = load_matrix(scaled, offs_m, offs_k, M, K, K, 1)  # [BLOCK_SIZE_M, BLOCK_SIZE_C]
-                w_tile = load_matrix(w, offs_n, offs_k, N, K, stride_wn, stride_wk).to(DTYPE)
-            acc = tl.dot(scaled_tile, tl.trans(w_tile), acc, input_precision=PRECISION)
-    if split == 0:
-        # u as a matrix [tokens, groups·ranks], zero where a group is not the token's, by the factors of these groups
-        end_m = (pid_m + 1) * BLOCK_SIZE_M
-        first, last = groups_of_tile(index_ptr, pid_m * BLOCK_SIZE_M, end_m, M, entries, tokens)
-        for start_j in tl.range(first * R, (last + 1) * R, BLOCK_SIZE_R, num_stages=1):
-            offs_j = start_j + tl.arange(0, BLOCK_SIZE_R)
-            group, offs_r = offs_j // R, offs_j % R
-            slot = tl.load(index_ptr + 3 * entries + group, mask=group <= last, other=0).to(tl.int64)
-            mask_u = groups[:, None] == group[None, :]
-            ptrs_u = projection_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
-            u = tl.load(ptrs_u, mask=mask_u, other=0.0)
-            for part in tl.static_range(1, PARTS):
-                u += tl.load(ptrs_u + tl.full((), part, tl.int64) * M * R, mask=mask_u, other=0.0)
-            ptrs_b = lora_B_ptr + ((slot * R + offs_r) * N)[:, None] + offs_n[None, :]
-            factor = tl.load(ptrs_b, mask=(group <= last)[:, None] & (offs_n < N)[None, :], other=0.0)
-            acc = add_product(u.to(DTYPE), factor, acc, PRECISION)
-    acc *= row_scale
-    is_last = True
-    if SPLITS > 1:
-        ptrs = partial_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-        tl.store(ptrs + tl.full((), split, tl.int64) * M * N, acc, mask=mask)
-        tl.debug_barrier()  # all of this program's part is there before it counts as done
-        is_last = tl.atomic_add(counter_ptr + pid_m * tl.num_programs(0) + pid_n, 1) == SPLITS
-    if is_last:
-        if SPLITS > 1:
-            acc = tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
-            for other in tl.static_range(1, SPLITS + 1):
-                offset = tl.full((), other, tl.int64) * M * N
-                acc += tl.load(ptrs + offset, mask=mask, other=0.0, cache_modifier=".cg")
-        if HAS_BIAS:
-            acc += load_vector(bias_ptr, offs_n, N)[None, :]
-        tl.store(y_ptr + rows[:, None] * N + offs_n[None, :], acc.to(DTYPE), mask=mask)  # (2)
+from .config import TRITON_DTYPES, is_aligned, target
+from .gemm import fits_descriptor
+from .mixed_config import mixed_few, mixed_many_config
+from .mixed_few import linear_few, operands
+from .mixed_project import add_product, groups_of_tile, look_up, project_many
 
 
 @triton.jit
@@ -211,17 +134,9 @@ def mixed_linear(
         "R": R, "HAS_BIAS": bias is not None, "DTYPE": TRITON_DTYPES[dtype], "PRECISION": precision,
     }  # fmt: skip
     if mixed_few(arch, M):
-        splits, config = mixed_few_config(arch, processors, M, N, K, dtype, descriptors_fit, wide)
-        tiles = cdiv(N, config["BLOCK_SIZE_N"]), cdiv(M, config["BLOCK_SIZE_M"])
-        counter = empty((tiles[0] * tiles[1],), torch.int32, device)
-        projection = project_few(x, index, slots, scaled, counter, tokens=tokens)
-        partial = empty((splits + 1, M, N) if splits > 1 else (1,), torch.float32, device)
-        operands = _operands(scaled, weight, config)
-        launch(
-            _linear_few_kernel,
-            (tiles[0], splits + (splits > 1), tiles[1]),
-            (*operands, index, slots.row_scale, slots.lora_B, projection, bias, partial, counter, y),
-            split_size=split_of(K, splits, config), PARTS=projection.shape[0], SPLITS=splits, **common, **config,
+        linear_few(
+            x, weight, bias, index, slots, scaled, y,
+            tokens=tokens, descriptors_fit=descriptors_fit, precision=precision,
         )  # fmt: skip
         return y
     projection = project_many(x, index, slots, scaled, tokens=tokens, precision=precision)
@@ -229,15 +144,7 @@ def mixed_linear(
     launch(
         _linear_many_kernel,
         grid,
-        (*_operands(scaled, weight, config), index, slots.row_scale, slots.lora_B, projection, bias, y),
+        (*operands(scaled, weight, config), index, slots.row_scale, slots.lora_B, projection, bias, y),
         PARTS=projection.shape[0], **common, **config,
     )  # fmt: skip
     return y
-
-
-def _operands(scaled: Tensor, weight: Tensor, config: dict) -> tuple:
-    """Of the product: as they are, or as tensor descriptors."""
-    if not config["USE_DESCRIPTORS"]:
-        return scaled, weight
-    block_c = config["BLOCK_SIZE_C"]
-    return descriptor(scaled, [config["BLOCK_SIZE_M"], block_c]), descriptor(weight, [config["BLOCK_SIZE_N"], block_c])

@@ -14,6 +14,11 @@ def mixed_few(arch: int | str, M: int) -> bool:
     return M <= (32 if arch == 0 else 64)  # the interpreter's cost is by program
 
 
+def mixed_overlap(arch: int | str, M: int, N: int) -> bool:
+    """Whether a launch for few tokens may begin while the one before it runs: programmatic dependent launch."""
+    return arch == 90 and (M > 16 or N <= 2048)  # elsewhere it takes as long as it saves
+
+
 @lru_cache
 def mixed_project_few_config(M: int, K: int, R: int, factor_dtype: torch.dtype) -> tuple[int, dict]:
     """Splits of K, and the configuration: one token a program, so that each has its own adapter."""
@@ -52,6 +57,36 @@ def mixed_few_config(
     return splits, {
         "BLOCK_SIZE_M": block_m, "BLOCK_SIZE_N": block_n, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": block_r,
         "USE_DESCRIPTORS": descriptors, "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+
+
+@lru_cache
+def mixed_apart_config(
+    arch: int | str,
+    processors: int,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    dtype: torch.dtype,
+    descriptors_fit: bool,
+    wide: bool,
+) -> tuple[int, dict] | None:
+    """Splits of K and the configuration where a launch of its own adds what they make, or None: a program for each
+    processor, which keeps many bytes on their way."""
+    if not (descriptors_fit and is_half(dtype) and not wide and R <= 16 and arch in (0, 90)):
+        return None
+    if M <= (16 if arch == 0 else 32):
+        return None
+    block_n, block_c = 64, 32 if arch == 0 else 64
+    splits = min(processors // (cdiv(N, block_n) * cdiv(M, 64)), cdiv(K, 4 * block_c), 8)
+    if splits < 2:
+        return None
+    if splits == 2 and arch != 0:
+        block_c = 128
+    return splits, {
+        "BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": block_n, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": 64, "RANKS": 16,
+        "num_warps": 4, "num_stages": 1 if arch == 0 else 6,
     }  # fmt: skip
 
 

@@ -36,6 +36,12 @@ def groups_of_tile(index_ptr, start_m, end_m, M, entries, tokens):
 
 
 @triton.jit
+def is_alone(index_ptr, entries):
+    """Whether all tokens have one adapter: the last of the groups is the first."""
+    return tl.load(index_ptr + 3 * entries - 1) == 0
+
+
+@triton.jit
 def add_product(t, factor, acc, PRECISION: tl.constexpr):
     """acc + t·factor, with a factor of t's dtype as it is."""
     if t.dtype == factor.dtype:
@@ -51,18 +57,27 @@ def _project_few_kernel(
     lora_A_ptr,  # [slots, R, K], contiguous
     scaled_ptr,  # [M, K], contiguous, in the order of the slots
     projection_ptr,  # [parts, M, R], contiguous, in that order: one part for each split of K
-    counter_ptr,  # [counters]
+    counter_ptr,  # [counters], or None
     M, K, entries, tokens, split_size, counters,
     stride_xm, stride_xk,
     R: tl.constexpr,
-    BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
+    BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr, COUNTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program for a token, a split of K and some ranks."""
+    """One program for a token, a split of K and some ranks.
+
+    It sets the counters that the next launch needs to zero, or, without them, leaves out u of one adapter alone.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     m, part, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if (m == 0) & (part == 0) & (pid_r == 0):
-        for start in range(0, counters, 1024):
-            offs = start + tl.arange(0, 1024)
-            tl.store(counter_ptr + offs, tl.zeros((1024,), tl.int32), mask=offs < counters)
+    makes_u = True
+    if COUNTS:
+        if (m == 0) & (part == 0) & (pid_r == 0):
+            for start in range(0, counters, 1024):
+                offs = start + tl.arange(0, 1024)
+                tl.store(counter_ptr + offs, tl.zeros((1024,), tl.int32), mask=offs < counters)
+    else:
+        makes_u = not is_alone(index_ptr, entries)
     row = tl.load(index_ptr + m // tokens).to(tl.int64) * tokens + m % tokens
     slot = tl.load(index_ptr + entries + m // tokens).to(tl.int64)
     offs_r = pid_r * BLOCK_SIZE_R + tl.arange(0, BLOCK_SIZE_R)
@@ -72,16 +87,18 @@ def _project_few_kernel(
         offs_k = k + tl.arange(0, BLOCK_SIZE_C)
         mask_k = offs_k < K
         x = tl.load(x_ptr + row * stride_xm + offs_k.to(tl.int64) * stride_xk, mask=mask_k, other=0.0)
-        factor = load_matrix(lora_A_ptr + slot * R * K, offs_r, offs_k, R, K, K, 1).to(tl.float32)
         scaled = x.to(tl.float32) * load_vector(col_scale_ptr + slot * K, offs_k, K)
-        acc += factor * scaled[None, :]
+        if makes_u:
+            factor = load_matrix(lora_A_ptr + slot * R * K, offs_r, offs_k, R, K, K, 1).to(tl.float32)
+            acc += factor * scaled[None, :]
         if pid_r == 0:
             one = tl.arange(0, 1)
             rounded = round_with_dither(scaled[None, :], row + one, offs_k, x.dtype)
             ptrs = scaled_ptr + (tl.full((), m, tl.int64) * K + one)[:, None] + offs_k[None, :]
             tl.store(ptrs, rounded, mask=mask_k[None, :])
-    ptrs = projection_ptr + (part.to(tl.int64) * M + m) * R + offs_r
-    tl.store(ptrs, tl.sum(acc, axis=1), mask=offs_r < R)  # (1)
+    if makes_u:
+        ptrs = projection_ptr + (part.to(tl.int64) * M + m) * R + offs_r
+        tl.store(ptrs, tl.sum(acc, axis=1), mask=offs_r < R)  # (1)
 
 
 @triton.jit
@@ -125,8 +142,13 @@ def _project_many_kernel(
     tl.store(ptrs, acc, mask=mask_m[:, None] & (offs_r < R)[None, :])  # (1)
 
 
-def project_few(x: Tensor, index: Tensor, slots: Slots, scaled: Tensor, counter: Tensor, *, tokens: int) -> Tensor:
-    """u in parts [parts, M, R] and x⊙g, into scaled [M, K], in the order of the slots; sets the counter to zero."""
+def project_few(
+    x: Tensor, index: Tensor, slots: Slots, scaled: Tensor, counter: Tensor | None, *, tokens: int, overlap: bool
+) -> Tensor:
+    """u in parts [parts, M, R] and x⊙g, into scaled [M, K], in the order of the slots; sets the counter to zero.
+
+    Without a counter u of a batch that has one adapter alone is left out. With ``overlap`` the next launch may begin.
+    """
     (M, K), R = x.shape, slots.lora_A.shape[1]
     parts, config = mixed_project_few_config(M, K, R, slots.lora_A.dtype)
     projection = empty((parts, M, R), torch.float32, x.device)
@@ -134,9 +156,9 @@ def project_few(x: Tensor, index: Tensor, slots: Slots, scaled: Tensor, counter:
         _project_few_kernel,
         (M, parts, cdiv(R, config["BLOCK_SIZE_R"])),
         (x, index, slots.col_scale, slots.lora_A, scaled, projection, counter),
-        M=M, K=K, entries=index.shape[1], tokens=tokens, split_size=split_of(K, parts, config), counters=len(counter),
-        stride_xm=x.stride(0), stride_xk=x.stride(1),
-        R=R, **config,
+        M=M, K=K, entries=index.shape[1], tokens=tokens, split_size=split_of(K, parts, config),
+        counters=0 if counter is None else len(counter), stride_xm=x.stride(0), stride_xk=x.stride(1),
+        R=R, COUNTS=counter is not None, OVERLAP=overlap, **config,
     )  # fmt: skip
     return projection
 

@@ -112,7 +112,7 @@ class DependentLaunch:
 
     _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 
-    def __init__(self, geometry: Geometry, pointers: ctypes.Array) -> None:
+    def __init__(self, geometry: tuple[int, ...], pointers: ctypes.Array) -> None:  # a Geometry
         self._function, *sizes = geometry
         self._pointers = pointers
         self._attribute = _Attribute(self._PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)

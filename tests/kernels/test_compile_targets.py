@@ -32,6 +32,7 @@ from bora_kernels.kernels import (
     low_rank,
     mixed,
     mixed_config,
+    mixed_few,
     mixed_project,
     moments,
     nf4,
@@ -98,7 +99,21 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch):
     recorded = []
-    for module in (combine, gated, gemm, gemm_of_v, low_rank, mixed, mixed_project, moments, nf4, norms, rms, tail):
+    for module in (
+        combine,
+        gated,
+        gemm,
+        gemm_of_v,
+        low_rank,
+        mixed,
+        mixed_few,
+        mixed_project,
+        moments,
+        nf4,
+        norms,
+        rms,
+        tail,
+    ):
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder(kernel, recorded))
@@ -203,7 +218,19 @@ def some_of_each_kernel(requests: list[CompileRequest], arch: int | str) -> list
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("arch", PROCESSORS, ids=str)
 def test_every_launch_compiles_within_the_targets_limits(arch, launches, monkeypatch, pytestconfig):
-    for module in (config, gated, gemm, gemm_of_v, low_rank, mixed, mixed_config, mixed_project, moments, norms):
+    for module in (
+        config,
+        gated,
+        gemm,
+        gemm_of_v,
+        low_rank,
+        mixed,
+        mixed_config,
+        mixed_few,
+        mixed_project,
+        moments,
+        norms,
+    ):
         monkeypatch.setattr(module, "target", lambda index: (arch, PROCESSORS[arch]))
     monkeypatch.setattr(torch.version, "hip", "6.4" if isinstance(arch, str) else None)
     for cached in (config.gemm_config, mixed_config.mixed_many_config):
@@ -217,6 +244,7 @@ def test_every_launch_compiles_within_the_targets_limits(arch, launches, monkeyp
         for M in (300, 9000):
             run_mixed_batch(dtype, M, 64)
         run_mixed_batch(dtype, 64, 16, N=14336)
+        run_mixed_batch(dtype, 40, 8, N=1024)
         for M in (16, 2048):
             run_mixed_batch(dtype, M, 200, factors=torch.float32)
             run_mixed_batch(dtype, M, 9, N=4093, K=4095)
@@ -232,7 +260,8 @@ def test_every_launch_compiles_within_the_targets_limits(arch, launches, monkeyp
         request = compile_request(kernel, arguments, arch)
         requests.setdefault(repr((kernel, request.signature, request.constexprs, request.options)), request)
     launched = {request.kernel.__name__ for request in requests.values()}
-    assert len(launched) == (19 if arch in (90, 100) else 18), "not every kernel was launched"  # the tail is for TMA
+    # the tail is for TMA, what few tokens' parts are made and added by for sm_90
+    assert len(launched) == {90: 21, 100: 19}.get(arch, 18), "not every kernel was launched"
 
     every = list(requests.values())
     compiled = every if pytestconfig.getoption("every_variant") else some_of_each_kernel(every, arch)

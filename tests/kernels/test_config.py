@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="needs triton")
 
 from bora_kernels.contract import projection_parts
 from bora_kernels.kernels.config import cdiv, parts_in_use
-from bora_kernels.kernels.mixed_config import mixed_few_config, mixed_project_config
+from bora_kernels.kernels.mixed_config import mixed_apart_config, mixed_few_config, mixed_project_config
 
 
 @pytest.mark.parametrize("processors", [108, 132, 144])
@@ -38,6 +38,22 @@ def test_few_tokens_of_a_mixed_batch_split_the_columns_as_far_as_the_device_has_
                 assert splits == 1 or programs * splits <= room
                 whole = splits == 8 or cdiv(K, splits + 1) < 4 * config["BLOCK_SIZE_C"]
                 assert whole or programs * (splits + 1) > room, "another split would still have had room"
+
+
+@pytest.mark.parametrize("processors", [114, 132, 144])
+@pytest.mark.parametrize("N", [18, 640, 1024, 3072, 4096, 8192, 14336])
+def test_parts_added_by_a_launch_of_their_own_run_all_at_once(processors, N):
+    for M in (33, 48, 64):
+        for K in (64, 640, 4096, 14336):
+            apart = mixed_apart_config(90, processors, M, N, K, 16, torch.bfloat16, True, False)
+            programs = cdiv(N, 64)
+            if apart is None:
+                assert 2 * programs > processors or K <= 256
+            else:
+                splits, config = apart
+                assert config["BLOCK_SIZE_M"] >= M and programs * splits <= processors
+                assert splits == 8 or cdiv(K, splits + 1) < 256 or programs * (splits + 1) > processors
+    assert mixed_apart_config(90, processors, 32, N, 4096, 16, torch.bfloat16, True, False) is None
 
 
 @pytest.mark.parametrize("R", [1, 16, 40, 512])

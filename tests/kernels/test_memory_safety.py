@@ -61,6 +61,9 @@ def exercise(at):
             results["norm", guarding] = norm_of_rows(at if guarding else None)
             for M in (5, 131):
                 results[f"mixed batch of {M}", guarding] = {"y": mixed_batch(M, at if guarding else None)}
+            for adapters in (1, 3):  # parts added by a launch of their own
+                y = mixed_batch(19, at if guarding else None, 520, adapters, torch.bfloat16)
+                results[f"{adapters} adapters", guarding] = {"y": y}
             for case, options in CASES:
                 tensors = case.inputs("cpu") | {"dy": case.upstream("cpu")}
                 if guarding:
@@ -93,18 +96,19 @@ def dense_nf4(at):
     return dequantize_nf4(parts, (N, K), (block, nested_block), torch.float32)
 
 
-def mixed_batch(M, at):
-    """Few tokens or many, each with one of three adapters; K is split, and no size is a multiple of a tile's."""
+def mixed_batch(M, at, K=517, adapters=3, factors=torch.float32):
+    """Few tokens or many, each with one of the adapters; K is split, and no size is a multiple of a tile's."""
     from bora_kernels.contract import Slots
     from bora_kernels.ops.mixed import mixed_linear
     from bora_kernels.serving.index import BatchIndex
 
-    N, K, R, adapters = 53, 517, 3, 3
+    N, R = 53, 3
     generator = torch.Generator().manual_seed(0)
     shapes = (M, K), (N, K), (N,), (adapters, R, K), (adapters, R, N), (adapters, N), (adapters, K)
     x, weight, bias, *slots = (torch.randn(shape, generator=generator) for shape in shapes)
     tensors = [t.bfloat16() for t in (x, weight, bias)]
-    tensors += [BatchIndex([i * 5 % adapters for i in range(M)], {}, x.device).tensor, *slots]
+    tensors += [BatchIndex([i * 5 % adapters for i in range(M)], {}, x.device).tensor]
+    tensors += [t.to(factors) if t.ndim == 3 else t for t in slots]
     if at is not None:
         tensors = [guarded(t, at) for t in tensors]
     x, weight, bias, index, *slots = tensors

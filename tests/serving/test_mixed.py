@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import HAS_TRITON
 from helpers.accuracy import assert_accurate
-from helpers.cases import HALVES, NAMES, Case, backends, dtypes, require
+from helpers.cases import HALVES, INTERPRETING, NAMES, Case, backends, dtypes, require
 
 from bora_kernels import AdapterBank, bora_linear, bora_linear_mixed
 from bora_kernels.reference import bora_linear_mixed_ref
@@ -190,20 +190,62 @@ def test_autocast_and_a_compiled_region(backend, device):
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 def test_parts_of_a_split_inner_dimension_add_up(device, monkeypatch):
     """Splits that only large weights have, on a small one."""
-    from bora_kernels.kernels import mixed, mixed_project
+    from bora_kernels.kernels import mixed_few, mixed_project
 
-    plain = mixed.mixed_few_config
+    plain = mixed_few.mixed_few_config
 
     def split(*arguments):
         _, config = plain(*arguments)
         return 3, {**config, "BLOCK_SIZE_C": 16}
 
-    monkeypatch.setattr(mixed, "mixed_few_config", split)
+    monkeypatch.setattr(mixed_few, "mixed_few_config", split)
     few_columns = {"BLOCK_SIZE_C": 64, "BLOCK_SIZE_R": 4, "num_warps": 4}
     monkeypatch.setattr(mixed_project, "mixed_project_few_config", lambda *_: (2, few_columns))
     check("triton", [1, 2, 0, 5, 4], 53, 110, torch.float32, device)
     check("triton", [4] * 5, 53, 110, torch.float32, device)
     check("triton", [0] * 3, 53, 110, torch.bfloat16, device)
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """Batches whose parts of K were made by one launch and added by another: how many parts each had."""
+    mixed_few = pytest.importorskip("bora_kernels.kernels.mixed_few")
+    made = []
+    plain = mixed_few.mixed_apart_config
+    monkeypatch.setattr(mixed_few, "mixed_apart_config", lambda *args: made.append(plain(*args)) or made[-1])
+    return made
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=NAMES.get)
+@pytest.mark.parametrize(
+    "batch, tokens",
+    [([4] * 20, 1), ([3], 17), ([0] * 18, 1), ([1, 3, 0, 5, 6, 4, 2, 1], 4), ([2] * 16 + [5], 1)],
+    ids=["one-adapter", "one-sequence", "base-alone", "several", "one-of-another"],
+)
+def test_parts_added_by_a_launch_of_their_own(batch, tokens, dtype, apart):
+    """Without a GPU for 17 to 32 tokens, on an H100 for 33 to 64."""
+    if not INTERPRETING:
+        batch = batch * 2
+    for N, K in ((50, 264), (128, 520), (18, 1040)):
+        check("triton", batch, N, K, dtype, "cpu" if INTERPRETING else "cuda", tokens)
+    if INTERPRETING or torch.cuda.get_device_capability() == (9, 0):
+        assert [splits for splits, _ in apart] == ([3, 2, 4] if INTERPRETING else [2, 3, 5])
+
+
+def test_an_adapter_alone_meets_nothing_of_its_neighbours(apart, device):
+    """A tile of 16 ranks reaches into the next slot where adapters have fewer."""
+    require("triton", torch.bfloat16)
+    weight, x = torch.randn(64, 264, device=device).bfloat16(), torch.randn(36, 264, device=device).bfloat16()
+    x = x[:20] if INTERPRETING else x
+    outputs = []
+    for neighbour in (0.0, torch.nan):
+        bank = AdapterBank(weight, max_rank=3, backend="triton")
+        generator = torch.Generator().manual_seed(1)
+        factors = (torch.randn(size, generator=generator).to(device) for size in ((3, 264), (64, 3)))
+        bank.add("it", (*factors, None, None), scaling=0.5)
+        bank.add("next", (torch.full((3, 264), neighbour), torch.zeros(64, 3), None, None), scaling=1.0)
+        outputs.append(bora_linear_mixed(x, weight, bank, bank.index(["it"] * len(x))))
+    assert torch.equal(*outputs) and outputs[0].isfinite().all()
 
 
 @backends
