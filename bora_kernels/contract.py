@@ -225,11 +225,3 @@ def separate_product(dtype: torch.dtype, bias: Tensor | None) -> bool:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that norms, scales and low-rank products are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def projection_parts(columns: int, rank: int) -> int:
-    """Into how many parts the Triton backend may split the columns behind u and v, to keep the device busy.
-
-    It is what is allocated, so it depends on static sizes only; see ``kernels.config.parts_in_use``.
-    """
-    return max(1, min(4, columns // 1024)) if rank <= 64 else 1

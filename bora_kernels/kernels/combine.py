@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..contract import given
 from ..replay.recording import empty, launch
-from .common import live_magnitude, load_vector
+from .common import live_magnitude, load_vector, sum_parts, sum_vectors
 from .config import cdiv, combine_config
 
 
@@ -35,16 +35,10 @@ def _combine_kernel(
     offs_r = tl.program_id(1) * BLOCK_SIZE_R + tl.arange(0, BLOCK_SIZE_R)
     mask_c = offs_c < C
     mask = mask_c[:, None] & (offs_r < R)[None, :]
-    acc = tl.zeros((BLOCK_SIZE_C, BLOCK_SIZE_R), dtype=tl.float32)
-    total = tl.zeros((BLOCK_SIZE_C,), dtype=tl.float32)
-    for split in range(splits):
-        base = (split * C + offs_c).to(tl.int64)
-        if HAS_FACTOR:
-            acc += tl.load(factor_parts_ptr + base[:, None] * R + offs_r[None, :], mask=mask, other=0.0)
-        if HAS_TOTAL:
-            total += tl.load(total_parts_ptr + base, mask=mask_c, other=0.0)
+    if HAS_TOTAL:
+        total = sum_vectors(total_parts_ptr, C, splits, offs_c, C)
     if HAS_FACTOR:
-        acc *= multiplier
+        acc = sum_parts(factor_parts_ptr, C * R, splits, offs_c, offs_r, C, R) * multiplier
         if HAS_SCALE:
             acc *= load_vector(scale_ptr, offs_c, C)[:, None]
         ptrs = factor_ptr + offs_c.to(tl.int64)[:, None] * stride_fc + offs_r.to(tl.int64)[None, :] * stride_fr

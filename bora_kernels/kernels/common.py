@@ -79,6 +79,30 @@ def load_projection(ptr, offs_m, offs_r, M, end, R: tl.constexpr, PARTS: tl.cons
 
 
 @triton.jit
+def sum_parts(ptr, stride, parts, offs_i, offs_r, size, R: tl.constexpr):
+    """Σ of parts [size, R], contiguous and ``stride`` apart, in their order; four loads are on their way at a time."""
+    offs = offs_i.to(tl.int64)[:, None] * R + offs_r[None, :]
+    mask = (offs_i < size)[:, None] & (offs_r < R)[None, :]
+    acc = tl.zeros((offs_i.shape[0], offs_r.shape[0]), dtype=tl.float32)
+    for first in range(0, parts, 4):
+        for i in tl.static_range(4):
+            acc += tl.load(ptr + i * stride + offs, mask=mask & (first + i < parts), other=0.0)
+        ptr += 4 * stride
+    return acc
+
+
+@triton.jit
+def sum_vectors(ptr, stride, parts, offs, size):
+    """The same of vectors [size]."""
+    acc = tl.zeros((offs.shape[0],), dtype=tl.float32)
+    for first in range(0, parts, 4):
+        for i in tl.static_range(4):
+            acc += tl.load(ptr + i * stride + offs, mask=(offs < size) & (first + i < parts), other=0.0)
+        ptr += 4 * stride
+    return acc
+
+
+@triton.jit
 def live_magnitude(scale_ptr, norm_ptr, magnitude_ptr, offs, size, stand_in):
     """The magnitude that a sum was made with: a zero one had a stand-in, see ``plan.zero_stand_in``."""
     scale = load_vector(scale_ptr, offs, size)

@@ -87,16 +87,7 @@ def finish_config(arch: int | str, R: int, dtype: torch.dtype) -> dict:
     return {"BLOCK_SIZE_I": 32, "BLOCK_SIZE_R": block_r, "num_warps": 4 if few else 8}
 
 
-def parts_in_use(allocated: int, M: int, processors: int) -> int:
-    """How many of a projection's parts ``project`` fills: two programs of 64 tokens for each multiprocessor.
-
-    Fewer leave multiprocessors idle, more are more bytes: every part is written and read.
-    """
-    return max(1, min(allocated, 2 * processors * 64 // max(1, M)))
-
-
-@lru_cache
-def project_config(arch: int | str, R: int, dtype: torch.dtype, aligned: bool, dropout: bool) -> dict:
+def project_tile(arch: int | str, R: int, dtype: torch.dtype, aligned: bool, dropout: bool) -> dict:
     block_r = rank_block(R, dtype)
     if not is_half(dtype):
         block_m, block_c, warps, stages = 32, 32, 4, 2
@@ -116,20 +107,50 @@ def project_config(arch: int | str, R: int, dtype: torch.dtype, aligned: bool, d
     }  # fmt: skip
 
 
+def splits_that_fill(blocks: int, steps: int, slots: int, overhead: float, most: int) -> int:
+    """Into how many splits to cut the steps of each of ``blocks``: the fewest of those that take the least time.
+
+    Programs run in waves of ``slots``, and each takes its steps and an overhead, in steps.
+    """
+
+    def time(splits: int) -> float:
+        return cdiv(blocks * splits, slots) * (cdiv(steps, splits) + overhead)
+
+    return min(range(1, max(1, min(steps, most)) + 1), key=time)
+
+
+@lru_cache
+def project_config(
+    arch: int | str, processors: int, M: int, C: int, R: int, dtype: torch.dtype, aligned: bool, dropout: bool
+) -> tuple[int, dict]:
+    """Parts of the columns, and the configuration."""
+    config, groups = project_tile(arch, R, dtype, aligned, dropout), cdiv(R, rank_block(R, dtype))
+    if config["BLOCK_SIZE_M"] == 128 and 3 * cdiv(M, 128) * groups < 2 * processors:
+        config |= {"BLOCK_SIZE_M": 64, "num_warps": 4, "num_stages": 3}
+    resident = {32: 4, 64: 2 if dropout or R <= 32 else 3, 128: 1}[config["BLOCK_SIZE_M"]]
+    blocks, slots = cdiv(M, config["BLOCK_SIZE_M"]) * groups, resident * processors if arch != 0 else 4
+    # where a third of the device is filled anyway, memory is busy, and every part is bytes
+    most = 16 if 3 * blocks <= slots else slots // blocks
+    return splits_that_fill(blocks, cdiv(C, config["BLOCK_SIZE_C"]), slots, 0.5, most), config
+
+
 @lru_cache
 def reduce_config(
-    arch: int | str, M: int, C: int, R: int, dtype: torch.dtype, aligned: bool, dropout: bool
+    arch: int | str, processors: int, M: int, C: int, R: int, dtype: torch.dtype, aligned: bool, dropout: bool
 ) -> tuple[int, dict]:
     """Splits of the tokens, and the configuration."""
     block_r = rank_block(R, dtype)
     if not is_half(dtype) or dropout:
         block_m, block_c, stages = 32, 64, 2
     elif has_room(arch, aligned):
-        block_m, block_c, stages = 32, 128, 4 if block_r <= 32 else 3
+        if R <= 32 or (R <= 64 and cdiv(C, 64) <= processors):
+            block_m, block_c, stages = 64, 64, 4 if block_r <= 32 else 3
+        else:
+            block_m, block_c, stages = 32, 128, 3
     else:
         block_m, block_c, stages = 32 if isinstance(arch, str) else 64, 64, 2  # AMD has 64 KiB of shared memory
-    programs = cdiv(C, block_c) * cdiv(R, block_r)
-    splits = max(1, min(cdiv(M, block_m), cdiv(264, programs), 32))
+    blocks, slots = cdiv(C, block_c) * cdiv(R, block_r), 3 * processors if arch != 0 else 4
+    splits = splits_that_fill(blocks, cdiv(M, block_m), slots, 8, 16)
     return splits, {
         "BLOCK_SIZE_M": block_m, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": block_r,
         "num_warps": 4, "num_stages": stages,

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ..contract import Activation
 from ..replay.recording import empty, launch
-from .common import load_matrix, load_projection, load_vector, round_with_dither
-from .config import cdiv, gate_config, gate_sums_config, is_aligned, parts_in_use, target
+from .common import load_matrix, load_vector, round_with_dither
+from .config import cdiv, gate_config, gate_sums_config, is_aligned, target
 
 
 @triton.jit
@@ -82,9 +82,9 @@ def _gate_sums_kernel(
     df_ptr,  # [M, C]: df⊙scale_f
     scale_e_ptr,  # [C]
     scale_f_ptr,  # [C]
-    projection_e_ptr,  # [PARTS_E, M, R_E], contiguous; so are those of f and h
-    projection_f_ptr,  # [PARTS_F, M, R_F]
-    projection_h_ptr,  # [PARTS_H, M, R_H]
+    projection_e_ptr,  # [M, R_E], contiguous; so are those of f and h
+    projection_f_ptr,  # [M, R_F]
+    projection_h_ptr,  # [M, R_H]
     factor_e_ptr,  # [splits, C, R_E]
     factor_f_ptr,  # [splits, C, R_F]
     factor_h_ptr,  # [splits, C, R_H]
@@ -93,7 +93,6 @@ def _gate_sums_kernel(
     total_h_ptr,  # [splits, C]
     M, C, split_size,
     R_E: tl.constexpr, R_F: tl.constexpr, R_H: tl.constexpr,  # 0 where there is no product
-    PARTS_E: tl.constexpr, PARTS_F: tl.constexpr, PARTS_H: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
     HAS_SCALE_E: tl.constexpr, HAS_SCALE_F: tl.constexpr,
     HAS_TOTAL_E: tl.constexpr, HAS_TOTAL_F: tl.constexpr, HAS_TOTAL_H: tl.constexpr,
@@ -122,13 +121,13 @@ def _gate_sums_kernel(
             total_e += de * e
         if HAS_TOTAL_F:
             total_f += df * f
-        factor_e = _add_product(factor_e, de.to(dtype), projection_e_ptr, offs_m, M, end, R_E, PARTS_E, PRECISION)
-        factor_f = _add_product(factor_f, df.to(dtype), projection_f_ptr, offs_m, M, end, R_F, PARTS_F, PRECISION)
+        factor_e = _add_product(factor_e, de.to(dtype), projection_e_ptr, offs_m, end, R_E, PRECISION)
+        factor_f = _add_product(factor_f, df.to(dtype), projection_f_ptr, offs_m, end, R_F, PRECISION)
         if HAS_TOTAL_H or R_H > 0:
             h = (activated * f).to(dtype)
             if HAS_TOTAL_H:
                 total_h += dh * h.to(tl.float32)
-            factor_h = _add_product(factor_h, h, projection_h_ptr, offs_m, M, end, R_H, PARTS_H, PRECISION)
+            factor_h = _add_product(factor_h, h, projection_h_ptr, offs_m, end, R_H, PRECISION)
     base = split.to(tl.int64) * C + offs_c
     _store_sums(factor_e_ptr, total_e_ptr, factor_e, total_e, base, offs_c, C, R_E, HAS_TOTAL_E)
     _store_sums(factor_f_ptr, total_f_ptr, factor_f, total_f, base, offs_c, C, R_F, HAS_TOTAL_F)
@@ -149,13 +148,11 @@ def _store_folded(
 
 
 @triton.jit
-def _add_product(
-    acc, t, projection_ptr, offs_m, M, end, R: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
+def _add_product(acc, t, projection_ptr, offs_m, end, R: tl.constexpr, PRECISION: tl.constexpr):
     """acc + tᵀ·projection"""
     if R > 0:
         offs_r = tl.arange(0, acc.shape[1])
-        projection = load_projection(projection_ptr, offs_m, offs_r, M, end, R, PARTS).to(t.dtype)
+        projection = load_matrix(projection_ptr, offs_m, offs_r, end, R, R, 1).to(t.dtype)
         acc = tl.dot(tl.trans(t), projection, acc, input_precision=PRECISION)
     return acc
 
@@ -176,7 +173,7 @@ class Side(NamedTuple):
     """What ``gate_sums`` makes for one of the three layers."""
 
     scale: Tensor | None  # [C], folded into the gradient; that of h is not stored
-    projection: Tensor | None  # [parts, M, R] as ``low_rank.project`` leaves it, for the factor's gradient
+    projection: Tensor | None  # [M, R], for the factor's gradient
     total: bool  # whether S or D is needed
 
 
@@ -212,10 +209,8 @@ def gate_sums(
     """
     M, C = e.shape
     arch, processors = target(e.get_device())
-    allocated = [1 if side.projection is None else side.projection.shape[0] for side in sides]
-    ranks = [0 if side.projection is None else side.projection.shape[2] for side in sides]
+    ranks = [0 if side.projection is None else side.projection.shape[1] for side in sides]
     splits, config = gate_sums_config(arch, processors, M, C, max(1, *ranks), e.dtype, is_aligned(e))
-    parts = [parts_in_use(each, M, processors) for each in allocated]
     df = empty((M, C), e.dtype, e.device)
     factors = [None if R == 0 else empty((splits, C, R), torch.float32, e.device) for R in ranks]
     totals = [empty((splits, C), torch.float32, e.device) if side.total else None for side in sides]
@@ -225,7 +220,7 @@ def gate_sums(
         (cdiv(C, config["BLOCK_SIZE_C"]), splits),
         (e, f, dh, df, sides[0].scale, sides[1].scale, *[side.projection for side in sides], *factors, *totals),
         M=M, C=C, split_size=cdiv(cdiv(M, splits), block_m) * block_m,
-        R_E=ranks[0], R_F=ranks[1], R_H=ranks[2], PARTS_E=parts[0], PARTS_F=parts[1], PARTS_H=parts[2],
+        R_E=ranks[0], R_F=ranks[1], R_H=ranks[2],
         HAS_SCALE_E=sides[0].scale is not None, HAS_SCALE_F=sides[1].scale is not None,
         HAS_TOTAL_E=sides[0].total, HAS_TOTAL_F=sides[1].total, HAS_TOTAL_H=sides[2].total,
         ACTIVATION=activation, PRECISION=precision, **config,

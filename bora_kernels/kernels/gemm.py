@@ -21,11 +21,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..replay.recording import empty, launch
-from .common import any_set, choose, dot_split, keep_mask, load_matrix, load_projection
-from .config import TRITON_DTYPES, cdiv, gemm_config, is_aligned, is_half, parts_in_use, target
+from .common import any_set, choose, dot_split, keep_mask, load_matrix
+from .config import TRITON_DTYPES, cdiv, gemm_config, is_aligned, is_half
 from .epilogue import scale_and_store
 from .gemm_of_v import gemm_of_v
-from .tail import split_low_rank
+from .tail import add_parts, split_low_rank
 
 
 @triton.jit
@@ -36,8 +36,8 @@ def _scaled_gemm_kernel(
     w_tail,  # [O, TAIL], stored like w
     out,  # [M, O], contiguous
     product,  # [M, O], contiguous: scale⊙(…) before the bias, with stand_in for zero scales
-    projection_ptr,  # [PARTS, M, R], contiguous
-    rounded_ptr,  # [PARTS, M, R]: what stands for it where lines are cancelled
+    projection_ptr,  # [M, R], contiguous
+    rounded_ptr,  # [M, R]: what stands for it where lines are cancelled
     factor_ptr,  # [R, O]
     word_ptr,  # [2]: not 0 where lines are cancelled
     scale_ptr,  # [O]
@@ -46,7 +46,7 @@ def _scaled_gemm_kernel(
     M, O, C,
     stride_tm, stride_tc, stride_wo, stride_wc, stride_fr, stride_fo,
     stand_in, out_stand_in, dropout_p,
-    R: tl.constexpr, PARTS: tl.constexpr, TAIL: tl.constexpr, SPARE_STEPS: tl.constexpr,
+    R: tl.constexpr, TAIL: tl.constexpr, SPARE_STEPS: tl.constexpr,
     HAS_WORD: tl.constexpr, HAS_ROUNDED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_O: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
     GROUP_SIZE_M: tl.constexpr, STORES: tl.constexpr,
@@ -101,7 +101,7 @@ def _scaled_gemm_kernel(
                 projection_ptr = choose(word_ptr, rounded_ptr, projection_ptr)
             for r in range(0, R, BLOCK_SIZE_R):
                 offs_r = r + tl.arange(0, BLOCK_SIZE_R)
-                projection = load_projection(projection_ptr, offs_m, offs_r, M, M, R, PARTS)
+                projection = load_matrix(projection_ptr, offs_m, offs_r, M, R, R, 1)
                 factor = load_matrix(factor_ptr, offs_r, offs_o, R, O, stride_fr, stride_fo).to(tl.float32)
                 high = projection.to(DTYPE)
                 low_rank = dot_split(high, factor, low_rank, PRECISION)
@@ -135,8 +135,8 @@ def _scaled_gemm_kernel(
 def scaled_gemm(
     t: Tensor,
     W: Tensor,
-    projection: Tensor,
-    rounded: Tensor | None,
+    parts: Tensor,
+    rounded_parts: Tensor | None,
     factor: Tensor,
     inner: Tensor,
     word: Tensor | None,
@@ -150,16 +150,15 @@ def scaled_gemm(
     out_stand_in: float,
     save_product: bool,
     precision: str,
-) -> tuple[Tensor, Tensor]:
-    """out [M, O] in t's dtype, and the product before the bias (out itself unless ``save_product``).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [M, O] in t's dtype, the product before the bias (out itself unless ``save_product``), the projection [M, R].
 
-    t [M, C], W [O, C] (any strides), projection and rounded [parts, M, R] as ``project`` leaves them of t and inner
-    [C, R], factor [R, O], scale and bias [O]. ``word`` is what the norms say of cancelled lines, None with dropout,
-    where none cancel. A zero scale counts as ``out_stand_in`` in the output, as ``stand_in`` in a product apart.
+    t [M, C], W [O, C] (any strides), parts and rounded_parts as ``project`` leaves them of t and inner [C, R], factor
+    [R, O], scale and bias [O]. ``word`` is what the norms say of cancelled lines, None with dropout, where none cancel.
+    A zero scale counts as ``out_stand_in`` in the output, as ``stand_in`` in a product apart.
     """
-    (M, C), O, (allocated, _, R) = t.shape, W.shape[0], projection.shape
+    (M, C), O, R = t.shape, W.shape[0], parts.shape[-1]
     wide = not is_half(W.dtype)
-    parts = parts_in_use(allocated, M, target(t.get_device())[1])
     save_product = save_product and scale is not None
     out = empty((M, O), t.dtype, t.device)
     product = empty((M, O), t.dtype, t.device) if save_product else out
@@ -169,13 +168,15 @@ def scaled_gemm(
     grid, config = gemm_config(M, O, C, t.dtype, W.get_device(), descriptors_fit, is_aligned(t), seed is not None)
     operands: tuple = (t, W, None, None, out, product)
     tail = spare_steps = 0
+    rounded = t_tail = w_tail = None
+    if config["USE_DESCRIPTORS"] and seed is None:
+        projection, t_tail, w_tail = split_low_rank(parts, rounded_parts, factor, word, t.dtype, rows_are_outputs)
+        tail = t_tail.shape[1]
+    else:
+        projection, rounded = add_parts(parts, rounded_parts, word)
     if config["USE_DESCRIPTORS"]:
         block_m, block_o, block_c = config["BLOCK_SIZE_M"], config["BLOCK_SIZE_O"], config["BLOCK_SIZE_C"]
-        t_tail = w_tail = None
-        if seed is None:
-            t_tail, w_tail = split_low_rank(projection, rounded, factor, word, parts, t.dtype, rows_are_outputs)
-            tail = t_tail.shape[1]
-            spare_steps = cdiv(tail, block_c) - cdiv(min(tail, 2 * R), block_c)
+        spare_steps = cdiv(tail, block_c) - cdiv(min(tail, 2 * R), block_c)
         w_block = [block_o, block_c] if rows_are_outputs else [block_c, block_o]
         out_block = [block_m, block_o // config["STORES"]]
         operands = (
@@ -197,13 +198,13 @@ def scaled_gemm(
         stride_tm=t.stride(0), stride_tc=t.stride(1), stride_wo=W.stride(0), stride_wc=W.stride(1),
         stride_fr=factor.stride(0), stride_fo=factor.stride(1),
         stand_in=stand_in, out_stand_in=out_stand_in, dropout_p=dropout_p,
-        R=R, PARTS=parts, TAIL=tail, SPARE_STEPS=spare_steps, HAS_WORD=word is not None,
+        R=R, TAIL=tail, SPARE_STEPS=spare_steps, HAS_WORD=word is not None,
         HAS_ROUNDED=rounded is not None, WIDE=wide,
         W_ROWS_ARE_OUTPUTS=rows_are_outputs, HAS_SCALE=scale is not None,
         HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None, SAVE_PRODUCT=save_product,
         DTYPE=TRITON_DTYPES[t.dtype], PRECISION=precision, **config,
     )  # fmt: skip
-    return out, product
+    return out, product, projection
 
 
 def descriptor(matrix: Tensor | None, block: list[int]) -> TensorDescriptor | None:

@@ -3,6 +3,7 @@
 ``project``     folds a scale into a token matrix and projects it onto a factor, in one read:
                 t_scaled = t⊙scale          projection = s·(drop(t)⊙scale)·factorᵀ
                 t = x gives u, t = dy gives v: (1) and (3) of ``ops.torch_backend``
+                in parts for each split of the columns, which ``tail`` adds
 ``reduce``      sums over tokens, in one read of t and other:
                 d_factor = tᵀ·projection    total = Σ_m t⊙other
                 t = dy gives dB and S, t = x gives dA and D: (5) and (6)
@@ -14,14 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import projection_parts
 from ..replay.recording import empty, launch
 from .common import (
     any_set,
     dot_split,
     keep_mask,
     load_matrix,
-    load_projection,
     load_vector,
     round_with_dither,
 )
@@ -30,7 +29,6 @@ from .config import (
     is_aligned,
     is_half,
     is_packed,
-    parts_in_use,
     project_config,
     reduce_config,
     target,
@@ -100,7 +98,7 @@ def _project_kernel(
 def _reduce_kernel(
     t_ptr,  # [M, C]
     other_ptr,  # [M, C]
-    projection_ptr,  # [PARTS, M, R], contiguous
+    projection_ptr,  # [M, R], contiguous
     factor_parts_ptr,  # [splits, C, R]
     total_parts_ptr,  # [splits, C]
     word_ptr,  # [2]: not 0 where lines are cancelled
@@ -108,7 +106,7 @@ def _reduce_kernel(
     M, C, split_size,
     stride_tm, stride_tc, stride_om, stride_oc,
     dropout_p,
-    R: tl.constexpr, PARTS: tl.constexpr,
+    R: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
     HAS_FACTOR: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_WORD: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -133,7 +131,7 @@ def _reduce_kernel(
             if HAS_DROPOUT:
                 keep = keep_mask(tl.load(seed_ptr), offs_m, offs_c, dropout_p)
                 t = tl.where(keep, t, tl.zeros_like(t))
-            projection = load_projection(projection_ptr, offs_m, offs_r, M, end, R, PARTS).to(t.dtype)
+            projection = load_matrix(projection_ptr, offs_m, offs_r, end, R, R, 1).to(t.dtype)
             acc = tl.dot(tl.trans(t), projection, acc, input_precision=PRECISION)
     base = split.to(tl.int64) * C + offs_c
     if HAS_TOTAL:
@@ -145,7 +143,7 @@ def _reduce_kernel(
                 for m in tl.range(split * split_size, end, 16, num_stages=1):  # rare: few registers
                     offs_m = m + tl.arange(0, 16)
                     t = load_matrix(t_ptr, offs_m, offs_c, end, C, stride_tm, stride_tc)
-                    projection = load_projection(projection_ptr, offs_m, offs_r, M, end, R, PARTS)
+                    projection = load_matrix(projection_ptr, offs_m, offs_r, end, R, R, 1)
                     low = (projection - projection.to(t.dtype).to(tl.float32)).to(t.dtype)
                     acc = tl.dot(tl.trans(t), low, acc, input_precision=PRECISION)
         ptrs = factor_parts_ptr + base[:, None] * R + offs_r[None, :]
@@ -165,20 +163,19 @@ def project(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """t⊙scale [M, C] rounded with dither (t itself without a scale), and s·(drop(t)⊙scale)·factorᵀ.
 
-    The latter is float32 and in parts [parts, M, R], one for each split of C; whoever loads it adds them. The third is
-    the same of the rounded t⊙scale, where there is ``word`` of cancelled lines; None where the two cannot differ.
+    The latter is float32 [M, R], or [parts, M, R] for as many splits of C, which ``tail`` adds. The third is the same
+    of the rounded t⊙scale, where there is ``word`` of cancelled lines; None where the two cannot differ.
 
     Kept elements are scaled by 1 / (1 − p), which ``scaling`` takes along.
     """
     (M, C), R = t.shape, factor.shape[0]
     scaled = empty((M, C), t.dtype, t.device) if scale is not None else t
-    allocated = projection_parts(C, R)
     arch, processors = target(t.get_device())
-    parts = parts_in_use(allocated, M, processors)
-    projection = empty((allocated, M, R), torch.float32, t.device)
+    parts, config = project_config(arch, processors, M, C, R, t.dtype, is_aligned(t), seed is not None)
+    shape = (parts, M, R) if parts > 1 else (M, R)
+    projection = empty(shape, torch.float32, t.device)
     differs = word is not None and scale is not None and is_half(t.dtype)
-    rounded = empty((allocated, M, R), torch.float32, t.device) if differs else None
-    config = project_config(arch, R, t.dtype, is_aligned(t), seed is not None)
+    rounded = empty(shape, torch.float32, t.device) if differs else None
     block_c = config["BLOCK_SIZE_C"]
     launch(
         _project_kernel,
@@ -209,10 +206,9 @@ def reduce(
     Where there is ``word`` of cancelled lines, a half-precision product takes the projection in two terms.
     """
     M, C = t.shape
-    allocated, _, R = (1, M, 1) if projection is None else projection.shape
+    R = 1 if projection is None else projection.shape[1]
     arch, processors = target(t.get_device())
-    parts = parts_in_use(allocated, M, processors)
-    splits, config = reduce_config(arch, M, C, R, t.dtype, is_aligned(t), seed is not None)
+    splits, config = reduce_config(arch, processors, M, C, R, t.dtype, is_aligned(t), seed is not None)
     factor_parts = None if projection is None else empty((splits, C, R), torch.float32, t.device)
     total_parts = None if other is None else empty((splits, C), torch.float32, t.device)
     other_strides = (0, 0) if other is None else other.stride()
@@ -223,7 +219,7 @@ def reduce(
         M=M, C=C, split_size=cdiv(cdiv(M, splits), config["BLOCK_SIZE_M"]) * config["BLOCK_SIZE_M"],
         stride_tm=t.stride(0), stride_tc=t.stride(1), stride_om=other_strides[0], stride_oc=other_strides[1],
         dropout_p=dropout_p,
-        R=R, PARTS=parts, HAS_FACTOR=projection is not None, HAS_TOTAL=other is not None,
+        R=R, HAS_FACTOR=projection is not None, HAS_TOTAL=other is not None,
         HAS_WORD=word is not None and is_half(t.dtype), HAS_DROPOUT=seed is not None,
         PRECISION=precision, **config,
     )  # fmt: skip

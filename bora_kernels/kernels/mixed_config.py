@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from .config import cdiv, gemm_tile, has_room, is_half, project_config, rank_block, target
+from .config import cdiv, gemm_tile, has_room, is_half, project_tile, rank_block, target
 
 
 def mixed_few(arch: int | str, M: int) -> bool:
@@ -95,7 +95,7 @@ def mixed_project_config(
     arch: int | str, processors: int, M: int, K: int, R: int, dtype: torch.dtype, aligned: bool
 ) -> tuple[int, dict]:
     """Splits of K, and the configuration: tiles of few tokens, each of which reads x once for each adapter in it."""
-    config = project_config(arch, R, dtype, aligned, False)
+    config = project_tile(arch, R, dtype, aligned, False)
     if is_half(dtype) and arch != 0:
         block_m = 16 if M <= 512 else 32 if M <= 2048 else 64
         block_c = min(128 if block_m == 64 else 256, 4096 // config["BLOCK_SIZE_R"])

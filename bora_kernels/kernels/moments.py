@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..replay.recording import empty, launch
-from .common import dot_split, load_matrix, load_vector
+from .common import dot_split, load_matrix, load_vector, sum_parts, sum_vectors
 from .config import TRITON_DTYPES, cdiv, is_aligned, is_packed, moments_config, target
 
 
@@ -95,26 +95,19 @@ def load_products(
     R: tl.constexpr, BLOCK_SIZE_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """X and products, equation (a), for a block of rows and of ranks."""
-    x = tl.zeros((offs_i.shape[0], BLOCK_SIZE_R), dtype=tl.float32)
-    for split in range(splits):
-        x += load_matrix(products_ptr + split * (I + R) * R, offs_i, offs_r, I, R, R, 1)
+    x = sum_parts(products_ptr, (I + R) * R, splits, offs_i, offs_r, I, R)
     p_g = tl.zeros((offs_i.shape[0], BLOCK_SIZE_R), dtype=tl.float32)
     for r in range(0, R, BLOCK_SIZE_R):
         offs_q = r + tl.arange(0, BLOCK_SIZE_R)
         p = load_matrix(p_ptr, offs_i, offs_q, I, R, stride_pi, stride_pr).to(tl.float32)
-        g = tl.zeros((BLOCK_SIZE_R, BLOCK_SIZE_R), dtype=tl.float32)
-        for split in range(splits):
-            g += load_matrix(products_ptr + (split * (I + R) + I) * R, offs_q, offs_r, R, R, R, 1)
+        g = sum_parts(products_ptr + I * R, (I + R) * R, splits, offs_q, offs_r, R, R)
         p_g = tl.dot(p, g, p_g, input_precision=PRECISION)
     return x, x + scaling * p_g
 
 
 @triton.jit
 def load_squares(squares_ptr, offs_i, splits, I):
-    squares = tl.zeros((offs_i.shape[0],), dtype=tl.float32)
-    for split in range(splits):
-        squares += load_vector(squares_ptr + split * I, offs_i, I)
-    return squares
+    return sum_vectors(squares_ptr, I, splits, offs_i, I)
 
 
 @triton.jit

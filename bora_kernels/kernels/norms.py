@@ -53,7 +53,8 @@ def _finish_norm_kernel(
     offs_i = tl.program_id(0) * BLOCK_SIZE_I + tl.arange(0, BLOCK_SIZE_I)
     mask_i = offs_i < I
     word = any_set(word_ptr, FLAGS)  # early: nobody waits for it
-    squares = load_squares(squares_ptr, offs_i, splits, I)
+    of_w = load_squares(squares_ptr, offs_i, splits, I)
+    squares = of_w
     for r in range(0, R, BLOCK_SIZE_R):
         offs_r = r + tl.arange(0, BLOCK_SIZE_R)
         x, products = load_products(
@@ -67,7 +68,7 @@ def _finish_norm_kernel(
     if SIGNED:  # the sum may cancel where no line does
         cancelled = mask_i & (offs_i < 0)
     else:
-        cancelled = squares * 4.0 < load_squares(squares_ptr, offs_i, splits, I)  # half of the norm is gone
+        cancelled = squares * 4.0 < of_w  # half of the norm is gone
         if tl.max(cancelled.to(tl.int32), axis=0) > 0:
             tl.store(cancelled_ptr, 1.0)
     if word:

@@ -24,7 +24,6 @@ from ..contract import (
     Needs,
     Options,
     accumulation_dtype,
-    projection_parts,
     scales_size,
     separate_product,
 )
@@ -95,11 +94,10 @@ def _forward(x, weight, adapter, flat_scales, bias, dropout, options, products, 
 
 def _forward_fake(x, weight, adapter, flat_scales, bias, dropout, options, products, save_product):
     y = x.new_empty(x.shape[0], weight.shape[0])
-    (rank, columns), triton, dense = adapter.lora_A.shape, options.backend == "triton", options.backend == "dense"
+    rank, triton, dense = adapter.lora_A.shape[0], options.backend == "triton", options.backend == "dense"
     transforms.refuse_onnx("torch" if dense else options.backend)  # the names that users know
     product = torch.empty_like(y) if save_product and separate_product(x.dtype, bias) and not dense else None
-    u_shape = (*[projection_parts(columns, rank)] * triton, x.shape[0], rank)
-    u = x.new_empty(0) if dense else x.new_empty(u_shape, dtype=accumulation_dtype(x.dtype))
+    u = x.new_empty(0) if dense else x.new_empty((x.shape[0], rank), dtype=accumulation_dtype(x.dtype))
     made = None
     if flat_scales is None and any(adapter.members):
         size = scales_size(weight.shape, rank, adapter.members, products and triton)

@@ -1,9 +1,9 @@
 """The layer on Triton kernels: the "triton" backend. Equations and their numbers are those of ``torch_backend``.
 
 Launches: ``forward`` 2, and 4 more where it computes scales (2 for DoRA, none for LoRA); ``backward`` 6 with detached
-norms and 10 with exact ones; each one more where the base product takes a tail (``kernels.gemm``), and over a float32
-weight (``kernels.gemm_of_v``). All sums are made in two stages in a fixed order, so results are the same bits from run
-to run.
+norms and 10 with exact ones; each one more where the base product takes a tail or the projection was made in parts
+(``kernels.tail``), and over a float32 weight (``kernels.gemm_of_v``). All sums are made in two stages in a fixed order,
+so results are the same bits from run to run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from ..contract import (
     Scales,
     Slots,
     given,
-    projection_parts,
     scales_size,
     separate_product,
     split_scales,
@@ -29,6 +28,7 @@ from ..kernels import mixed, norms
 from ..kernels.combine import combine
 from ..kernels.gemm import scaled_gemm
 from ..kernels.low_rank import project, reduce
+from ..kernels.tail import add_parts
 from ..replay.recording import beside_last_launch, empty
 from ..replay.stage import stage
 
@@ -53,7 +53,7 @@ def forward(
     save_product: bool,
     prepared: object = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Equations (1) and (2): the output [M, N], the product before the bias where it is kept apart, u in parts, scales.
+    """Equations (1) and (2): the output [M, N], the product before the bias where it is kept apart, u, scales.
 
     Norms and scales of the adapted weight are one flat float32 tensor (``contract.split_scales``), made here unless
     they are given; then the returned ones are None. ``products`` keeps what a backward with exact gradients needs
@@ -72,7 +72,7 @@ def _forward(
     x, weight, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, bias, seed, *,
     scaling, norm_order, dropout_p, eps, products, save_product, stand_in, out_stand_in, precision, weight_precision,
 ):  # fmt: skip
-    (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[0]
+    M, N, R = x.shape[0], weight.shape[0], lora_A.shape[0]
     adapter, made = Adapter(lora_A, lora_B, magnitude_row, magnitude_col), None
     members = adapter.members
     if flat_scales is None and any(members):
@@ -83,15 +83,15 @@ def _forward(
         )  # fmt: skip
     if M == 0:
         y, product = (empty((0, N), x.dtype, x.device) for _ in range(2))
-        u = empty((projection_parts(K, R), 0, R), torch.float32, x.device)
+        u = empty((0, R), torch.float32, x.device)
         return y, product if save_product else None, u, made
     scales = split_scales(flat_scales, weight.shape, R, members)
     word = None if dropout_p else scales.cancelled
-    x_scaled, u, rounded_u = project(
+    x_scaled, parts, rounded_parts = project(
         x, lora_A, scales.col_scale, word, seed, scaling=scaling, dropout_p=dropout_p, precision=precision
     )  # (1)
-    y, product = scaled_gemm(
-        x_scaled, weight, u, rounded_u, lora_B.T, lora_A.T, word, scales.row_scale, bias, None, scaling=scaling,
+    y, product, u = scaled_gemm(
+        x_scaled, weight, parts, rounded_parts, lora_B.T, lora_A.T, word, scales.row_scale, bias, None, scaling=scaling,
         dropout_p=0.0, stand_in=stand_in, out_stand_in=out_stand_in, save_product=save_product, precision=precision,
     )  # (2)  # fmt: skip
     return y, product if save_product else None, u, made
@@ -201,14 +201,14 @@ def through(
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """(3) and (4) in a stage: dx and the product that D is made from, where needed, and v. ``folded``: dy is dy⊙a."""
     lora_A, lora_B, word = adapter.lora_A, adapter.lora_B, None if dropout_p else scales.cancelled
-    dy_scaled, v, rounded_v = project(
+    dy_scaled, parts, rounded_parts = project(
         dy, lora_B.T, None if folded else scales.row_scale, word, None,
         scaling=scaling, dropout_p=0.0, precision=precision,
     )  # (3)  # fmt: skip
     if not needs_dx:
-        return None, None, v
-    dx, product = scaled_gemm(
-        dy_scaled, weight.T, v, rounded_v, lora_A, lora_B, word, scales.col_scale, None, seed,
+        return None, None, add_parts(parts, rounded_parts, word)[0]
+    dx, product, v = scaled_gemm(
+        dy_scaled, weight.T, parts, rounded_parts, lora_A, lora_B, word, scales.col_scale, None, seed,
         scaling=scaling, dropout_p=dropout_p, precision=precision, **_kept_product(needs_D, dy.dtype, None),
     )  # (4)  # fmt: skip
     return dx, product, v

@@ -5,24 +5,46 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
-from bora_kernels.contract import projection_parts
-from bora_kernels.kernels.config import cdiv, parts_in_use
+from bora_kernels.kernels.config import cdiv, project_config, reduce_config
 from bora_kernels.kernels.mixed_config import mixed_apart_config, mixed_few_config, mixed_project_config
 
+SIZES = (64, 512, 1024, 1536, 2304, 3072, 3584, 4096, 8192, 11008, 14336, 18944, 28672)
+TOKENS = (1, 16, 100, 512, 777, 1000, 1024, 1500, 2048, 3000, 4096, 5000, 6144, 7001, 8192, 9000, 12_288, 16_384)
+LAYERS = [(M, C, R) for M in TOKENS for C in SIZES for R in (1, 16, 32, 40, 64, 100, 128, 256)]
+KINDS = [  # dtype, aligned, dropout
+    (torch.bfloat16, True, False),
+    (torch.bfloat16, True, True),
+    (torch.float16, False, False),
+    (torch.float32, True, False),
+]
 
-@pytest.mark.parametrize("processors", [108, 132, 144])
-@pytest.mark.parametrize("columns", [512, 1024, 3584, 4096, 18944])
-def test_a_projection_fills_the_device_and_takes_no_more_parts_than_that(processors, columns):
-    """Over all numbers of tokens: a multiprocessor has no program only where all parts are in use already."""
-    allocated = projection_parts(columns, 16)
-    for tokens in range(1, 40_000, 37):
-        parts = parts_in_use(allocated, tokens, processors)
-        blocks = cdiv(tokens, 64)
-        assert 1 <= parts <= allocated
-        if parts < allocated:
-            assert blocks * (parts + 1) > 2 * processors, "another part would still have been within two programs each"
-        if parts > 1:
-            assert (tokens // 64) * parts <= 2 * processors
+
+@pytest.mark.parametrize("processors", [78, 108, 132, 148])
+@pytest.mark.parametrize("dtype, aligned, dropout", KINDS)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_passes_over_tokens_leave_no_third_of_the_device_idle(arch, dtype, aligned, dropout, processors):
+    """Where more splits would fill it: up to 16, each with something to do."""
+    for M, C, R in LAYERS:
+        for splits, config, lines, length in (
+            (*project_config(arch, processors, M, C, R, dtype, aligned, dropout), ("M", M), ("C", C)),
+            (*reduce_config(arch, processors, M, C, R, dtype, aligned, dropout), ("C", C), ("M", M)),
+        ):
+            blocks = cdiv(lines[1], config[f"BLOCK_SIZE_{lines[0]}"]) * cdiv(R, config["BLOCK_SIZE_R"])
+            steps = cdiv(length[1], config[f"BLOCK_SIZE_{length[0]}"])
+            assert 1 <= splits <= min(16, steps)
+            assert (splits - 1) * cdiv(steps, splits) < steps, "a split has nothing to do"
+            if 3 * blocks * splits < 2 * processors:
+                shorter = [s for s in range(splits + 1, min(16, steps) + 1) if cdiv(steps, s) < cdiv(steps, splits)]
+                assert not shorter, f"{blocks * splits} programs for {processors} multiprocessors: {M, C, R, config}"
+
+
+@pytest.mark.parametrize("tokens", [512, 1000, 1500, 2048, 3000, 5000])
+@pytest.mark.parametrize("columns", [1024, 2048, 3584, 4096, 8192, 14336, 18944])
+def test_no_multiprocessor_has_half_more_than_its_share_of_a_projection(tokens, columns):
+    parts, config = project_config(90, 132, tokens, columns, 16, torch.bfloat16, True, False)
+    blocks, steps = cdiv(tokens, config["BLOCK_SIZE_M"]), cdiv(columns, config["BLOCK_SIZE_C"])
+    longest = cdiv(blocks * parts, 132) * cdiv(steps, parts)
+    assert longest <= 1 + 1.5 * blocks * steps / 132
 
 
 @pytest.mark.parametrize("processors", [108, 132, 144])
