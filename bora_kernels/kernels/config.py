@@ -13,6 +13,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from .tiles import Part, parts_of_product
+
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -207,13 +209,31 @@ def combine_config(R: int) -> dict:
 @lru_cache
 def gemm_config(
     M: int, O: int, C: int, dtype: torch.dtype, device_index: int, descriptors_fit: bool, aligned: bool, dropout: bool
-) -> tuple[tuple[int], dict]:
-    """The grid, and the configuration; USE_DESCRIPTORS says whether operands come through TMA."""
+) -> tuple[tuple[tuple[int], dict], ...]:
+    """Grid and configuration of each launch; USE_DESCRIPTORS says whether operands come through TMA.
+
+    The launch that takes longest comes last.
+    """
     arch, processors = target(device_index)
+    if arch == 90 and descriptors_fit and is_half(dtype) and not dropout and M > 64:
+        return tuple(
+            ((min(part.tiles, part.tile.resident * processors),), config_of_part(part))
+            for part in reversed(parts_of_product(M, O, C, processors))
+        )
     config = gemm_tile(arch, processors, M, O, dtype, descriptors_fit, aligned, dropout)
     tiles = cdiv(M, config["BLOCK_SIZE_M"]) * cdiv(O, config["BLOCK_SIZE_O"])
     resident = 1 if config["USE_DESCRIPTORS"] else 2
-    return (min(tiles, resident * processors),), config
+    every = {"first_tile": 0, "num_tiles": tiles, "OVER_M": 1, "OVER_O": 1}
+    return (((min(tiles, resident * processors),), config | every),)
+
+
+def config_of_part(part: Part) -> dict:
+    tile = part.tile
+    return {
+        "BLOCK_SIZE_M": tile.m, "BLOCK_SIZE_O": tile.o, "BLOCK_SIZE_C": tile.c, "BLOCK_SIZE_R": 16, "GROUP_SIZE_M": 8,
+        "STORES": tile.stores, "USE_DESCRIPTORS": True, "num_warps": tile.warps, "num_stages": tile.stages,
+        "first_tile": part.first, "num_tiles": part.last - part.first, "OVER_M": part.over[0], "OVER_O": part.over[1],
+    }  # fmt: skip
 
 
 def gemm_tile(

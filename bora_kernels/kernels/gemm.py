@@ -28,7 +28,7 @@ from .gemm_of_v import gemm_of_v
 from .tail import add_parts, split_low_rank
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "num_tiles"])
 def _scaled_gemm_kernel(
     t,  # [M, C]; a tensor descriptor with USE_DESCRIPTORS, as are w, t_tail, w_tail, out and product
     w,  # [O, C]; stored as [C, O] unless W_ROWS_ARE_OUTPUTS
@@ -43,35 +43,37 @@ def _scaled_gemm_kernel(
     scale_ptr,  # [O]
     bias_ptr,  # [O]
     seed_ptr,  # [1]
-    M, O, C,
+    M, O, C, first_tile, num_tiles,
     stride_tm, stride_tc, stride_wo, stride_wc, stride_fr, stride_fo,
     stand_in, out_stand_in, dropout_p,
     R: tl.constexpr, TAIL: tl.constexpr, SPARE_STEPS: tl.constexpr,
     HAS_WORD: tl.constexpr, HAS_ROUNDED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_O: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
-    GROUP_SIZE_M: tl.constexpr, STORES: tl.constexpr,
+    GROUP_SIZE_M: tl.constexpr, OVER_M: tl.constexpr, OVER_O: tl.constexpr, STORES: tl.constexpr,
     W_ROWS_ARE_OUTPUTS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     SAVE_PRODUCT: tl.constexpr, USE_DESCRIPTORS: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    num_tiles_m = tl.cdiv(M, BLOCK_SIZE_M)
-    num_tiles_o = tl.cdiv(O, BLOCK_SIZE_O)
+    # tiles of OVER_M x OVER_O blocks, of which this launch does the blocks of some
+    num_tiles_m = tl.cdiv(M, OVER_M * BLOCK_SIZE_M)
+    num_tiles_o = tl.cdiv(O, OVER_O * BLOCK_SIZE_O)
+    num_blocks = num_tiles * OVER_M * OVER_O
     group_tiles = GROUP_SIZE_M * num_tiles_o
     steps = tl.cdiv(C, BLOCK_SIZE_C)
     all_steps = steps + tl.cdiv(TAIL, BLOCK_SIZE_C)
-    num_tiles = num_tiles_m * num_tiles_o
     if HAS_WORD:
         if WIDE:  # ``gemm_of_v`` does it
-            num_tiles = tl.where(any_set(word_ptr, 2), 0, num_tiles)
+            num_blocks = tl.where(any_set(word_ptr, 2), 0, num_blocks)
         elif SPARE_STEPS > 0:  # of the tail's third term
             all_steps -= tl.where(any_set(word_ptr, 2), 0, SPARE_STEPS)
     # as one loop with the inner one, the next tile's loads run under the end of this one
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=TAIL > 0):
+    for block in tl.range(tl.program_id(0), num_blocks, tl.num_programs(0), flatten=TAIL > 0):
+        tile = first_tile + block // (OVER_M * OVER_O)
         # groups of GROUP_SIZE_M tiles along m share the tiles of w while they are in cache
         first_m = tile // group_tiles * GROUP_SIZE_M
         group_size = tl.minimum(num_tiles_m - first_m, GROUP_SIZE_M)
-        start_m = (first_m + tile % group_tiles % group_size) * BLOCK_SIZE_M
-        start_o = tile % group_tiles // group_size * BLOCK_SIZE_O
+        start_m = ((first_m + tile % group_tiles % group_size) * OVER_M + block % OVER_M) * BLOCK_SIZE_M
+        start_o = (tile % group_tiles // group_size * OVER_O + block // OVER_M % OVER_O) * BLOCK_SIZE_O
         offs_m = start_m + tl.arange(0, BLOCK_SIZE_M)
 
         acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_O), dtype=tl.float32)
@@ -165,45 +167,45 @@ def scaled_gemm(
     rows_are_outputs = W.stride(1) == 1
     stored_w = W if rows_are_outputs else W.T
     descriptors_fit = W.dtype == t.dtype and all(map(fits_descriptor, (t, stored_w, out)))
-    grid, config = gemm_config(M, O, C, t.dtype, W.get_device(), descriptors_fit, is_aligned(t), seed is not None)
-    operands: tuple = (t, W, None, None, out, product)
-    tail = spare_steps = 0
+    launches = gemm_config(M, O, C, t.dtype, W.get_device(), descriptors_fit, is_aligned(t), seed is not None)
+    by_descriptors = launches[0][1]["USE_DESCRIPTORS"]
     rounded = t_tail = w_tail = None
-    if config["USE_DESCRIPTORS"] and seed is None:
+    if by_descriptors and seed is None:
         projection, t_tail, w_tail = split_low_rank(parts, rounded_parts, factor, word, t.dtype, rows_are_outputs)
-        tail = t_tail.shape[1]
     else:
         projection, rounded = add_parts(parts, rounded_parts, word)
-    if config["USE_DESCRIPTORS"]:
-        block_m, block_o, block_c = config["BLOCK_SIZE_M"], config["BLOCK_SIZE_O"], config["BLOCK_SIZE_C"]
-        spare_steps = cdiv(tail, block_c) - cdiv(min(tail, 2 * R), block_c)
-        w_block = [block_o, block_c] if rows_are_outputs else [block_c, block_o]
-        out_block = [block_m, block_o // config["STORES"]]
-        operands = (
-            descriptor(t, [block_m, block_c]), descriptor(stored_w, w_block),
-            descriptor(t_tail, [block_m, block_c]), descriptor(w_tail, w_block),
-            descriptor(out, out_block), descriptor(product, out_block),
-        )  # fmt: skip
+    tail = 0 if t_tail is None else t_tail.shape[1]
 
     if wide and word is not None:
         gemm_of_v(
             t, W, factor, inner, word, scale, bias, out, product, scaling=scaling,
             stand_in=stand_in, out_stand_in=out_stand_in, save_product=save_product, precision=precision,
         )  # fmt: skip
-    launch(  # last: what the caller runs beside the product runs beside this
-        _scaled_gemm_kernel,
-        grid,
-        (*operands, projection, rounded, factor, word, scale, bias, seed),
-        M=M, O=O, C=C,
-        stride_tm=t.stride(0), stride_tc=t.stride(1), stride_wo=W.stride(0), stride_wc=W.stride(1),
-        stride_fr=factor.stride(0), stride_fo=factor.stride(1),
-        stand_in=stand_in, out_stand_in=out_stand_in, dropout_p=dropout_p,
-        R=R, TAIL=tail, SPARE_STEPS=spare_steps, HAS_WORD=word is not None,
-        HAS_ROUNDED=rounded is not None, WIDE=wide,
-        W_ROWS_ARE_OUTPUTS=rows_are_outputs, HAS_SCALE=scale is not None,
-        HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None, SAVE_PRODUCT=save_product,
-        DTYPE=TRITON_DTYPES[t.dtype], PRECISION=precision, **config,
-    )  # fmt: skip
+    for grid, config in launches:  # last: what the caller runs beside the product runs beside the longest of them
+        operands: tuple = (t, W, None, None, out, product)
+        block_m, block_o, block_c = config["BLOCK_SIZE_M"], config["BLOCK_SIZE_O"], config["BLOCK_SIZE_C"]
+        if by_descriptors:
+            w_block = [block_o, block_c] if rows_are_outputs else [block_c, block_o]
+            out_block = [block_m, block_o // config["STORES"]]
+            operands = (
+                descriptor(t, [block_m, block_c]), descriptor(stored_w, w_block),
+                descriptor(t_tail, [block_m, block_c]), descriptor(w_tail, w_block),
+                descriptor(out, out_block), descriptor(product, out_block),
+            )  # fmt: skip
+        launch(
+            _scaled_gemm_kernel,
+            grid,
+            (*operands, projection, rounded, factor, word, scale, bias, seed),
+            M=M, O=O, C=C,
+            stride_tm=t.stride(0), stride_tc=t.stride(1), stride_wo=W.stride(0), stride_wc=W.stride(1),
+            stride_fr=factor.stride(0), stride_fo=factor.stride(1),
+            stand_in=stand_in, out_stand_in=out_stand_in, dropout_p=dropout_p,
+            R=R, TAIL=tail, SPARE_STEPS=cdiv(tail, block_c) - cdiv(min(tail, 2 * R), block_c),
+            HAS_WORD=word is not None, HAS_ROUNDED=rounded is not None, WIDE=wide,
+            W_ROWS_ARE_OUTPUTS=rows_are_outputs, HAS_SCALE=scale is not None,
+            HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None, SAVE_PRODUCT=save_product,
+            DTYPE=TRITON_DTYPES[t.dtype], PRECISION=precision, **config,
+        )  # fmt: skip
     return out, product, projection
 
 

@@ -76,6 +76,13 @@ CASES = (
     Case(torch.bfloat16, 512, N=1024),
     Case(torch.bfloat16, 8, M=8),
     Case(torch.bfloat16, 64, M=512, dropout=True),
+    Case(torch.bfloat16, 16, M=1500),  # from here on every tile of ``tiles``, alone and as a part of a larger one
+    Case(torch.float16, 16, M=1000, N=5120, K=5120, bias=True),
+    Case(torch.bfloat16, 16, M=3000, N=2048, K=8192, bias=True),
+    Case(torch.bfloat16, 64, M=5000, N=3584, K=512, bias=True),
+    Case(torch.bfloat16, 16, M=700, N=1024, K=4096, bias=True),
+    Case(torch.bfloat16, 16, M=512, N=3584, K=18944, bias=True),
+    Case(torch.bfloat16, 16, M=512, bias=True),
     Case(torch.bfloat16, 24, M=700, N=4093, K=4095),  # rows that no descriptor can address
     Case(torch.float16, 16, M=2048, bias=True, dropout=True),
     Case(torch.float32, 16, order="col_row"),
