@@ -28,6 +28,12 @@ def compile_and_load(kernel: Any, grid: tuple[int, ...], tensors: tuple, argumen
     getattr(compiled, "run", None)  # loads the kernel when it is first looked at
 
 
+def unspecialized(kernel: Any) -> frozenset[str]:
+    """Names of sizes for whose values, 1 and multiples of 16, a kernel is not compiled anew."""
+    options = getattr(kernel, "kwargs", None) or {}  # the interpreter's kernels keep what they were made with
+    return frozenset(getattr(kernel, "do_not_specialize", None) or options.get("do_not_specialize") or ())
+
+
 def share_cache(kernel: Any, device: int) -> None:
     """Make Triton's table of a kernel's variants, which several threads would each make their own of."""
     caches = getattr(kernel, "device_caches", None)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compiled import compile_and_load, share_cache
+from .compiled import compile_and_load, share_cache, unspecialized
 from .recording import PlannedLaunch, planning
 
 _known: set[tuple] = set()  # variants of kernels that were compiled here, or are being
@@ -74,12 +74,13 @@ def _usable_cores() -> int:
 
 def _variant(launch: PlannedLaunch) -> tuple:
     """What Triton compiles a kernel anew for: a device, kinds of its tensors and sizes, values of its constexprs."""
-    passed = _passed(launch.kernel)
+    passed, unspecific = _passed(launch.kernel), unspecialized(launch.kernel)
+    sizes = {name: value for name, value in launch.arguments.items() if name not in unspecific}
     return (
         torch.cuda.current_device(),
         launch.kernel,
         *map(_kind_of_tensor, launch.tensors),
-        *[(name, _kind_of_size(value) if name in passed else value) for name, value in launch.arguments.items()],
+        *[(name, _kind_of_size(value) if name in passed else value) for name, value in sizes.items()],
     )
 
 
