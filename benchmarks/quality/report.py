@@ -25,7 +25,7 @@ from .methods import METHODS, OTHER_CONTRASTS, PRIMARY
 from .stages import SMALL, STAGE1_SEEDS, STAGE2_SEEDS
 from .statistics import Contrast, Scores, choices, contrasts, pooled_differences, t_interval
 from .tables import around, difference, interval, rows, signed
-from .tasks import PRIMARY_TASKS, SECONDARY_TASKS, UNITS
+from .tasks import PRIMARY_TASKS, SECONDARY_TASKS, UNITS, methods_of
 
 Table = dict[str, dict[str, Scores]]
 Found = dict[tuple[str, str], Contrast]
@@ -257,8 +257,23 @@ def _runs(records: list[dict], sessions: list[dict]) -> str:
     head = ["started", "device", "PyTorch", "commit", "runs", "minutes", "engine − package, relative"]
     return (
         "## Runs\n\nAll runs are in the file of runs, and all are counted; a diverged one with the score of a model "
-        f"that learned nothing.\n\n{rows(['stage', 'runs', 'diverged'], lines)}\n\n{rows(head, where, text=4)}"
+        f"that learned nothing.{_not_run(records)}\n\n{rows(['stage', 'runs', 'diverged'], lines)}\n\n"
+        + rows(head, where, text=4)
     )
+
+
+def _not_run(records: list[dict]) -> str:
+    """What of the plan has no runs."""
+    stages = {r["stage"] for r in records}
+    compared = {(r["task"], r["method"]) for r in records if r["stage"] == "stage2"}
+    missing = [name for name in ("sensitivity", "teachers", "mechanism") if name not in stages]
+    missing += [f"{task} (secondary)" for task in SECONDARY_TASKS if all(task != t for t, _ in compared)]
+    for method in METHODS:
+        tasks = [t for t in PRIMARY_TASKS if method in methods_of(t) and (t, method) not in compared]
+        if tasks:
+            missing.append(f"stage 2 of {METHODS[method].label}: {', '.join(tasks)}")
+    lines = "\n".join(f"- {what}" for what in missing)
+    return f"\n\nParts of the plan without runs:\n\n{lines}" if missing else ""
 
 
 def _worst(checks: dict[str, dict[str, float]]) -> str:
