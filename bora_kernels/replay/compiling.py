@@ -74,13 +74,15 @@ def _usable_cores() -> int:
 
 def _variant(launch: PlannedLaunch) -> tuple:
     """What Triton compiles a kernel anew for: a device, kinds of its tensors and sizes, values of its constexprs."""
-    passed, unspecific = _passed(launch.kernel), unspecialized(launch.kernel)
-    sizes = {name: value for name, value in launch.arguments.items() if name not in unspecific}
+    passed, plain = _passed(launch.kernel), unspecialized(launch.kernel)
     return (
         torch.cuda.current_device(),
         launch.kernel,
         *map(_kind_of_tensor, launch.tensors),
-        *[(name, _kind_of_size(value) if name in passed else value) for name, value in sizes.items()],
+        *[
+            (name, _kind_of_size(value, name in plain) if name in passed else value)
+            for name, value in launch.arguments.items()
+        ],
     )
 
 
@@ -91,10 +93,11 @@ def _passed(kernel: Any) -> frozenset[str]:
     return frozenset(code.co_varnames[: code.co_argcount]) - kernel.fn.__annotations__.keys()
 
 
-def _kind_of_size(value: float) -> object:
+def _kind_of_size(value: float, plain: bool) -> object:
     if isinstance(value, float):
         return float
-    return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
+    narrow = -(2**31) <= value < 2**31
+    return narrow if plain else (value == 1, value % 16 == 0, narrow)
 
 
 def _kind_of_tensor(tensor: Any) -> object:

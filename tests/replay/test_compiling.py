@@ -127,6 +127,19 @@ def test_what_makes_a_kernel_another(log, other):
     assert again.compile() == 0
 
 
+@pytest.mark.parametrize("compiled_by", ["do_not_specialize", "kwargs"], ids=["Triton", "the interpreter"])
+def test_sizes_that_are_not_specialized_make_no_kernel_another(log, compiled_by):
+    kernel = Kernel(log)
+    names = ["M"]
+    setattr(kernel, compiled_by, names if compiled_by == "do_not_specialize" else {"do_not_specialize": names})
+    missing = compiling.Missing()
+    for M in (1, 7, 32, 2**31 - 1):
+        missing.append(PlannedLaunch(kernel, (1,), (None, None), {"M": M, "scale": 0.5, "R": 4}))
+    assert len(missing.launches) == 1
+    missing.append(PlannedLaunch(kernel, (1,), (None, None), {"M": 2**31, "scale": 0.5, "R": 4}))
+    assert len(missing.launches) == 2, "int64"
+
+
 def test_tensors_of_a_plan_may_go(log):
     """A whole model is planned before anything is compiled: what stands in for its tensors is of a few elements."""
     big = torch.zeros(1000, 1000, dtype=torch.float16)
