@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -150,7 +151,7 @@ class Session:
             self.models[kind, "torch.float32"] = model
             checked = self.task("bbc_lm" if kind == "language" else "movies")
             began = time.monotonic()
-            found = check(_shallow(model), checked, self.graph)
+            found = check(shallow(model), checked, self.graph)
             self.sessions[-1]["checks"][kind] = found
             worst = f"largest relative difference {max(found.values()):.1e}, {time.monotonic() - began:.0f} s"
             print(f"      the engine agrees with the package on the {kind}: {worst}", flush=True)
@@ -166,12 +167,14 @@ class Session:
         return self.tasks[name]
 
 
-def _shallow(model: Encoder | LanguageModel) -> Encoder | LanguageModel:
-    """The first two layers: what is checked is each kind of layer, not how many there are."""
+def shallow(model: Encoder | LanguageModel, layers: int = 2) -> Encoder | LanguageModel:
+    """The first layers, and nothing of the others: what is checked is each kind of layer, not how many there are."""
     model = copy.copy(model)
-    model.layers = min(model.layers, 2)
-    kept = tuple(f".{i}." for i in range(model.layers))
-    model.weights = {name: weight for name, weight in model.weights.items() if any(part in name for part in kept)}
+    model.layers = min(model.layers, layers)
+    for part in ("weights", "biases", "tensors"):
+        tensors = getattr(model, part)
+        numbers = {name: re.findall(r"\.(\d+)\.", name) for name in tensors}
+        setattr(model, part, {n: t for n, t in tensors.items() if all(int(i) < model.layers for i in numbers[n])})
     return model
 
 

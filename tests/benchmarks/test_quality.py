@@ -14,6 +14,7 @@ from benchmarks.quality.__main__ import main
 from benchmarks.quality.encoder import Encoder
 from benchmarks.quality.language import LanguageModel, dequantize
 from benchmarks.quality.methods import METHODS, Layers, initial_parameters
+from benchmarks.quality.session import shallow
 from benchmarks.quality.tasks import Sizes, make_task
 from benchmarks.quality.training import Run, train
 from bora_kernels.reference import bora_weight_ref
@@ -75,6 +76,13 @@ def test_the_engine_agrees_with_the_package(name, data, encoder):
     found = check.check(model, make_task(data, name, SIZES, CPU))
     assert found.keys() == METHODS.keys() - ({"head"} if name != "movies" else set())
     assert max(found.values()) < 1e-4
+
+
+@pytest.mark.parametrize("task, kind", [("movies", Encoder), ("bbc_lm", LanguageModel)])
+def test_a_deep_model_is_checked_by_its_first_layers(task, kind, data):
+    model = kind(data, CPU)
+    found = check.check(shallow(model, 1), make_task(data, task, SIZES, CPU))
+    assert "full" in found and model.layers == 2
 
 
 def test_the_check_notices_another_formula(data, encoder, monkeypatch):
