@@ -62,6 +62,9 @@ class _SharedInput(torch.autograd.Function):
         ctx.output_is_saved = bool(ctx.saved_outputs)
         if ctx.output_is_saved:
             overwritten.protect()
+            ctx.output_versions = tuple(
+                autograd.version_of(y) for y, part in zip(outputs, kept, strict=True) if part.product is y
+            )
         return outputs
 
     @staticmethod

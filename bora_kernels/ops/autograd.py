@@ -50,6 +50,7 @@ class BoraLinearFunction(torch.autograd.Function):
         ctx.needs, ctx.call, ctx.output_is_saved = needs, call, needs_S and not apart
         if ctx.output_is_saved:
             overwritten.protect()
+            ctx.output_versions = (version_of(y),)
         # what hooks hand back for a saved tensor may lie in memory otherwise
         if call.prepared is not None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             ctx.call = call._replace(prepared=None)
@@ -116,16 +117,30 @@ def saved_tensors(ctx, outputs: tuple[int, ...], *, x_is_saved: bool = False) ->
     if torch.compiler.is_compiling() or not outputs:
         return ctx.saved_tensors
     try:
-        return ctx.saved_tensors
+        saved = ctx.saved_tensors
     except RuntimeError as error:
-        saved = ctx._raw_saved_tensors  # which raises for a graph that was freed
-        if not hasattr(saved[outputs[0]], "unpack"):  # an older torch
+        raw = ctx._raw_saved_tensors  # which raises for a graph that was freed
+        if not hasattr(raw[outputs[0]], "unpack"):  # an older torch
             raise RuntimeError(f"{_CHANGED}: {_INSTEAD}") from error
-        others = [_unpacked(each, place in outputs) for place, each in enumerate(saved)]
+        others = [_unpacked(each, place in outputs) for place, each in enumerate(raw)]
         if others[0] is None and not x_is_saved:
             raise RuntimeError(f"{_CHANGED}: {_INSTEAD}") from error
+    else:
+        # what hooks hand back, those of checkpointing too, PyTorch does not look at
+        versions = zip(outputs, ctx.output_versions, strict=True)
+        changed = [place for place, version in versions if version_of(saved[place]) > version]
+        if not changed:
+            return saved
+        if saved[0] is None and not x_is_saved:
+            raise RuntimeError(f"{_CHANGED}: {_INSTEAD}")
+        others = [None if place in changed else each for place, each in enumerate(saved)]
     _warn_of_changed_output()
     return tuple(others)
+
+
+def version_of(output: Tensor | None) -> int:
+    """How often a tensor was changed in place, as far as PyTorch knows."""
+    return 0 if output is None or torch.compiler.is_compiling() or output.is_inference() else output._version
 
 
 def _unpacked(saved: Any, is_output: bool) -> Tensor | None:

@@ -33,9 +33,9 @@ def protect() -> None:
 
 def is_overwritten(output: Tensor | None, dy: Tensor) -> bool:
     """Whether a gradient was written over the output that it belongs to."""
-    if type(dy) is not Tensor or type(output) is not Tensor or dy.numel() == 0 or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(dy) is not Tensor or type(output) is not Tensor:
         return False
-    if dy.data_ptr() != output.data_ptr():
+    if dy.data_ptr() != output.data_ptr() or dy.numel() == 0:
         return False
     _warn()
     return True

@@ -1,4 +1,4 @@
-"""Kernels of other libraries write over a layer's output and PyTorch does not know: gradients stay right."""
+"""Outputs that are written over before a layer's backward, so that PyTorch does not notice: gradients stay right."""
 
 import sys
 import types
@@ -7,8 +7,9 @@ import warnings
 import pytest
 import torch
 from helpers.cases import Case
+from torch.utils.checkpoint import checkpoint
 
-from bora_kernels.blocks import Projection, shared_input
+from bora_kernels.blocks import Projection, gated_mlp, shared_input
 from bora_kernels.contract import Adapter, Options
 from bora_kernels.functional import bora_linear
 from bora_kernels.ops import overwritten
@@ -153,3 +154,58 @@ def test_where_the_output_cannot_be_made_again(device):
     layers = projections("dora", True, "torch", device, requires=("lora_B", "magnitude_row"))
     with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="changed in place before its backward"):
         gradients(layers, torch.randn(M, K, device=device), InPlaceGate.apply, one_by_one)
+
+
+def recomputed(function, *tensors):
+    return checkpoint(function, *tensors, use_reentrant=False)
+
+
+def handed_back(function, *tensors):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        return function(*tensors)
+
+
+@each_backend
+@each_kind
+@pytest.mark.parametrize("around", [recomputed, handed_back])
+@pytest.mark.parametrize("run", [one_by_one, shared_input], ids=["one by one", "shared input"])
+def test_changes_in_place_under_hooks(member, detach_norm, backend, run, around, device):
+    """PyTorch looks at versions of what it keeps itself, and not of what hooks hand back."""
+    layers, x = projections(member, detach_norm, backend, device), torch.randn(M, K, device=device)
+    expected = gradients(layers, x, lambda q, k: q * (k + 1.5), run)
+
+    def changed(x, layers):
+        def block(x):
+            q, k = run(x, layers)
+            k += 1.5
+            return q * k
+
+        return (around(block, x),)
+
+    found = gradients(layers, x, lambda y: y, changed)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_mlp_whose_output_is_changed_in_place(device):
+    layers = projections("bora", False, "torch", device) + [
+        Projection(
+            torch.randn(K, N, device=device),
+            None,
+            Adapter(*[torch.randn(s, device=device, requires_grad=True) for s in ((3, N), (K, 3), K, N)]),
+            Options(0.5, backend="torch"),
+        )
+    ]
+    x = 1e-3 * torch.randn(M, K, device=device)
+
+    def mlp(x, layers):
+        return gated_mlp(x, *layers, "silu")
+
+    def changed(x):
+        y = mlp(x, layers)
+        y *= 3
+        return y.tanh()  # keeps something: recomputation ends where nothing more is kept
+
+    expected = gradients(layers, x, lambda y: y, lambda x, layers: ((3 * mlp(x, layers)).tanh(),))
+    found = gradients(layers, x, lambda y: y, lambda x, layers: (recomputed(changed, x),))
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
