@@ -148,7 +148,7 @@ def test_word_of_cancelled_lines_may_be_left_on_the_device(weight, device):
         warnings.simplefilter("error")
         bank.add("unasked", adapter, scaling=SCALING, judge=None)
         bank.add("undo", adapter, scaling=SCALING, judge=lambda *word: words.append(word))
-        bank.replace("unasked", tensors(2), scaling=SCALING, judge=lambda *word: words.append(word))
+        bank.replace("unasked", tensors(2, device=device), scaling=SCALING, judge=lambda *word: words.append(word))
     assert [(name, of.data_ptr() == weight.data_ptr(), word.any().item()) for name, of, word in words] == [
         ("undo", True, True),
         ("unasked", True, False),
