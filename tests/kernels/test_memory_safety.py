@@ -116,13 +116,13 @@ def mixed_batch(M, at, K=517, adapters=3, factors=torch.float32):
 
 
 def gate_of_mlp(at):
-    """The gate of an MLP and its backward, with sums for layers of several ranks and in several parts."""
+    """The gate of an MLP and its backward, with sums for layers of several ranks."""
     from bora_kernels.kernels.gated import Side, gate, gate_backward, gate_sums
 
     M, C = 37, 75
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(shape, generator=generator) for shape in ((M, C),) * 4 + ((C,),) * 2]
-    tensors += [torch.randn(shape, generator=generator) for shape in ((4, M, 3), (1, M, 17), (2, M, 1))]
+    tensors += [torch.randn(shape, generator=generator) for shape in ((M, 3), (M, 17), (M, 1))]
     if at is not None:
         tensors = [guarded(tensor, at) for tensor in tensors]
     e, f, dh, other_dh, a_e, a_f, u_e, u_f, v = tensors  # de is written over dh
