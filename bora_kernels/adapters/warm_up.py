@@ -22,8 +22,8 @@ def warm_up(model: nn.Module, tokens: int | Iterable[int]) -> int:
 
     For servers and trainers whose first step is not to wait for a compiler. In training mode these are the kernels of
     forward and backward and of a forward without gradients, as under checkpointing; in eval mode the latter alone.
-    Kernels are the same for many numbers of tokens: they differ where a number is no multiple of 16, and between few
-    and many. Under ``torch.autocast`` they are those of its dtype.
+    Kernels are the same for many numbers of tokens: they differ where a number is no multiple of 16, and in the tiles
+    and parts that fill the device for it, most below some 5,000. Under ``torch.autocast`` they are those of its dtype.
 
     Nothing is computed: layers run on inputs of these sizes without a launch, and hooks are not called. Parameters,
     gradients and random numbers stay as they are; what ``reuse_scales`` has is forgotten.
