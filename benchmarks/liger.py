@@ -18,6 +18,7 @@ def apply(root: Any) -> nn.Module:
 
     with _unchanged("LlamaRMSNorm", "LlamaMLP"):
         apply_liger_kernel_to_llama(rope=False, fused_linear_cross_entropy=False, model=root.model)
+    root.model.norm.in_place = False  # the gradient that reaches the last norm is the caller's, for every step
     return root
 
 

@@ -37,6 +37,17 @@ def test_models_after_fuse_are_right_and_fused(provider: Provider) -> None:
     assert References(workload, CASE.rank).check(named(step(), adapters), provider, torch.float32) <= 2
 
 
+class _Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, in_place):
+        ctx.in_place = in_place
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        return (dy.mul_(2) if ctx.in_place else 2 * dy), None
+
+
 @pytest.fixture
 def library(monkeypatch):
     """Stands for Liger, whose kernels need a GPU: it replaces names of transformers' file and binds a forward."""
@@ -47,7 +58,8 @@ def library(monkeypatch):
     def apply_liger_kernel_to_llama(rope, fused_linear_cross_entropy, model):
         assert not rope and not fused_linear_cross_entropy
         llama.LlamaRMSNorm = llama.LlamaMLP = type(None)
-        model.norm.forward = types.MethodType(lambda self, x: 2 * x, model.norm)
+        model.norm.in_place = True
+        model.norm.forward = types.MethodType(lambda self, x: _Doubled.apply(x, self.in_place), model.norm)
 
     fake.apply_liger_kernel_to_llama = apply_liger_kernel_to_llama
     monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
@@ -63,6 +75,14 @@ def test_liger_stays_in_its_model(library) -> None:
         assert library.apply_rotary_pos_emb(1, 2, 3, 4) == (1, 2)
         raise ZeroDivisionError
     assert {name: getattr(library, name) for name in own} == own
+
+
+def test_a_step_with_liger_leaves_the_gradient_that_all_rows_are_given(library) -> None:
+    workload = Workload(CASE, CPU)
+    dy = workload.dy.clone()
+    step = make_step(liger.apply(workload.root), workload.x.requires_grad_(), workload.dy, [], "step")
+    (_, first), (_, again) = step(), step()
+    assert torch.equal(workload.dy, dy) and torch.equal(first, again)
 
 
 def test_references_know_nothing_of_what_is_open_around_a_step(library, monkeypatch) -> None:
