@@ -82,11 +82,12 @@ def load_projection(ptr, offs_m, offs_r, M, end, R: tl.constexpr, PARTS: tl.cons
 def sum_parts(ptr, stride, parts, offs_i, offs_r, size, R: tl.constexpr):
     """Σ of parts [size, R], contiguous and ``stride`` apart, in their order; four loads are on their way at a time."""
     offs = offs_i.to(tl.int64)[:, None] * R + offs_r[None, :]
-    mask = (offs_i < size)[:, None] & (offs_r < R)[None, :]
+    mask_r = (offs_r < R)[None, :]
     acc = tl.zeros((offs_i.shape[0], offs_r.shape[0]), dtype=tl.float32)
     for first in range(0, parts, 4):
         for i in tl.static_range(4):
-            acc += tl.load(ptr + i * stride + offs, mask=mask & (first + i < parts), other=0.0)
+            end = tl.where(first + i < parts, size, 0)  # Triton 3.9's interpreter takes no mask of a block and a scalar
+            acc += tl.load(ptr + i * stride + offs, mask=(offs_i < end)[:, None] & mask_r, other=0.0)
         ptr += 4 * stride
     return acc
 
@@ -97,7 +98,8 @@ def sum_vectors(ptr, stride, parts, offs, size):
     acc = tl.zeros((offs.shape[0],), dtype=tl.float32)
     for first in range(0, parts, 4):
         for i in tl.static_range(4):
-            acc += tl.load(ptr + i * stride + offs, mask=(offs < size) & (first + i < parts), other=0.0)
+            end = tl.where(first + i < parts, size, 0)
+            acc += tl.load(ptr + i * stride + offs, mask=offs < end, other=0.0)
         ptr += 4 * stride
     return acc
 
