@@ -23,7 +23,8 @@ KINDS = {
     "int8": {"load_in_8bit": True},
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
-IDS = torch.arange(1, 11).view(2, 5)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where transformers puts what it quantizes
+IDS = torch.arange(1, 11, device=DEVICE).view(2, 5)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def folder(tmp_path_factory):
 
 
 def load(folder, **options):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=DEVICE, **options)
 
 
 def quantized(folder, kind):
@@ -50,10 +51,10 @@ def trained(model):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator) * parameter
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(DEVICE) * parameter
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator).to(DEVICE)
     return model
 
 
@@ -138,9 +139,9 @@ def test_merging_back_and_forth_keeps_the_marks(folder, kind):
 def test_a_trainer_takes_a_quantized_model_through_peft_alone(folder, kind, way, tmp_path):
     """transformers refuses a model that it quantized unless PEFT is around it; the guide says so."""
     model = adapt(quantized(folder, kind), way)
-    data = [{"input_ids": ids, "labels": ids} for ids in IDS]
-    options = {"max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no", "report_to": [], "use_cpu": True}
-    arguments = transformers.TrainingArguments(str(tmp_path), disable_tqdm=True, **options)
+    data = [{"input_ids": ids, "labels": ids} for ids in IDS.cpu()]
+    options = {"max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=DEVICE == "cpu", **options)
     if way == "convert":
         with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models"):
             transformers.Trainer(model=model, args=arguments, train_dataset=data)
@@ -157,7 +158,7 @@ def test_a_trainer_takes_a_quantized_model_through_peft_alone(folder, kind, way,
 def plain_base():
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=VOCABULARY, **sizes))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=VOCABULARY, **sizes)).to(DEVICE)
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4", "int8"])
