@@ -33,7 +33,7 @@ from .harness import Harness
 from .records import by_case, load, ratio
 from .report import number, table
 
-BATCHES = ((1, 1), (8, 1), (16, 1), (64, 1), (256, 1), (8, 256))  # entries, tokens of each
+BATCHES = ((1, 1), (8, 1), (16, 1), (32, 1), (64, 1), (256, 1), (8, 256))  # entries, tokens of each
 RANK, TOLERATED = 16, 2.2
 ABSENT = ((), ("magnitude_col",), ("magnitude_row",), ("magnitude_row", "magnitude_col"))
 
