@@ -41,8 +41,9 @@ def sensitivity(records: list[dict], table: Table, drawn: Sequence[str] = ()) ->
                 lines.append([what, METHODS[method].label, *texts])
     text = (
         "## Sensitivity (descriptive)\n\nTest score, and in brackets its difference to the same seeds of stage 2, 95 % "
-        "(t, 8 seeds). Of several learning rates it is the one with the best validation score. A method whose own "
-        f"learning rate is LoRA's has no runs of its own at {LORAS_RATE}.\n\n"
+        "(t, 8 seeds). Of several learning rates it is the one with the best validation score. Lines of × 1, and those "
+        "at LoRA's learning rate where it is the method's own, repeat runs of stage 2: they show what rounding does "
+        "to one seed's score when the same training runs in another batch.\n\n"
     )
     text += rows(["variant", "method", *tasks], lines, text=2)
     contrasts = [line for variant, cells in variants.items() for line in _contrasts(variant, cells, records, table)]
