@@ -56,14 +56,17 @@ def sensitivity(records: list[dict], table: Table, drawn: Sequence[str] = ()) ->
     return text + _figures(
         {
             "magnitudes.png": "Magnitudes' own learning rate: what a factor changes (8 seeds, paired, 95 %).",
-            "ranks.png": "Ranks, at the best of three learning rates, beside LoRA of rank 4 (8 seeds, paired, 95 %).",
+            "ranks.png": "Ranks: each at its best of three learning rates, beside LoRA of rank 4 (8 seeds, 95 %).",
         },
         drawn,
     )
 
 
 def _figures(titles: Mapping[str, str], drawn: Sequence[str]) -> str:
-    return "".join(f"\n\n![{title}]({name})\n\n{title}" for name, title in titles.items() if name in drawn)
+    """Each figure that was drawn, and its title under it, to the colon of which it is called."""
+    return "".join(
+        f"\n\n![{title.partition(':')[0]}]({name})\n\n{title}" for name, title in titles.items() if name in drawn
+    )
 
 
 def settings_of(records: list[dict], variant: str) -> dict[tuple[str, str], Settings]:
@@ -130,7 +133,7 @@ def teachers(records: list[dict], drawn: Sequence[str] = ()) -> str:
     return (
         "## Teachers (descriptive)\n\nShare of a known difference between two weights that one layer learns, in "
         f"percent, 95 % (t, 8 seeds).\n\n{rows(['method', *TEACHERS], lines)}"
-    ) + _figures({"teachers.png": "What of each difference is learned."}, drawn)
+    ) + _figures({"teachers.png": "Teachers: what of each difference is learned."}, drawn)
 
 
 def teacher_scores(records: list[dict]) -> dict[str, dict[str, tuple[float, float]]]:
@@ -148,29 +151,37 @@ def teacher_scores(records: list[dict]) -> dict[str, dict[str, tuple[float, floa
 
 def mechanism(records: list[dict], drawn: Sequence[str] = ()) -> str:
     """Correlations of ΔD and ΔM: by layers within a step or checkpoint, and DoRA's way; figures 2 and 3."""
-    lines, head = [], []
-    for task in PRIMARY_TASKS:
-        for method in WATCHED:
-            runs = [r for r in records if (r["stage"], r["task"], r["method"]) == ("mechanism", task, method)]
-            if found := correlations([r for r in runs if "steps" in r]):
-                head = ["task", "method", *found, "published, DoRA"]
-                published = f"{PUBLISHED[method]:+.2f}".replace("-", "−") if method in PUBLISHED else ""
-                cells = [around(*t_interval(values)) for values in found.values()]
-                lines.append([task, METHODS[method].label, *cells, published])
+    head: list[str] = []
+    by_task: dict[str, list[list[str]]] = {}
+    for method in WATCHED:
+        own = [r for r in records if (r["stage"], r["method"]) == ("mechanism", method) and "steps" in r]
+        tasks = [task for task in PRIMARY_TASKS if any(r["task"] == task for r in own)]
+        found = {task: correlations([r for r in own if r["task"] == task]) for task in tasks}
+        if len(tasks) > 1:
+            pooled = {title: np.mean([by[title] for by in found.values()], 0) for title in found[tasks[0]]}
+            found = {"mean of tasks": pooled} | found
+        published = f"{PUBLISHED[method]:+.2f}".replace("-", "−") if method in PUBLISHED else ""
+        for task, values in found.items():
+            head = ["task", "method", *values, "published, DoRA"]
+            cells = [around(*t_interval(v)) for v in values.values()]
+            by_task.setdefault(task, []).append([task, METHODS[method].label, *cells, published])
+    lines = [line for own in by_task.values() for line in own]
     if not lines:
         return ""
     text = (
-        "## Mechanism: do directions and magnitudes change together? (descriptive)\n\nCorrelations of ΔD and ΔM over "
-        "layers, 95 % (t, 4 seeds): of single steps (BoRA's figure 2), from W0 to a checkpoint (its figure 3), by "
-        "output and by input feature. The last two columns are to be compared: the query matrices alone, by output "
-        "feature, pooled over four checkpoints as in DoRA's figure 2, and what DoRA's paper (arXiv 2402.09353) reports "
-        "of a vision-language model. Pooled over checkpoints, a correlation shows for the most part that both grow "
-        f"with the steps.\n\n{rows(head, lines, text=2)}"
+        "## Mechanism: do directions and magnitudes change together? (descriptive)\n\nΔD is how far a layer's rows "
+        "(or columns) turned, ΔM how much their lengths changed, each a mean over the layer's features. The table has "
+        "their correlations over layers, 95 % (t, 4 seeds): of single steps (BoRA's figure 2), from W0 to a checkpoint "
+        "(its figure 3), by output and by input feature. The last two columns are to be compared: the query matrices "
+        "alone, by output feature, pooled over four checkpoints as in DoRA's figure 2, and what DoRA's paper (arXiv "
+        "2402.09353) reports of a vision-language model. Pooled over checkpoints, a correlation shows for the most "
+        f"part that both grow with the steps.\n\n{rows(head, lines, text=2)}"
     )
     return text + _figures(
         {
-            "figure2.png": "Figure 2: what eight single steps change in each layer (means over seeds); r as in the "
-            "table, its mean over tasks.",
+            "figure2.png": "Figure 2: what eight single steps change in each layer (a point; mean over seeds). r is "
+            "the table's mean of tasks, over layers within a step; the whole cloud shows how the learning rate rises "
+            "and falls. Upright bars: Adam's first step moves every magnitude by the learning rate.",
             "figure3.png": "Figure 3: how far each layer is from W0 at four checkpoints, likewise.",
         },
         drawn,

@@ -123,6 +123,7 @@ def _others(Figure, found: Mapping[tuple[str, str], Contrast]):
         panel.plot(contrast.estimate, place, "o", color=COLORS[a])
     panel.axvline(0, color="black", linewidth=0.8)
     panel.set_yticks(range(len(found)), [difference(pair) for pair in pairs], fontsize=8)
+    panel.tick_params(axis="x", labelsize=8)
     panel.set_xlabel("pooled difference in seed standard deviations, 95 %", fontsize=9)
     panel.spines[["top", "right"]].set_visible(False)
     return figure

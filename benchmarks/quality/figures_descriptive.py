@@ -30,7 +30,7 @@ def magnitudes(Figure, records: list[dict]):
         by_factor = {factor: _by_seed(best_runs(settings, factor)) for factor in sorted({f for _, f in settings})}
         if 1.0 in by_factor:
             lines[task, method] = {factor: _beside(own, by_factor[1.0]) for factor, own in by_factor.items()}
-    return _by_task(Figure, lines, "magnitudes' learning rate over the chosen one", "test score, difference")
+    return _by_task(Figure, lines, "magnitudes' rate over the chosen one", "test score − that at a factor of 1")
 
 
 def ranks(Figure, records: list[dict]):
@@ -116,7 +116,7 @@ def mechanism(Figure, runs: list[dict], key: str):
     tasks = [task for task in PRIMARY_TASKS if any(r["task"] == task for r in runs)]
     methods = [method for method in WATCHED if any(r["method"] == method for r in runs)]
     figure = Figure(figsize=(2.9 * len(methods), 5.4), layout="constrained")
-    panels = figure.subplots(len(_AXES), len(methods), squeeze=False, sharex="row", sharey="row")
+    panels = figure.subplots(len(_AXES), len(methods), squeeze=False, sharex=True, sharey=True)
     title = "from W0" if key == "starts" else "step"
     for line, (axis, label) in zip(panels, _AXES.items(), strict=True):
         for panel, method in zip(line, methods, strict=True):
@@ -124,10 +124,10 @@ def mechanism(Figure, runs: list[dict], key: str):
             for marker, task in zip(_MARKERS, tasks, strict=False):
                 own = [r for r in runs if (r["task"], r["method"]) == (task, method)]
                 points = [[_moved(c, axis) for c in changes(r[key])] for r in own]
-                steps = [c.step for c in changes(own[0][key])] if own else []
+                steps = [c.step or 0 for c in changes(own[0][key])] if own else []
                 if own:
                     moved = np.mean(points, 0)
-                    scatter = panel.scatter(*moved.T, c=steps, s=5, marker=marker, linewidths=0.5)
+                    scatter = panel.scatter(*moved.T, c=steps, s=7, marker=marker, linewidths=0, alpha=0.7)
                 for r in own:
                     found = correlations([r])[f"{title}, by {'output' if axis == 'row' else 'input'}"]
                     seeds.setdefault(r["seed"], []).extend(found)
@@ -139,7 +139,10 @@ def mechanism(Figure, runs: list[dict], key: str):
         line[0].set_ylabel("ΔD, change of direction", fontsize=8)
     for panel in panels[-1]:
         panel.set_xlabel("ΔM, change of magnitude", fontsize=8)
-    figure.colorbar(scatter, ax=panels, label="step", aspect=40)
+    bar = figure.colorbar(scatter, ax=panels, aspect=40, ticks=sorted(set(steps)))
+    bar.solids.set_alpha(1)
+    bar.set_label("step", size=8)
+    bar.ax.tick_params(labelsize=7)
     shapes = {"o": "circles", "^": "triangles", "s": "squares", "x": "crosses"}
     figure.suptitle(", ".join(f"{shapes[m]}: {task}" for m, task in zip(_MARKERS, tasks, strict=False)), fontsize=8)
     return figure

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import descriptive, figures
+from . import descriptive, figures, score_tables
 from .findings import (
     INCOMPLETE,
     NEEDED_TASKS,
@@ -15,7 +15,6 @@ from .findings import (
     REPRODUCED,
     SMALLEST,
     UNDECIDED,
-    at_edge,
     finding,
     primary_contrasts,
     scores,
@@ -23,7 +22,7 @@ from .findings import (
 )
 from .methods import METHODS, OTHER_CONTRASTS, PRIMARY
 from .stages import SMALL, STAGE1_SEEDS, STAGE2_SEEDS
-from .statistics import Contrast, Scores, choices, contrasts, pooled_differences, t_interval
+from .statistics import Contrast, Scores, contrasts, pooled_differences, t_interval
 from .tables import around, difference, interval, rows, signed
 from .tasks import PRIMARY_TASKS, SECONDARY_TASKS, UNITS, methods_of
 
@@ -52,17 +51,19 @@ def write(path: Path, folder: Path) -> str:
     drawn = [path.name for path in figures.draw(folder, records, table, found, others)]
     parts = [
         "# The study's results",
-        "What was compared, on which tasks and by which rule is in `benchmarks/quality/PLAN.md`, which was committed "
-        "before the runs. Scores are of test data; higher is better. *Row* is an output feature, *column* an input "
-        "feature.",
+        "What was compared, on which tasks and by which rule is in [PLAN.md](../PLAN.md), which was committed before "
+        "the runs. The first section is the finding; nothing after it decides anything. Scores are of test data; "
+        "higher is better. Learning rates were chosen on validation data, for each method and task. *Row* is an output "
+        "feature, *column* an input feature.",
         _finding(INCOMPLETE if small else finding(found), table, found, small, drawn),
-        _learning_rates(table, drawn),
-        *(_scores(table, task) for task in (*PRIMARY_TASKS, *SECONDARY_TASKS) if task in table),
+        score_tables.methods(records, table, drawn),
+        score_tables.scores(table, PRIMARY_TASKS, "primary"),
         _others(table, others, drawn),
-        _by_loss(table, scores(records, "loss", seeds1, seeds2)),
         descriptive.sensitivity(records, table, drawn),
-        descriptive.teachers(records, drawn),
+        score_tables.scores(table, SECONDARY_TASKS, "secondary"),
         descriptive.mechanism(records, drawn),
+        descriptive.teachers(records, drawn),
+        _by_loss(table, scores(records, "loss", seeds1, seeds2)),
         _runs(records, sessions),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
@@ -92,7 +93,7 @@ def _finding(verdict: str, table: Table, found: Found, small: bool, drawn: Seque
     return "\n\n".join(lines)
 
 
-def _pooled(found: Found) -> str:
+def _pooled(found: Found, without_each: bool = True) -> str:
     tasks = list(next(iter(found.values())).tasks)
     lines = [
         [
@@ -106,7 +107,7 @@ def _pooled(found: Found) -> str:
         for pair, c in found.items()
     ]
     text = rows(["seed standard deviations", "pooled", "level", "p", "p, Holm", *tasks], lines)
-    if len(tasks) > 1:
+    if without_each and len(tasks) > 1:
         without = [[difference(pair), *(signed(c.without[t]) for t in tasks)] for pair, c in found.items()]
         text += "\n\n" + rows(["pooled without", *tasks], without)
     return text
@@ -149,47 +150,6 @@ def _seeds_alone(table: Table, found: Found) -> str:
         "bootstrap repeats. With the chosen rates taken as given, over the seeds alone (95 %, t, descriptive): "
         f"{'; '.join(alone)}."
     )
-
-
-def _learning_rates(table: Table, drawn: Sequence[str]) -> str:
-    """The chosen rates side by side."""
-    tasks = [task for task in (*PRIMARY_TASKS, *SECONDARY_TASKS) if task in table]
-    methods = [method for method in METHODS if any(method in table[task] for task in tasks)]
-    if not tasks:
-        return ""
-
-    def cell(task: str, method: str) -> str:
-        if method not in table[task]:
-            return ""
-        s = table[task][method]
-        rate = s.rates[s.chosen]
-        return f"{rate:g}{' (edge)' if at_edge(s) else ''}, {100 * choices(s).get(rate, 0.0):.0f} %"
-
-    lines = [[METHODS[method].label, *(cell(task, method) for task in tasks)] for method in methods]
-    text = (
-        "## Learning rates\n\nWhat stage 1 chose, and in which share of all resamples of its seeds the same rate wins. "
-        "(edge): the best lies at the edge of a grid that was widened as far as the plan allows.\n\n"
-    )
-    text += rows(["method", *tasks], lines)
-    if "learning_rates.png" in drawn:
-        text += "\n\n![Validation score over the learning rate](learning_rates.png)"
-    return text
-
-
-def _scores(table: Table, task: str) -> str:
-    lines = []
-    for method, s in table[task].items():
-        pairs = [""] * 2
-        for place, rival in enumerate(PRIMARY[1:]):
-            if rival in table[task] and rival != method:
-                pairs[place] = around(*t_interval(s.final - table[task][rival].final))
-        mean, half = t_interval(s.final)
-        lines.append([METHODS[method].label, f"{mean:.2f} ± {half:.2f}".replace("-", "−")])
-        lines[-1] += [f"{s.final.std(ddof=1):.2f}", *pairs]
-    seeds = len(next(iter(table[task].values())).final)
-    role = "primary" if task in PRIMARY_TASKS else "secondary"
-    head = ["method", "test, 95 % (t)", "seed SD", *(f"− {METHODS[rival].label}, paired" for rival in PRIMARY[1:])]
-    return f"## {task} ({role}; {UNITS.get(task, 'accuracy, %')}; {seeds} seeds)\n\n{rows(head, lines)}"
 
 
 def _shared_tasks(table: Table, pair: tuple[str, str]) -> Table:
@@ -238,8 +198,8 @@ def _by_loss(table: Table, by_loss: Table) -> str:
         "it where the loss depends on it much: an overfitted classifier is as often right, and more sure where it is "
         "wrong. A resample that chooses another rate then moves the loss by several seed standard deviations, and "
         "intervals are as wide as that. Estimates and p are of the chosen rates, and are not touched by it.\n\n"
-        f"{_pooled(found)}\n\nHow far stage 1's test loss moves from the chosen learning rate to half and to twice of "
-        "it, in seed standard deviations of the loss:\n\n"
+        f"{_pooled(found, without_each=False)}\n\nHow far stage 1's test loss moves from the chosen learning rate to "
+        "half and to twice of it, in seed standard deviations of the loss:\n\n"
         + rows(["task", "method", "1 SD", "half the rate", "twice the rate"], lines, text=2)
     )
 

@@ -19,6 +19,12 @@ def signed(number: float) -> str:
     return "0.00" if text in ("+0.00", "−0.00") else text
 
 
+def scientific(rate: float) -> str:
+    """A learning rate as 2.4e-3."""
+    digits, exponent = f"{rate:.2e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
+
+
 def interval(low: float, high: float) -> str:
     return f"[{signed(low)}, {signed(high)}]"
 

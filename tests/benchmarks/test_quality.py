@@ -224,7 +224,13 @@ def test_the_study_from_start_to_end(tmp_path, fewer, capsys):
     main(["report", "--out", str(tmp_path / "runs.json"), "--folder", str(tmp_path / "report")])
     text = (tmp_path / "report" / "report.md").read_text()
     assert "## Finding: incomplete" in text and "made-up data" in text
-    for title in ("## bbc_lm (primary", "## Sensitivity", "rank 16", "own rate of magnitudes, × 16", "## Mechanism"):
+    for title in (
+        "## Scores of the primary",
+        "## Sensitivity",
+        "rank 16",
+        "own rate of magnitudes, × 16",
+        "## Mechanism",
+    ):
         assert title in text
     pictures = {path.name for path in (tmp_path / "report").glob("*.png")}
     names = "contrasts learning_rates others magnitudes ranks figure2 figure3".split()

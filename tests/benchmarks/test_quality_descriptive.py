@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.quality import descriptive, findings, tables
+from benchmarks.quality import descriptive, findings, score_tables, tables
 from benchmarks.quality.methods import PRIMARY
 from benchmarks.quality.stages import STAGE1_SEEDS, STAGE2_SEEDS
 
@@ -83,6 +83,39 @@ def test_teachers_are_shown_at_their_best_rate():
     records = [run("teachers", "rows", "dora", seed, lr, 10 * lr + seed, 10 * lr) for lr in (1, 2) for seed in (1, 3)]
     mean, half = descriptive.teacher_scores(records)["rows"]["dora"]
     assert mean == 22 and half == pytest.approx(12.706, rel=1e-3)  # Student's quantile of one degree of freedom
+
+
+def test_correlations_have_a_mean_of_tasks():
+    """Layers whose direction follows their magnitude on movies (r = 1) and opposes it on swap (r = -1)."""
+    records = []
+    for task, sign in (("movies", 1.0), ("swap", -1.0)):
+        rows = [[f"{i}.query", 1, 1.0 + i, 5.0 + sign * i, 1.0 + i, 5.0 + i] for i in range(4)]
+        records += [run("mechanism", task, "lora", seed, 1e-3, 70) | {"steps": rows, "starts": rows} for seed in (1, 2)]
+    found = {line[0]: line[2:] for line in lines(descriptive.mechanism(records)) if line[1] == "LoRA"}
+    same, opposite, none = "+1.00 ± 0.00", "−1.00 ± 0.00", "0.00 ± 0.00"
+    assert found == {
+        "mean of tasks": [none, same, none, same, none, "+0.83"],
+        "movies": [same] * 5 + ["+0.83"],
+        "swap": [opposite, same, opposite, same, opposite, "+0.83"],
+    }
+
+
+def test_scores_are_compared_seed_by_seed(records):
+    records = [r | {"test": r["test"] + 2} if r["method"] == "bora" else r for r in records]
+    found = lines(score_tables.scores(findings.scores(records), ("swap", "movies"), "primary"))
+    titles = [line[0] for line in found]
+    for rival, others in (("LoRA, rank r + 1", "DoRA (detached)"), ("DoRA (detached)", "LoRA, rank r + 1")):
+        place = titles.index(f"− {rival}")
+        assert found[place][1:] == ["swap", "movies"]
+        assert {line[0]: line[1:] for line in found[place + 2 : place + 4]} == {
+            "BoRA": ["+2.00 ± 0.00"] * 2,
+            others: ["0.00 ± 0.00"] * 2,
+        }
+
+
+@pytest.mark.parametrize(("rate", "text"), [(6e-4, "6e-4"), (2.4e-3, "2.4e-3"), (1.92e-2, "1.92e-2"), (0.16, "1.6e-1")])
+def test_scientific(rate, text):
+    assert tables.scientific(rate) == text
 
 
 @pytest.mark.parametrize(
