@@ -11,6 +11,7 @@ On Triton e, f and dh are read once for all that is made of them, where ``mlp_ke
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -20,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..contract import Activation, Adapter, Needs, given
-from ..ops import autograd, operators, transforms
-from . import projection
+from ..ops import autograd, calls, operators, transforms
+from . import joined, projection
 from .norms import NormOrigin
 from .projection import Kept, Part, Projection
 
@@ -77,7 +78,7 @@ class _GatedMLP(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         requested = ctx.needs_input_grad[_ARGUMENTS:]
-        y, e, f, kept, needs = _forward(x, activation, parts, tensors, requested, ctx.needs_input_grad[0])
+        y, e, f, kept, needs, together = _forward(x, activation, parts, tensors, requested, ctx.needs_input_grad[0])
         *both, _ = needs
         reads_x = any(any(of_part[1:]) for of_part in both)
         ctx.save_for_backward(
@@ -88,7 +89,7 @@ class _GatedMLP(torch.autograd.Function):
             *[t for part in kept for t in (part.scales, part.product, part.u)],
             *tensors,
         )
-        ctx.activation, ctx.parts, ctx.offset, ctx.eps = activation, parts, offset, eps
+        ctx.activation, ctx.parts, ctx.offset, ctx.eps, ctx.together = activation, parts, offset, eps, together
         ctx.calls, ctx.needs, ctx.requested = [part.call for part in kept], needs, requested
         ctx.output_is_saved, ctx.output_versions = kept[2].product is y, (autograd.version_of(y),)
         return y
@@ -109,18 +110,31 @@ def _forward(
     tensors: Sequence[Tensor | None],
     requested: Sequence[bool],
     needs_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor, tuple[Kept, Kept, Kept], tuple[Needs, Needs, Needs]]:
-    """y, e, f, what each layer leaves for backward, and the gradients that each has to produce."""
+) -> tuple[Tensor, Tensor, Tensor, tuple[Kept, ...], tuple[Needs, ...], calls.Joined | None]:
+    """y, e, f, what each layer leaves for backward, the gradients that each has to produce; and what joined them."""
     wanted = projection.split(parts, requested)
     above = needs_dx or any(wanted[0]) or any(wanted[1])  # whether a gradient of h is needed
     needs = [part.needs(of_x, w) for part, of_x, w in zip(parts, (needs_dx, needs_dx, above), wanted, strict=True)]
     of_gate, of_up, of_down = projection.split(parts, tensors)
-    e, kept_e = projection.forward(parts[0], x, of_gate, needs[0])
-    f, kept_f = projection.forward(parts[1], x, of_up, needs[1])
-    y, kept_y = projection.forward(
-        parts[2], _gate(_kernels((kept_e, kept_f), e, f), e, f, activation), of_down, needs[2]
-    )
-    return y, e, f, (kept_e, kept_f, kept_y), (needs[0], needs[1], needs[2])
+    called = [projection.prepare(parts[0], x, of_gate), projection.prepare(parts[1], x, of_up)]
+    if calls.may_join(called) and parts[2].options is not None:
+        stand_in = _stand_in(x.shape[:-1] + (of_gate[-1].shape[0],), x.dtype, x.device)
+        called_y = projection.prepare(parts[2], stand_in, of_down)
+        found = joined.forward(x, [*called, called_y], (of_gate, of_up, of_down), needs, activation)
+        if found is not None:
+            ((e, kept_e), (f, kept_f), (y, kept_y)), together = found
+            return y, e, f, (kept_e, kept_f, kept_y), tuple(needs), together
+    e, kept_e = projection.forward(parts[0], called[0], x, of_gate, needs[0])
+    f, kept_f = projection.forward(parts[1], called[1], x, of_up, needs[1])
+    h = _gate(_kernels((kept_e, kept_f), e, f), e, f, activation)
+    y, kept_y = projection.forward(parts[2], projection.prepare(parts[2], h, of_down), h, of_down, needs[2])
+    return y, e, f, (kept_e, kept_f, kept_y), tuple(needs), None
+
+
+@functools.lru_cache(maxsize=64)
+def _stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of h's shape that takes no memory, to look at before there is one."""
+    return torch.empty((), dtype=dtype, device=device).expand(shape)
 
 
 def _backward(ctx, dy: Tensor) -> tuple[Any, ...]:
@@ -128,9 +142,7 @@ def _backward(ctx, dy: Tensor) -> tuple[Any, ...]:
         ctx, (_DOWN_PRODUCT,) if ctx.output_is_saved else (), x_is_saved=True
     )
 
-    def make_x() -> Tensor | None:
-        return x if origin_x is None else NormOrigin(origin_x, origin_weight, ctx.offset, ctx.eps).output()
-
+    origin = None if origin_x is None else NormOrigin(origin_x, origin_weight, ctx.offset, ctx.eps)
     kept = [Kept(call, *rest[3 * i : 3 * i + 3]) for i, call in enumerate(ctx.calls)]
     of_gate, of_up, of_down = projection.split(ctx.parts, rest[9:])
     wanted_e, wanted_f, wanted_y = projection.split(ctx.parts, ctx.requested)
@@ -139,7 +151,7 @@ def _backward(ctx, dy: Tensor) -> tuple[Any, ...]:
     kernels = _kernels(kept, dy, e, f, x, origin_x, *rest)
     with transforms.without_autocast(dy.device):
         if kernels is not None and needs_y.x and (layers := _layers(ctx, kept, rest[9:], e)) is not None:
-            return _backward_in_one_pass(ctx, dy, make_x, e, f, layers, of_down[4])
+            return _backward_in_one_pass(ctx, dy, x, origin, e, f, layers, of_down[4])
         h = _gate(kernels, e, f, ctx.activation)
         dh, of_y = projection.backward(dy, h, of_down, down, kept[2], needs_y, wanted_y)
         del h
@@ -147,7 +159,7 @@ def _backward(ctx, dy: Tensor) -> tuple[Any, ...]:
         if dh is not None:
             de, df = _gate_backward(kernels, dh, e, f, ctx.activation)
             del dh
-            x = make_x()
+            x = x if origin is None else origin.output()
             dx, of_f = projection.backward(df, x, of_up, up, kept[1], needs_f, wanted_f)
             del df
             dx_gate, of_e = projection.backward(de, x, of_gate, gate, kept[0], needs_e, wanted_e)
@@ -201,19 +213,17 @@ def _layers(ctx, kept: Sequence[Kept], tensors: Sequence[Tensor | None], e: Tens
 
 
 def _backward_in_one_pass(
-    ctx, dy: Tensor, make_x: Callable, e: Tensor, f: Tensor, layers: Any, bias: Tensor | None
+    ctx, dy: Tensor, x: Tensor | None, origin: NormOrigin | None, e: Tensor, f: Tensor, layers: Any, bias: Tensor | None
 ) -> tuple[Any, ...]:
     from . import mlp_kernels as kernels
 
-    flat_dy, flat_e, flat_f = (autograd.flat(t) for t in (dy, e, f))
-    dx, gradients = kernels.backward(
-        flat_dy, lambda: autograd.flat(make_x()), flat_e, flat_f, layers, ctx.activation
-    )  # fmt: skip
+    dx, gradients = kernels.backward(dy, x, origin, e, f, layers, ctx.activation, ctx.together)
     results: list[Tensor | None] = []
     for part, layer, own in zip(ctx.parts, layers, gradients, strict=True):
         members = own if layer.adapter is None else layer.adapter
-        results += [None if g is None else g.to(t.dtype) for g, t in zip(own, members, strict=True)]
+        for gradient, t in zip(own, members, strict=True):
+            results.append(gradient if gradient is None or gradient.dtype == t.dtype else gradient.to(t.dtype))
         results += [None] * (part.size - 4)
     if projection.split(ctx.parts, ctx.requested)[2][4]:  # down's bias
-        results[-2] = flat_dy.sum(0).to(given(bias).dtype)
-    return None if dx is None else dx.view(*dy.shape[:-1], dx.shape[-1]), *[None] * (_ARGUMENTS - 1), *results
+        results[-2] = projection.bias_gradient(dy, given(bias))
+    return dx, *[None] * (_ARGUMENTS - 1), *results

@@ -10,21 +10,27 @@ Equations (3) to (11) of ``ops.torch_backend`` for each layer, e = gate(x), f = 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..contract import Activation, Adapter, Needs, Options, given, split_scales, zero_stand_in
+from ..kernels import rms
+from ..kernels.add import add
 from ..kernels.combine import combine
 from ..kernels.config import gated_rank
 from ..kernels.gated import Side, gate_sums
 from ..kernels.low_rank import reduce
 from ..ops import operators, triton_backend
+from ..ops.autograd import flat
+from ..ops.calls import Joined, prepare_backward
 from ..ops.triton_backend import Sums
 from ..replay.recording import beside_last_launch, empty
 from ..replay.stage import stage
+from .joined import as_rows, read_by
+from .layer_kernels import precisions
+from .norms import NormOrigin
 
 Parts = tuple[Tensor | None, Tensor | None]  # of a factor's gradient and of S or D, one for each split of the tokens
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of an adapter's tensors, float32
@@ -73,22 +79,60 @@ def can_run(e: Tensor, layers: tuple[Layer, Layer, Layer]) -> bool:
 
 def backward(
     dy: Tensor,
-    make_x: Callable[[], Tensor | None],
+    x: Tensor | None,
+    origin: NormOrigin | None,
     e: Tensor,
     f: Tensor,
     layers: tuple[Layer, Layer, Layer],
     activation: Activation,
+    together: Joined | None,
 ) -> tuple[Tensor | None, list[Gradients]]:
-    """dx [M, K], and the gradients of the adapters of gate, up and down, of dy [M, N], x [M, K], and e and f [M, I].
+    """dx [..., K], and the gradients of the adapters of gate, up and down, of dy [..., N], x [..., K], e, f [..., I].
 
-    x is made after e, f and dh were read, when memory is free again. Without dropout and float16, for ranks up to
-    ``config.gated_rank``; e and f are products without a bias.
+    x, or what it was made from; it is made after e, f and dh were read, when memory is free again. Without dropout and
+    float16, for ranks up to ``config.gated_rank``; e and f are products without a bias. ``together`` stands for the
+    calls of the forward.
     """
+    dy, e, f = as_rows(dy), e.contiguous(), f.contiguous()
     with operators.context("triton", dy):
-        return _backward(dy, make_x, e.contiguous(), f.contiguous(), layers, activation)
+        if any(layer.adapter is None for layer in layers):  # whose products are PyTorch's
+            dx, gradients = _backward(
+                flat(dy), lambda: flat(x if origin is None else origin.output()), flat(e), flat(f), layers, activation,
+                Tensor.add_,
+            )  # fmt: skip
+            return None if dx is None else dx.view(*dy.shape[:-1], dx.shape[1]), gradients
+        x, norm_weight, norm = read_by(x, origin)
+        tensors: list[Tensor | None] = []
+        for i, layer in enumerate(layers):  # of gate and up e and f are the products
+            product = layer.product if i == 2 else None
+            tensors += (layer.weight, *given(layer.adapter), layer.flat_scales, product, layer.u)
+        saved = [t for i in (0, 8, 16) for t in (*tensors[i + 1 : i + 8], tensors[i])]
+        prepared = prepare_backward(together, dy, (x, norm_weight, e, f, *saved))
+        dx, *rest = _joined(
+            dy, None if x is None else as_rows(x), norm_weight, e, f, *tensors,
+            members=tuple([(layer.options, layer.needs) for layer in layers]), activation=activation, norm=norm,
+            precisions=precisions(dy, tensors[::8]), prepared=prepared,
+        )  # fmt: skip
+    return dx, [tuple(rest[i : i + 4]) for i in (0, 4, 8)]
 
 
-def _backward(dy, make_x, e, f, layers, activation):
+@stage
+def _joined(dy, x, norm_weight, e, f, *tensors, members, activation, norm, precisions):
+    layers = []
+    for i, (options, needs) in enumerate(members):
+        weight, *adapter, flat_scales, product, u = tensors[8 * i : 8 * i + 8]
+        layers.append(Layer(weight, Adapter(*adapter), flat_scales, flat(product), u, options, needs))
+    shape = dy.shape[:-1]
+
+    def make_x() -> Tensor | None:
+        return flat(x) if norm is None else rms.rms_norm(flat(x), norm_weight, *norm)
+
+    dx, gradients = _backward(flat(dy), make_x, flat(e), flat(f), layers, activation, add)
+    dx = dx if dx is None else torch.ops.aten._unsafe_view(dx, [*shape, dx.shape[1]])
+    return dx, *[gradient for own in gradients for gradient in own]
+
+
+def _backward(dy, make_x, e, f, layers, activation, add):
     *readers, down = layers
     precision = triton_backend._precision(dy.dtype)
     v: Tensor | None = None
@@ -128,7 +172,7 @@ def _backward(dy, make_x, e, f, layers, activation):
             gradients[i] = tuple(rest)
         else:
             own = d @ layer.weight.to(d.dtype) if layer.needs.x else None
-        dx = own if dx is None else dx if own is None else dx.add_(own)
+        dx = own if dx is None else dx if own is None else add(dx, own)
     return dx, gradients
 
 

@@ -37,13 +37,13 @@ class NormOrigin(NamedTuple):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """y [..., K] in x's dtype, of a frozen weight [K]; keeps x for backward."""
-    if offset == 0.0 and x.is_cuda and _kernels(x, weight) is None:  # PyTorch keeps x in float32 elsewhere
+    if offset == 0.0 and x.is_cuda and kernels_for(x, weight) is None:  # PyTorch keeps x in float32 elsewhere
         return F.rms_norm(x, weight.shape, weight, eps)
     return _RMSNorm.apply(x, weight, offset, eps)
 
 
 def _output(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
-    if (kernels := _kernels(x, weight)) is not None:
+    if (kernels := kernels_for(x, weight)) is not None:
         return kernels.rms_norm(x, weight, offset, eps)
     if offset == 0.0:
         return F.rms_norm(x, weight.shape, weight, eps)
@@ -62,7 +62,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, weight = ctx.saved_tensors
-        if not torch.is_grad_enabled() and (kernels := _kernels(x, weight, dy)) is not None:
+        if not torch.is_grad_enabled() and (kernels := kernels_for(x, weight, dy)) is not None:
             return kernels.rms_norm_backward(dy, x, weight, ctx.offset, ctx.eps), None, None, None
         acc = accumulation_dtype(x.dtype)
         x, t = x.to(acc), dy.to(acc) * (ctx.offset + weight.to(acc))
@@ -71,7 +71,7 @@ class _RMSNorm(torch.autograd.Function):
         return dx.to(dy.dtype), None, None, None
 
 
-def _kernels(*tensors: Tensor) -> ModuleType | None:
+def kernels_for(*tensors: Tensor) -> ModuleType | None:
     """The kernels, where layers that read x run on Triton by default and nothing looks on."""
     x = tensors[0]
     if torch.compiler.is_compiling() or not _on_triton(x.device, x.dtype) or not operators.is_direct(None, *tensors):

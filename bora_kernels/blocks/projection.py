@@ -16,6 +16,7 @@ from ..ops import autograd, calls, transforms, validation
 # Of a projection: lora_A, lora_B, both magnitudes and bias, None for absent ones, and what the weight is stored as.
 Tensors = tuple[Any, ...]
 _STORED = 5  # where the latter begins
+Norm = tuple[float, float]  # offset and eps of a norm
 
 
 class Projection(NamedTuple):
@@ -57,6 +58,22 @@ class Kept(NamedTuple):
     u: Tensor | None = None
 
 
+class Member(NamedTuple):
+    """What the launches of a layer depend on besides its tensors."""
+
+    options: Options
+    needs: Needs
+
+
+class Made(NamedTuple):
+    """What a layer's forward gives."""
+
+    y: Tensor
+    product: Tensor | None  # before the bias, where it is kept apart
+    u: Tensor
+    scales: Tensor | None  # if they were made
+
+
 def split(parts: Sequence[Part], of_tensors: Sequence[Any]) -> list[tuple[Any, ...]]:
     """What belongs to each part, of tensors or of something for each of them."""
     ends = [sum(part.size for part in parts[: number + 1]) for number in range(len(parts))]
@@ -69,20 +86,28 @@ def autocast(x: Tensor) -> Tensor:
     return x if dtype is None else x.to(dtype)
 
 
-def forward(part: Part, x: Tensor, tensors: Tensors, needs: Needs) -> tuple[Tensor, Kept]:
-    """The output, and what a backward with these needs uses again; raises as ``bora_linear`` does."""
-    *members, bias = tensors[:_STORED]
-    stored = tensors[_STORED:]
+def prepare(part: Part, x: Tensor, tensors: Tensors) -> calls.Call | None:
+    """An adapted layer's call, checked, for x as ``autocast`` has it; raises as ``bora_linear`` does."""
     if part.options is None:
-        with transforms.without_autocast(x.device):
-            y = F.linear(x, _dense(part, stored, x, "forward"), None if bias is None else bias.to(x.dtype))
-        return y, Kept(None)
-    adapter = Adapter(*members)
+        return None
+    *adapter, bias = tensors[:_STORED]
+    stored = tensors[_STORED:]
     weight = stored[0] if part.layout is None else quantized.Quantized(part.layout, stored)
     call = calls.prepare(x, (weight, *adapter, bias), part.options)[1]
     if call.prepared is not None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         call = call._replace(prepared=None)  # what hooks hand back may lie in memory otherwise
-    y, product, u, scales, needs_S, _ = autograd.layer_forward(needs, x, adapter, bias, None, call, stored)
+    return call
+
+
+def forward(part: Part, call: calls.Call | None, x: Tensor, tensors: Tensors, needs: Needs) -> tuple[Tensor, Kept]:
+    """The output, and what a backward with these needs uses again; ``call`` is what ``prepare`` gave."""
+    *members, bias = tensors[:_STORED]
+    stored = tensors[_STORED:]
+    if call is None:
+        with transforms.without_autocast(x.device):
+            y = F.linear(x, _dense(part, stored, x, "forward"), None if bias is None else bias.to(x.dtype))
+        return y, Kept(None)
+    y, product, u, scales, needs_S, _ = autograd.layer_forward(needs, x, Adapter(*members), bias, None, call, stored)
     product = (product if separate_product(x.dtype, bias) else y) if needs_S else None
     return y, Kept(call, scales, product, u if needs.lora_B else None)
 
@@ -102,8 +127,12 @@ def backward(
         needs_S = needs.sums(adapter.members, needs.norm_paths(adapter.members, options))[0]
         saved = (x, *adapter, kept.scales, kept.product, kept.u, None, *stored)
         dx, *gradients = autograd.layer_backward(needs, dy, saved, kept.call, needs_S and options.backend != "dense")
-    d_bias = dy.reshape(-1, dy.shape[-1]).sum(0).to(bias.dtype) if requested[4] else None
+    d_bias = bias_gradient(dy, bias) if requested[4] else None
     return dx, [*gradients, d_bias, *[None] * len(stored)]
+
+
+def bias_gradient(dy: Tensor, bias: Tensor) -> Tensor:
+    return dy.reshape(-1, dy.shape[-1]).sum(0).to(bias.dtype)
 
 
 def no_gradients(part: Part) -> list[Tensor | None]:

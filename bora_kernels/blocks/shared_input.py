@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import autograd, overwritten, transforms
-from . import projection
+from ..ops import autograd, calls, overwritten, transforms
+from . import joined, projection
 from .norms import NormOrigin
 from .projection import Kept, Part, Projection
 
@@ -46,7 +46,7 @@ class _SharedInput(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         requested = ctx.needs_input_grad[_ARGUMENTS:]
-        outputs, kept, needs = _forward(x, parts, tensors, requested, ctx.needs_input_grad[0])
+        outputs, kept, needs, together = _forward(x, parts, tensors, requested, ctx.needs_input_grad[0])
         reads_x = any(any(of_part[1:]) for of_part in needs)
         ctx.save_for_backward(
             x if reads_x and origin_x is None else None,
@@ -54,7 +54,7 @@ class _SharedInput(torch.autograd.Function):
             *[t for part in kept for t in (part.scales, part.product, part.u)],
             *tensors,
         )
-        ctx.parts, ctx.offset, ctx.eps = parts, offset, eps
+        ctx.parts, ctx.offset, ctx.eps, ctx.together = parts, offset, eps, together
         ctx.calls, ctx.needs, ctx.requested = [part.call for part in kept], needs, requested
         ctx.saved_outputs = tuple(
             3 + 3 * i + 1 for i, (y, part) in enumerate(zip(outputs, kept, strict=True)) if part.product is y
@@ -77,23 +77,33 @@ _ARGUMENTS = 6  # before the layers' tensors
 
 def _forward(
     x: Tensor, parts: Sequence[Part], tensors: Sequence[Tensor | None], requested: Sequence[bool], needs_dx: bool
-) -> tuple[tuple[Tensor, ...], list[Kept], list[Any]]:
-    """The outputs, what each layer leaves for backward, and the gradients that each has to produce."""
+) -> tuple[tuple[Tensor, ...], list[Kept], list[Any], calls.Joined | None]:
+    """The outputs, what each layer leaves for backward, the gradients it has to produce; and what joined the layers."""
     needs = [
         part.needs(needs_dx, wanted) for part, wanted in zip(parts, projection.split(parts, requested), strict=True)
     ]
     own = projection.split(parts, tensors)
-    made = [projection.forward(part, x, of, need) for part, of, need in zip(parts, own, needs, strict=True)]
-    return tuple(y for y, _ in made), [kept for _, kept in made], needs
+    called = [projection.prepare(part, x, of) for part, of in zip(parts, own, strict=True)]
+    if (found := joined.forward(x, called, own, needs)) is not None:
+        made, together = found
+    else:
+        together, layers = None, zip(parts, called, own, needs, strict=True)
+        made = [projection.forward(part, call, x, of, need) for part, call, of, need in layers]
+    return tuple([y for y, _ in made]), [kept for _, kept in made], needs, together
 
 
 def _backward(ctx, *dys: Tensor) -> tuple[Any, ...]:
     x, origin_x, origin_weight, *rest = autograd.saved_tensors(ctx, ctx.saved_outputs, x_is_saved=True)
-    if origin_x is not None:
-        x = NormOrigin(origin_x, origin_weight, ctx.offset, ctx.eps).output()
+    origin = None if origin_x is None else NormOrigin(origin_x, origin_weight, ctx.offset, ctx.eps)
     count = len(ctx.parts)
     kept = [Kept(call, *rest[3 * i : 3 * i + 3]) for i, call in enumerate(ctx.calls)]
     own, wanted = projection.split(ctx.parts, rest[3 * count :]), projection.split(ctx.parts, ctx.requested)
+    if ctx.together is not None:
+        found = joined.backward(dys, x, origin, own, ctx.parts, kept, ctx.needs, wanted, ctx.together)
+        if found is not None:
+            dx, gradients = found
+            return dx, *[None] * (_ARGUMENTS - 1), *gradients
+    x = x if origin is None else origin.output()
     dx, gradients = None, []
     with transforms.without_autocast(x.device if x is not None else dys[0].device):
         for i in range(count):

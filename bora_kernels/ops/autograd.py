@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
@@ -108,6 +109,21 @@ def layer_backward(
     return dx, *rest
 
 
+def find_scales(
+    x: Tensor, weight: Tensor, adapter: Adapter, options: Options, stored: Sequence[Tensor], products: bool
+) -> tuple[Tensor | None, Callable[[Tensor], None] | None]:
+    """Scales that the layer had before, and what to hand new ones to, as ``reuse.find`` does."""
+    if not any(adapter.members):
+        return None, None
+
+    def state() -> tuple | None:
+        balances = x.dtype == torch.float16
+        basis = (options.scaling, options.norm_order, options.eps, options.backend, weight.dtype, balances)
+        return reuse.state_of((*stored, *adapter), basis)
+
+    return reuse.find(adapter.lora_B, state, products)
+
+
 def saved_tensors(ctx, outputs: tuple[int, ...], *, x_is_saved: bool = False) -> tuple[Any, ...]:
     """The saved tensors, without those at the places of ``outputs`` that are outputs and were changed in place since.
 
@@ -182,15 +198,7 @@ def layer_forward(
     members = adapter.members
     paths = needs.norm_paths(members, options)
     needs_S, needs_D = needs.sums(members, paths)
-    flat_scales = remember = None
-    if any(members):
-
-        def state() -> tuple | None:
-            balances = x.dtype == torch.float16
-            basis = (options.scaling, options.norm_order, options.eps, backend, weight.dtype, balances)
-            return reuse.state_of((*stored, *adapter), basis)
-
-        flat_scales, remember = reuse.find(adapter.lora_B, state, paths)
+    flat_scales, remember = find_scales(x, weight, adapter, options, stored, paths)
     y, product, u, made = operators.forward(
         flat(x), weight, balance.balanced(x, weight, adapter, options)[0], flat_scales, bias, dropout, options,
         products=paths, save_product=needs_S, prepared=prepared,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..contract import Options, evaluation
+from ..contract import Options, evaluation, given
 from ..quantized import Layout, Quantized
 from . import transforms, validation, watch
 from .layouts import Layouts
@@ -28,8 +28,18 @@ class Call(NamedTuple):
 class Prepared:
     """A call whose arguments were checked, and an identity for all that its kernels' plans depend on."""
 
-    def __init__(self, call: Call, x: Tensor, stored: Sequence[Tensor], adapter: list[Tensor | None]) -> None:
+    def __init__(self, call: Call, x: Tensor, stored: Sequence[Tensor], adapter: list[Tensor | None], bias) -> None:
         self.call = call._replace(prepared=self)
+        self.on_triton = call.options.backend == "triton"
+        vectors = (*adapter[2:], bias)
+        self.joins = (  # whether the layer may be a part of a stage of several: all that it does is launches
+            self.on_triton
+            and call.layout is None
+            and x.dtype != torch.float16
+            and x.numel() > 0
+            and call.options.dropout_p == 0.0
+            and all(t is None or t.is_contiguous() for t in vectors)
+        )
         names = ("x", "lora_A", "lora_B", "magnitude_row", "magnitude_col", *_LEFT_OVER, *["weight"] * len(stored))
         tensors = (x, *adapter, *[None] * len(_LEFT_OVER), *stored)
         # of what a backward gets again, the name and the shape (None where the forward makes it)
@@ -41,6 +51,7 @@ Arguments = tuple[Tensor | Quantized, Tensor, Tensor, Tensor | None, Tensor | No
 _prepared: dict[tuple, Prepared] = {}
 _kinds: dict[tuple, Layouts] = {}
 _kind_of_layer: dict[tuple, Layouts] = {}
+_joined: dict[tuple, Joined] = {}
 _MOST_PREPARED = 4096  # of some 2 KiB each
 _MOST_BACKWARDS = 8
 _LEFT_OVER = ("scales", "product", "u", "dropout")  # what a forward makes and leaves for its backward
@@ -80,7 +91,7 @@ def prepare(x: Tensor, tensors: Arguments, options: Options) -> tuple[Tensor, Ca
         return x, call
     if x.is_meta or any(isinstance(t, Tensor) and t.is_neg() for t in (x, *tensors)):  # the dispatcher's affair
         return x, call
-    known = Prepared(call, x, stored, adapter)
+    known = Prepared(call, x, stored, adapter, tensors[5])
     _remember(_prepared, signature, known)
     return x, known.call
 
@@ -115,7 +126,41 @@ def _remember(memory: dict, key: tuple, value: object) -> None:
         memory[key] = value
 
 
-def prepare_backward(prepared: Prepared | None, dy: Tensor, saved: tuple[Tensor | None, ...]) -> object | None:
+class Joined:
+    """Several calls as one: an identity for all that they depend on together, as ``Prepared`` is for one."""
+
+    on_triton = True
+
+    def __init__(self, members: tuple[Prepared, ...], others: Sequence[tuple[str, torch.Size | None]]) -> None:
+        # of each what a ``Prepared`` has but x and dropout, after what they have in common
+        self.saved = [*others, *[pair for each in members for pair in (*each.saved[1:8], *each.saved[9:])]]
+        self.backwards: list[Layouts] = []
+
+
+def may_join(calls: Sequence[Call | None]) -> bool:
+    """Whether nothing of these calls stands in the way of one stage."""
+    for call in calls:
+        if call is None or call.prepared is None or not call.prepared.joins:
+            return False
+    return True
+
+
+def join(calls: Sequence[Call | None], others: Callable[[], Sequence[tuple[str, torch.Size | None]]]) -> Joined | None:
+    """What stands for these calls together, or None where they cannot be one stage.
+
+    ``others()`` has the names and shapes of what their backward gets besides the layers' tensors.
+    """
+    if not may_join(calls):
+        return None
+    key = tuple([given(given(call).prepared) for call in calls])
+    known = _joined.get(key)
+    if known is None:
+        known = Joined(key, others())
+        _remember(_joined, key, known)
+    return known
+
+
+def prepare_backward(prepared: Prepared | Joined | None, dy: Tensor, saved: Sequence[Tensor | None]) -> object | None:
     """What stands for the tensors of a backward in its kernels' plans, or None where they are to be looked at there.
 
     They are dy and what was saved: x, factors, magnitudes, scales, product, u, dropout, and what the weight is stored
@@ -124,7 +169,7 @@ def prepare_backward(prepared: Prepared | None, dy: Tensor, saved: tuple[Tensor 
     """
     if prepared is None or type(dy) is not Tensor or torch.compiler.is_compiling() or dy.is_neg():
         return None
-    if prepared.call.options.backend != "triton":
+    if not prepared.on_triton:
         return prepared  # PyTorch's operations look for themselves
     tensors = (dy, *saved)
     for number, known in enumerate(prepared.backwards):

@@ -13,7 +13,7 @@ from .cache import Entry, plan_cache, ticks
 from .compiled import kernel_of
 from .device import allocate, current_stream
 from .parameters import WORD, Parameters, TensorMap
-from .recording import Launch, Recording, Reference
+from .recording import Launch, Recording, Reference, extent
 from .switch import Unsupported, warn_once
 
 _LAUNCH_BYTES = 2048  # about what Python's objects for a launch take
@@ -55,6 +55,7 @@ class Plan(Entry):
     def of(cls, recording: Recording, results: tuple[Tensor | None, ...], device_index: int) -> Plan:
         """The recorded stage; Unsupported where a replay is not known to do the same."""
         returned = [None if result is None else _allocation(result, recording) for result in results]
+        layouts = {n: _layout(result) for n, result in zip(returned, results, strict=True) if result is not None}
         made = sorted({number for number in returned if number is not None})
         first, workspace = len(recording.inputs), len(recording.inputs) + len(made)
         bases = {owner: owner for owner in range(first)} | {first + number: first + i for i, number in enumerate(made)}
@@ -86,7 +87,7 @@ class Plan(Entry):
             dependent = driver.DependentLaunch(geometry, pointers) if kernel.dependent else None
             ready.append((geometry, pointers, before, dependent, kernel.compiled))
         return cls(
-            [recording.allocated[number].layout for number in made],
+            [layouts[number] for number in made],
             [None if number is None else made.index(number) for number in returned],
             parameters.references,
             parameters.maps,
@@ -167,17 +168,28 @@ def _order(launches: list[Launch]) -> list[tuple[list[int], tuple[int, int]]]:
 
 
 def _allocation(result: Tensor, recording: Recording) -> int:
-    """The number of the allocation that a stage returned."""
+    """The number of the allocation that a stage returned, as it is or in another shape."""
     for number, allocation in enumerate(recording.allocated):
         if allocation.tensor() is result:
             return number
+    if result.is_contiguous():
+        for number, allocation in enumerate(recording.allocated):
+            if allocation.alive and allocation.extent == extent(result):
+                return number
     raise Unsupported("a stage returned a tensor that is not from `empty`")
 
 
+def _layout(result: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+    return tuple(result.shape), result.stride(), result.dtype
+
+
 def _pack(lives: dict[int, tuple[int, int, int]]) -> tuple[dict[int, int], int]:
-    """Offsets in a workspace for tensors of (bytes, first use, last use): those in use together do not overlap."""
+    """Offsets in a workspace for tensors of (bytes, first use, last use): those in use together do not overlap.
+
+    The largest come first, so that small ones leave no gaps between them.
+    """
     offsets: dict[int, int] = {}
-    for key, (size, first, last) in lives.items():
+    for key, (size, first, last) in sorted(lives.items(), key=lambda item: -item[1][0]):
         blocked = sorted(
             (offsets[other], offsets[other] + lives[other][0])
             for other in offsets

@@ -57,7 +57,6 @@ class Allocation:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = weakref.ref(tensor)
-        self.layout = tuple(tensor.shape), tensor.stride(), tensor.dtype
         self.nbytes = tensor.nbytes
         self.extent = extent(tensor)
         self._storage = StorageWeakRef(tensor.untyped_storage())
@@ -145,6 +144,11 @@ def beside_last_launch() -> Iterator[None]:
         yield
     finally:
         recording.beside = None
+
+
+def in_a_stage() -> bool:
+    """Whether this thread records a stage, or launches go to a planner: what is called in there belongs to it."""
+    return getattr(_thread, "recording", None) is not None or getattr(_thread, "planner", None) is not None
 
 
 class Planner(Protocol):

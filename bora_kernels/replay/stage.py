@@ -6,9 +6,10 @@ first called with tensors of given shapes, strides, dtypes and alignments: what 
 launches with ``launch``. A replay allocates the results, and one workspace for all else, writes the addresses where the
 recorded parameters point to, and hands the kernels to the driver.
 
-So a stage consists of ``empty``, ``launch`` and views of tensors only, and depends on nothing but its key: the shapes,
-strides, dtypes, alignments and devices of its tensors, and its options. It writes to nothing but what it allocates; one
-of a single launch, which runs once or not at all, may write over a tensor that it is given.
+So a stage consists of ``empty``, ``launch``, views of tensors and other stages only, and depends on nothing but its
+key: the shapes, strides, dtypes, alignments and devices of its tensors, and its options. It writes to nothing but what
+it allocates; one of a single launch, which runs once or not at all, may write over a tensor that it is given. A stage
+that another one calls is a part of that one's recording.
 
 A stage runs as Python, every time, on AMD GPUs and where the user wants it (``switch``), while hooks watch Triton's
 launches, and with a warning where anything that a replay relies on is missing, refused or not as expected here.
@@ -29,7 +30,7 @@ from .cache import Entry, plan_cache
 from .compiled import hooked
 from .compiling import compile_stage
 from .plan import Plan
-from .recording import extent, record
+from .recording import extent, in_a_stage, record
 
 _LOWEST_ADDRESS = 1 << 32  # tensors whose memory was freed lie at 0, or as far from it as in their storage
 
@@ -48,7 +49,7 @@ def stage(function: Callable[..., tuple]) -> Callable[..., tuple]:
         addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
         if min(addresses) < _LOWEST_ADDRESS:
             _check_memory(function, tensors)
-        if switch.off or not tensors[0].is_cuda or hooked():
+        if switch.off or not tensors[0].is_cuda or in_a_stage() or hooked():
             return function(*tensors, **options)
         if prepared is None or functools.reduce(operator.or_, addresses) & 15:
             key = (*[None if tensor is None else _layout(tensor) for tensor in tensors], *options.values())
@@ -71,8 +72,10 @@ def stage(function: Callable[..., tuple]) -> Callable[..., tuple]:
 
 def _check_memory(function: Callable, tensors: tuple) -> None:
     """Raise ValueError for a tensor whose memory was freed: a kernel that reads it would end all use of the device."""
-    for name, tensor in zip(function.__code__.co_varnames, tensors, strict=False):
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    for number, tensor in enumerate(tensors):
         if tensor is not None and tensor.numel() and not tensor.untyped_storage().nbytes():
+            name = names[number] if number < len(names) else "a tensor of the block"
             raise ValueError(f"{name} must hold {list(tensor.shape)} values, got a tensor whose memory was freed")
 
 

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from bora_kernels.blocks import Projection, gate_kernels, gated_mlp
 from bora_kernels.contract import Adapter, Options
+from bora_kernels.kernels import gated
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh")}
 each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -61,8 +62,8 @@ def test_de_is_written_over_dh(device):
 def test_an_mlp_with_biases_runs_the_gate_where_its_layers_run(backend, used, device, monkeypatch):
     called = []
     for name in ("gate", "gate_backward"):
-        own = getattr(gate_kernels, name)
-        monkeypatch.setattr(gate_kernels, name, lambda *args, own=own, name=name: (called.append(name), own(*args))[1])
+        own = getattr(gated, name)
+        monkeypatch.setattr(gated, name, lambda *args, own=own, name=name: (called.append(name), own(*args))[1])
 
     def layer(n, k):
         adapter = Adapter(torch.randn(2, k, device=device, requires_grad=True), torch.randn(n, 2, device=device))

@@ -117,6 +117,7 @@ def mixed_batch(M, at, K=517, adapters=3, factors=torch.float32):
 
 def gate_of_mlp(at):
     """The gate of an MLP and its backward, with sums for layers of several ranks."""
+    from bora_kernels.kernels.add import add
     from bora_kernels.kernels.gated import Side, gate, gate_backward, gate_sums
 
     M, C = 37, 75
@@ -131,6 +132,7 @@ def gate_of_mlp(at):
     made = [
         gate(e, f, "gelu"),
         *gate_backward(e, f, other_dh, "gelu_tanh"),
+        add(e.clone() if at is None else guarded(e.clone(), at), f),
         de,
         df,
         *[part for pair in sums for part in pair],

@@ -199,7 +199,8 @@ def test_threads_do_not_mix_addresses(driver):
     [
         ({}, {}, 0),
         ({5: (100, 0, 1), 6: (40, 2, 3)}, {5: 0, 6: 0}, 100),  # never in use together
-        ({5: (100, 0, 2), 6: (40, 1, 3), 7: (300, 3, 3)}, {5: 0, 6: 256, 7: 512}, 812),
+        ({5: (100, 0, 2), 6: (40, 1, 3), 7: (300, 3, 3)}, {5: 0, 6: 512, 7: 0}, 552),  # the largest first
+        ({5: (4096, 0, 1), 6: (300, 1, 3), 7: (8192, 2, 3), 8: (4096, 3, 4)}, {5: 0, 6: 12288, 7: 0, 8: 8192}, 12588),
         ({5: (600, 0, 1), 6: (40, 0, 3), 7: (300, 2, 3)}, {5: 0, 6: 768, 7: 0}, 808),  # into what 5 left
     ],
 )
@@ -240,3 +241,30 @@ def test_where_a_tensor_map_has_its_address(monkeypatch, encode, place):
         assert tensor_map.offset == 64 + place
         parameters.WORD.pack_into(host, tensor_map.offset, 0x1230)
         assert bytes(host[64:192]) == encode(0x1230, (16, 4)).ljust(128, b".")
+
+
+def test_a_stage_of_stages_is_one_recording(driver):
+    """And its result may have another shape than what it allocated."""
+    inner, calls = chain(Kernel(driver))
+    outer_calls = []
+
+    @stage
+    def run(a, b, *, shape):
+        outer_calls.append(shape)
+        z, _, w = inner(a, b, scale=2.0)
+        total, _, _ = inner(z, w, scale=1.0)
+        return torch.ops.aten._unsafe_view(total, shape), w
+
+    kept = []
+    for _ in range(6):
+        a, b = vectors()
+        total, w = run(a, b, shape=(2, 5))
+        assert total.shape == (2, 5) and total._base is None
+        torch.testing.assert_close(total.flatten(), 3 * (6 * a + b) + 2 * a, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(w, 2 * a)
+        kept.append((total, w))
+    assert len(outer_calls) == 1 and len(calls) == 2 and len(driver.graphs) == 1
+    assert len(driver.launches) == 5 * 6  # the first run is Python's
+    a, b = vectors()
+    assert_chain(inner(a, b, scale=2.0), a, b)  # has no recording of its own yet
+    assert len(calls) == 3

@@ -1,0 +1,114 @@
+"""Layers of a block on Triton kernels, as one stage: one replay for all of them, and one for their backward.
+
+    readers    y_i of layers that read one x;  backward: x̂ again where x is a norm's output, all gradients, dx = Σ dx_i
+    MLP        e, f and y of a gated MLP; h lives inside the stage;  backward: see ``mlp_kernels``
+
+The launches, their order and so the results are those of the layers one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contract import Activation, Adapter
+from ..kernels import gated, rms
+from ..kernels.add import add
+from ..ops import operators, triton_backend
+from ..ops.autograd import flat
+from ..replay.stage import stage
+from .projection import Made, Member, Norm, Tensors
+
+_FORWARD, _BACKWARD = 7, 8  # tensors of a layer: weight, adapter, scales and bias, or product and u
+
+
+def forward(
+    x: Tensor, layers: Sequence[Tensors], members: tuple[Member, ...], activation: Activation | None, prepared: object
+) -> list[Made]:
+    """Of layers that read x [..., K]; with an activation of gate, up and down of a gated MLP, where down reads h.
+
+    Each of ``layers`` is a weight, an adapter, the scales (None: made here) and the bias.
+    """
+    with operators.context("triton", x):
+        tensors, settings = [t for own in layers for t in own], _settings(x, layers, prepared)
+        results = _forward(x, *tensors, members=members, activation=activation, **settings)
+    return [Made(*results[start : start + 4]) for start in range(0, len(results), 4)]
+
+
+def backward(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    norm_weight: Tensor | None,
+    norm: Norm | None,
+    layers: Sequence[Tensors],
+    members: tuple[Member, ...],
+    prepared: object,
+) -> tuple[Tensor | None, ...]:
+    """dx [..., K], and the gradients of each layer's adapter in float32, for dy_i [..., N_i].
+
+    x is what the norm read where there is a ``norm``, None where nothing reads it. Each of ``layers`` is a weight, an
+    adapter, its scales, the product and u.
+    """
+    with operators.context("triton", dys[0]):
+        tensors, settings = [t for own in layers for t in own], _settings(dys[0], layers, prepared)
+        return _backward(dys[0], x, norm_weight, *dys[1:], *tensors, members=members, norm=norm, **settings)
+
+
+@stage
+def _forward(x, *tensors, members, activation, precisions):
+    shape, layers = x.shape[:-1], _split(tensors, _FORWARD)
+    x = flat(x)
+    results: list[Any] = []  # four of each layer
+    for number, (own, member) in enumerate(zip(layers, members, strict=True)):
+        if activation is not None and number == 2:
+            x = gated.gate(results[0], results[4], activation)
+        results += _forward_of(x, own, member)
+    for start in range(0, len(results), 4):  # no views, so that outputs may be changed in place
+        results[start] = torch.ops.aten._unsafe_view(results[start], [*shape, results[start].shape[1]])
+    return tuple(results)
+
+
+@stage
+def _backward(dy, x, norm_weight, *tensors, members, norm, precisions):
+    others, shape, x = len(members) - 1, dy.shape[:-1], flat(x)
+    dys, layers = (dy, *tensors[:others]), _split(tensors[others:], _BACKWARD)
+    if norm is not None:
+        x = rms.rms_norm(x, norm_weight, *norm)
+    dx, gradients = None, []
+    for dy, own, (options, needs) in zip(dys, layers, members, strict=True):
+        weight, *adapter, flat_scales, product, u = own
+        own_dx, *rest = triton_backend.backward(
+            flat(dy), x, weight, Adapter(*adapter), flat_scales, flat(product), u, None, options, needs
+        )
+        dx = own_dx if dx is None else dx if own_dx is None else add(dx, own_dx)
+        gradients += rest
+    return None if dx is None else torch.ops.aten._unsafe_view(dx, [*shape, dx.shape[1]]), *gradients
+
+
+def _forward_of(x: Tensor, own: Tensors, member: Member) -> tuple[Tensor | None, ...]:
+    weight, *adapter, flat_scales, bias = own
+    options, needs = member
+    paths = needs.norm_paths(Adapter(*adapter).members, options)
+    return triton_backend.forward(
+        x, weight, Adapter(*adapter), flat_scales, bias, None, options,
+        products=paths, save_product=needs.sums(Adapter(*adapter).members, paths)[0],
+    )  # fmt: skip
+
+
+def _settings(x: Tensor, layers: Sequence[Tensors], prepared: object) -> dict[str, Any]:
+    """What a stage of several layers is known by besides: how float32 is multiplied, and which scales are given."""
+    given = tuple([own[5] is not None for own in layers])
+    prepared = None if prepared is None else (prepared, given)
+    return {"precisions": precisions(x, [own[0] for own in layers]), "prepared": prepared}
+
+
+def precisions(x: Tensor, weights: Sequence[Tensor | None]) -> tuple[str, ...]:
+    """How products of x and of each weight are multiplied, which launches depend on."""
+    return tuple([triton_backend._precision(t.dtype) for t in (x, *weights)])  # type: ignore[union-attr]
+
+
+def _split(tensors: tuple, size: int) -> list[tuple]:
+    return [tensors[start : start + size] for start in range(0, len(tensors), size)]
