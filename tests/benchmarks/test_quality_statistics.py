@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -282,3 +283,14 @@ def test_documents_say_what_was_found(name):
     for contrast in found.values():
         assert f"{signed(contrast.estimate)} {interval(contrast.low, contrast.high)}" in text
     assert "quality/results/contrasts.png" in text and (RESULTS / "contrasts.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/guide.md"])
+def test_intervals_in_documents_are_the_reports(name, recorded):
+    """Each "0.09 ± 0.04" and "[−0.36, +0.72]" of the section, but for the sign before it."""
+    section = (ROOT / name).read_text(encoding="utf-8").split("## Is BoRA better?\n")[1].split("\n## ")[0]
+    text = " ".join(section.split())
+    for pattern, least in ((r"\d+\.\d\d ± \d+\.\d\d", 2), (r"\[[+−]\d+\.\d\d, [+−]\d+\.\d\d\]", 2)):
+        found = re.findall(pattern, text)
+        assert len(found) >= least
+        assert [interval for interval in found if interval not in recorded] == []
