@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .findings import at_edge
 from .methods import METHODS, PRIMARY
 from .statistics import Scores, choices, t_interval
@@ -11,6 +14,7 @@ from .tables import around, rows, scientific
 from .tasks import PRIMARY_TASKS, SECONDARY_TASKS, UNITS
 
 Table = dict[str, dict[str, Scores]]
+_FAR = 5
 
 
 def methods(records: list[dict], table: Table, drawn: Sequence[str]) -> str:
@@ -73,4 +77,18 @@ def scores(table: Table, wanted: Sequence[str], role: str) -> str:
 
         lines = [[METHODS[m].label, *(beside(t, m) for t in tasks)] for m in names if m != rival]
         parts.append(rows([f"− {METHODS[rival].label}", *tasks], lines))
+    if far := [line for task in tasks for m, s in table[task].items() for line in _far(task, m, s.final)]:
+        parts.append(
+            f"All runs count as they are. More than {_FAR} standard deviations (of 1.48 median deviations each) from "
+            f"the median of their method are: {'; '.join(far)}."
+        )
     return "\n\n".join(parts)
+
+
+def _far(task: str, method: str, final: NDArray[np.float64]) -> list[str]:
+    """The runs that single themselves out, which a mean and its interval would hide."""
+    middle = np.median(final)
+    distance = np.abs(final - middle)
+    far = final[distance > _FAR * 1.4826 * np.median(distance)]
+    numbers = [f"{x:.2f} (median {middle:.2f})".replace("-", "−") for x in far]
+    return [f"{METHODS[method].label} on {task}, {number}" for number in numbers]

@@ -113,6 +113,17 @@ def test_scores_are_compared_seed_by_seed(records):
         }
 
 
+def test_a_run_far_from_the_others_is_named(records):
+    text = score_tables.scores(findings.scores(records), ("movies", "swap"), "primary")
+    assert "All runs count" not in text
+    for r in records:
+        if (r["stage"], r["task"], r["method"], r["seed"]) == ("stage2", "swap", "lora_r1", 2009):
+            r["test"] = 50.0
+    text = score_tables.scores(findings.scores(records), ("movies", "swap"), "primary")
+    (line,) = [line for line in text.splitlines() if line.startswith("All runs count")]
+    assert line.count("(median") == 1 and "LoRA, rank r + 1 on swap, 50.00 (median" in line
+
+
 @pytest.mark.parametrize(("rate", "text"), [(6e-4, "6e-4"), (2.4e-3, "2.4e-3"), (1.92e-2, "1.92e-2"), (0.16, "1.6e-1")])
 def test_scientific(rate, text):
     assert tables.scientific(rate) == text
