@@ -70,15 +70,6 @@ def load_matrix(ptr, offs_i, offs_j, size_i, size_j, stride_i, stride_j):
 
 
 @triton.jit
-def load_projection(ptr, offs_m, offs_r, M, end, R: tl.constexpr, PARTS: tl.constexpr):
-    """A tile of a projection [M, R], stored in parts [PARTS, M, R]; rows from ``end`` on are zero."""
-    projection = load_matrix(ptr, offs_m, offs_r, end, R, R, 1)
-    for part in tl.static_range(1, PARTS):
-        projection += load_matrix(ptr + tl.full((), part, tl.int64) * M * R, offs_m, offs_r, end, R, R, 1)
-    return projection
-
-
-@triton.jit
 def sum_parts(ptr, stride, parts, offs_i, offs_r, size, R: tl.constexpr):
     """Σ of parts [size, R], contiguous and ``stride`` apart, in their order; four loads are on their way at a time."""
     offs = offs_i.to(tl.int64)[:, None] * R + offs_r[None, :]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..contract import Slots
 from ..replay.recording import empty, launch
-from .common import load_matrix, load_projection, load_vector
+from .common import load_matrix, load_vector
 from .config import TRITON_DTYPES, is_aligned, target
 from .gemm import fits_descriptor
 from .mixed_config import mixed_few, mixed_many_config
@@ -72,7 +72,7 @@ def _linear_many_kernel(
             slot = tl.load(index_ptr + 3 * entries + group).to(tl.int64)
             for r in tl.range(0, R, BLOCK_SIZE_R, num_stages=1):
                 offs_r = r + tl.arange(0, BLOCK_SIZE_R)
-                u = load_projection(projection_ptr, offs_m, offs_r, M, M, R, PARTS)
+                u = _load_projection(projection_ptr, offs_m, offs_r, M, R, PARTS)
                 factor = load_matrix(lora_B_ptr + slot * R * N, offs_r, offs_n, R, N, N, 1)
                 acc = add_product(tl.where(mine[:, None], u, 0.0).to(DTYPE), factor, acc, PRECISION)
 
@@ -89,6 +89,15 @@ def _linear_many_kernel(
             _finish(
                 acc, rows, slots, offs_m, first, last, row_scale_ptr, bias_ptr, y_ptr, start_n, M, N, HAS_BIAS, DTYPE
             )
+
+
+@triton.jit
+def _load_projection(ptr, offs_m, offs_r, M, R: tl.constexpr, PARTS: tl.constexpr):
+    """A tile of u [M, R], stored in parts [PARTS, M, R]."""
+    projection = load_matrix(ptr, offs_m, offs_r, M, R, R, 1)
+    for part in tl.static_range(1, PARTS):
+        projection += load_matrix(ptr + tl.full((), part, tl.int64) * M * R, offs_m, offs_r, M, R, R, 1)
+    return projection
 
 
 @triton.jit
