@@ -128,8 +128,7 @@ def test_drawn_dropout_keeps_and_rescales():
 def test_exact_gradient_is_numerical(norm_order, member, has_bias, has_mask):
     inputs = present(x=make_x(2, K), **make_weights(member), bias=make_x(N, seed=2) if has_bias else None)
     options = {"scaling": SCALING, "norm_order": norm_order}
-    if has_mask:
-        options |= {"dropout_p": DROPOUT_P, "dropout_mask": make_mask()[:2]}
+    options |= {"dropout_p": DROPOUT_P, "dropout_mask": make_mask()[:2]} if has_mask else {}
 
     def layer(*values):
         return bora_linear_ref(**dict(zip(inputs, values, strict=True)), **options)
