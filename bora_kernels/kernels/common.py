@@ -71,15 +71,17 @@ def load_matrix(ptr, offs_i, offs_j, size_i, size_j, stride_i, stride_j):
 
 @triton.jit
 def sum_parts(ptr, stride, parts, offs_i, offs_r, size, R: tl.constexpr):
-    """Σ of parts [size, R], contiguous and ``stride`` apart, in their order; four loads are on their way at a time."""
+    """Σ of parts [size, R], contiguous and ``stride`` apart, in their order; several are on their way at a time."""
+    elements: tl.constexpr = offs_i.shape[0] * offs_r.shape[0]
+    at_once: tl.constexpr = 16 if elements <= 256 else 8 if elements <= 512 else 4
     offs = offs_i.to(tl.int64)[:, None] * R + offs_r[None, :]
     mask_r = (offs_r < R)[None, :]
     acc = tl.zeros((offs_i.shape[0], offs_r.shape[0]), dtype=tl.float32)
-    for first in range(0, parts, 4):
-        for i in tl.static_range(4):
+    for first in range(0, parts, at_once):
+        for i in tl.static_range(at_once):
             end = tl.where(first + i < parts, size, 0)  # Triton 3.9's interpreter takes no mask of a block and a scalar
             acc += tl.load(ptr + i * stride + offs, mask=(offs_i < end)[:, None] & mask_r, other=0.0)
-        ptr += 4 * stride
+        ptr += at_once * stride
     return acc
 
 
@@ -87,11 +89,11 @@ def sum_parts(ptr, stride, parts, offs_i, offs_r, size, R: tl.constexpr):
 def sum_vectors(ptr, stride, parts, offs, size):
     """The same of vectors [size]."""
     acc = tl.zeros((offs.shape[0],), dtype=tl.float32)
-    for first in range(0, parts, 4):
-        for i in tl.static_range(4):
+    for first in range(0, parts, 8):
+        for i in tl.static_range(8):
             end = tl.where(first + i < parts, size, 0)
             acc += tl.load(ptr + i * stride + offs, mask=offs < end, other=0.0)
-        ptr += 4 * stride
+        ptr += 8 * stride
     return acc
 
 

@@ -281,7 +281,8 @@ def gemm_of_v_config() -> dict:
 
 
 def split_config(R: int) -> dict:
-    return {"BLOCK_SIZE": 64, "BLOCK_SIZE_R": min(64, 1 << (R - 1).bit_length()), "num_warps": 4}
+    block_r = min(64, 1 << (R - 1).bit_length())
+    return {"BLOCK_SIZE": max(8, 256 // block_r), "BLOCK_SIZE_R": block_r, "num_warps": 4}
 
 
 def dequantize_config(block: int) -> dict:

@@ -121,6 +121,11 @@ def _finish_path_kernel(
     coefficient = load_vector(coefficient_ptr, offs_i, I) if FIRST or HAS_KEPT else tl.zeros_like(offs_i)
     weight_of_products = tl.full((BLOCK_SIZE_I,), 1.0, dtype=tl.float32)
     squares = tl.zeros((BLOCK_SIZE_I,), dtype=tl.float32)
+    products = tl.zeros((BLOCK_SIZE_I, BLOCK_SIZE_R), dtype=tl.float32)
+    if FIRST and HAS_PRODUCTS:  # early: nobody waits for them
+        scale, norm = load_vector(scale_ptr, offs_i, I), load_vector(norm_ptr, offs_i, I)
+        live = live_magnitude(scale_ptr, norm_ptr, magnitude_ptr, offs_i, I, stand_in)
+        d_magnitude = load_vector(d_magnitude_ptr, offs_i, I)
     if HAS_PRODUCTS:
         from_v = any_set(word_ptr, 2)
         if FIRST:
@@ -142,32 +147,32 @@ def _finish_path_kernel(
             )  # fmt: skip
             tl.debug_barrier()  # other threads read them
     if FIRST and HAS_PRODUCTS:
-        scale, norm = load_vector(scale_ptr, offs_i, I), load_vector(norm_ptr, offs_i, I)
         weight_of_products = scale * scale
         path = weight_of_products * squares
         coefficient -= tl.where(norm > eps, path / (norm * norm), 0.0)  # (9): λ
         tl.store(coefficient_ptr + offs_i, coefficient, mask=mask_i)
-        live = live_magnitude(scale_ptr, norm_ptr, magnitude_ptr, offs_i, I, stand_in)
-        d_magnitude = load_vector(d_magnitude_ptr, offs_i, I)
         tl.store(d_magnitude_ptr + offs_i, d_magnitude + path / live, mask=mask_i)  # (9)
     if HAS_FACTOR:
         for r in range(0, R, BLOCK_SIZE_R):
             offs_r = r + tl.arange(0, BLOCK_SIZE_R)
+            ptrs = d_factor_ptr + offs_i.to(tl.int64)[:, None] * stride_di + offs_r.to(tl.int64)[None, :] * stride_dr
+            mask = mask_i[:, None] & (offs_r < R)[None, :]
+            d_factor = tl.load(ptrs, mask=mask, other=0.0)
             update = tl.zeros((BLOCK_SIZE_I, BLOCK_SIZE_R), dtype=tl.float32)
+            if HAS_KEPT:
+                kept = load_matrix(kept_ptr, offs_i, offs_r, I, R, R, 1)
             if HAS_PRODUCTS:
                 if from_v:
                     products = load_matrix(products_ptr, offs_i, offs_r, I, R, R, 1)
-                else:
+                elif not FIRST or R > BLOCK_SIZE_R:  # else they are at hand
                     _, products = load_products(
                         products_ptr, p_ptr, offs_i, offs_r, splits, I, stride_pi, stride_pr, scaling,
                         R, BLOCK_SIZE_R, PRECISION,
                     )  # fmt: skip
                 update += weight_of_products[:, None] * products
             if HAS_KEPT:
-                update += coefficient[:, None] * load_matrix(kept_ptr, offs_i, offs_r, I, R, R, 1)
-            ptrs = d_factor_ptr + offs_i.to(tl.int64)[:, None] * stride_di + offs_r.to(tl.int64)[None, :] * stride_dr
-            mask = mask_i[:, None] & (offs_r < R)[None, :]
-            tl.store(ptrs, tl.load(ptrs, mask=mask, other=0.0) + scaling * update, mask=mask)  # (10), (11)
+                update += coefficient[:, None] * kept
+            tl.store(ptrs, d_factor + scaling * update, mask=mask)  # (10), (11)
 
 
 def norm_and_scale(
@@ -274,9 +279,7 @@ def add_norm_path(
     products = squares = None
     if other.coefficient is not None:
         products, squares = moments(W, other.P, other.coefficient, precision, squares_needed=first)
-    splits = 0 if products is None else len(products)
     strides = (0, 0) if d_factor is None else d_factor.stride()
-
     config = finish_config(target(W.get_device())[0], R, W.dtype)
     launch(
         _finish_path_kernel,
@@ -285,7 +288,7 @@ def add_norm_path(
             products, squares, W, P, other.P, other.coefficient, word, norm, scale, magnitude, coefficient, kept,
             d_magnitude, d_factor,
         ),
-        splits=splits, I=I, J=W.shape[1],
+        splits=0 if products is None else len(products), I=I, J=W.shape[1],
         stride_wi=W.stride(0), stride_wj=W.stride(1), stride_pi=P.stride(0), stride_pr=P.stride(1),
         stride_zj=other.P.stride(0), stride_zr=other.P.stride(1), stride_di=strides[0], stride_dr=strides[1],
         scaling=scaling, eps=eps, stand_in=stand_in,
