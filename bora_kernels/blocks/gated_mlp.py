@@ -60,7 +60,7 @@ def gated_mlp(
     layers = (gate, up, down)
     parts, tensors = tuple(layer.part() for layer in layers), [t for layer in layers for t in layer.tensors()]
     if not torch.is_grad_enabled():
-        return _forward(x, activation, parts, tensors, [False] * len(tensors), False)[0]
+        return _forward(x, activation, parts, tensors, (False,) * len(tensors), False)[0]
     return _GatedMLP.apply(x, activation, parts, *(origin or (None, None, None, None)), *tensors)
 
 
@@ -78,7 +78,7 @@ class _GatedMLP(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         requested = ctx.needs_input_grad[_ARGUMENTS:]
-        y, e, f, kept, needs, together = _forward(x, activation, parts, tensors, requested, ctx.needs_input_grad[0])
+        y, e, f, kept, needs, recipe = _forward(x, activation, parts, tensors, requested, ctx.needs_input_grad[0])
         *both, _ = needs
         reads_x = any(any(of_part[1:]) for of_part in both)
         ctx.save_for_backward(
@@ -89,7 +89,7 @@ class _GatedMLP(torch.autograd.Function):
             *[t for part in kept for t in (part.scales, part.product, part.u)],
             *tensors,
         )
-        ctx.activation, ctx.parts, ctx.offset, ctx.eps, ctx.together = activation, parts, offset, eps, together
+        ctx.activation, ctx.parts, ctx.offset, ctx.eps, ctx.recipe = activation, parts, offset, eps, recipe
         ctx.calls, ctx.needs, ctx.requested = [part.call for part in kept], needs, requested
         ctx.output_is_saved, ctx.output_versions = kept[2].product is y, (autograd.version_of(y),)
         return y
@@ -106,29 +106,28 @@ _DOWN_PRODUCT = 5 + 7  # its place among the saved tensors
 def _forward(
     x: Tensor,
     activation: Activation,
-    parts: Sequence[Part],
+    parts: tuple[Part, ...],
     tensors: Sequence[Tensor | None],
-    requested: Sequence[bool],
+    requested: tuple[bool, ...],
     needs_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor, tuple[Kept, ...], tuple[Needs, ...], calls.Joined | None]:
-    """y, e, f, what each layer leaves for backward, the gradients that each has to produce; and what joined them."""
-    wanted = projection.split(parts, requested)
-    above = needs_dx or any(wanted[0]) or any(wanted[1])  # whether a gradient of h is needed
-    needs = [part.needs(of_x, w) for part, of_x, w in zip(parts, (needs_dx, needs_dx, above), wanted, strict=True)]
-    of_gate, of_up, of_down = projection.split(parts, tensors)
-    called = [projection.prepare(parts[0], x, of_gate), projection.prepare(parts[1], x, of_up)]
+) -> tuple[Tensor, Tensor, Tensor, tuple[Kept, ...], tuple[Needs, ...], joined.Recipe | None]:
+    """y, e, f, what each layer leaves for backward, the gradients it has to produce; and how they are one stage."""
+    own = of_gate, of_up, of_down = projection.split(parts, tensors)
+    called = projection.prepare(parts[:2], x, own[:2])
     if calls.may_join(called) and parts[2].options is not None:
         stand_in = _stand_in(x.shape[:-1] + (of_gate[-1].shape[0],), x.dtype, x.device)
-        called_y = projection.prepare(parts[2], stand_in, of_down)
-        found = joined.forward(x, [*called, called_y], (of_gate, of_up, of_down), needs, activation)
-        if found is not None:
-            ((e, kept_e), (f, kept_f), (y, kept_y)), together = found
-            return y, e, f, (kept_e, kept_f, kept_y), tuple(needs), together
+        every = called + projection.prepare(parts[2:], stand_in, own[2:])
+        recipe = joined.recipe(x, every, own, parts, requested, needs_dx, is_mlp=True)
+        if recipe is not None:
+            (e, kept_e), (f, kept_f), (y, kept_y) = joined.forward(x, every, own, recipe, activation)
+            return y, e, f, (kept_e, kept_f, kept_y), recipe.needs, recipe
+    needs = projection.needs(parts, requested, needs_dx, is_mlp=True)
     e, kept_e = projection.forward(parts[0], called[0], x, of_gate, needs[0])
     f, kept_f = projection.forward(parts[1], called[1], x, of_up, needs[1])
     h = _gate(_kernels((kept_e, kept_f), e, f), e, f, activation)
-    y, kept_y = projection.forward(parts[2], projection.prepare(parts[2], h, of_down), h, of_down, needs[2])
-    return y, e, f, (kept_e, kept_f, kept_y), tuple(needs), None
+    (called_y,) = projection.prepare(parts[2:], h, own[2:])
+    y, kept_y = projection.forward(parts[2], called_y, h, of_down, needs[2])
+    return y, e, f, (kept_e, kept_f, kept_y), needs, None
 
 
 @functools.lru_cache(maxsize=64)
@@ -217,7 +216,7 @@ def _backward_in_one_pass(
 ) -> tuple[Any, ...]:
     from . import mlp_kernels as kernels
 
-    dx, gradients = kernels.backward(dy, x, origin, e, f, layers, ctx.activation, ctx.together)
+    dx, gradients = kernels.backward(dy, x, origin, e, f, layers, ctx.activation, ctx.recipe)
     results: list[Tensor | None] = []
     for part, layer, own in zip(ctx.parts, layers, gradients, strict=True):
         members = own if layer.adapter is None else layer.adapter

@@ -6,56 +6,99 @@ run one by one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..contract import Activation, Adapter, Needs, given
-from ..ops import autograd, calls, operators, overwritten
+from ..ops import autograd, calls, operators, overwritten, reuse
 from . import norms, projection
 from .projection import Kept, Member, Norm, Part, Tensors
 
-Forward = tuple[list[tuple[Tensor, Kept]], calls.Joined]
+
+class Recipe(NamedTuple):
+    """What follows from the calls and from the gradients that are asked for, once for all blocks that are alike."""
+
+    together: calls.Joined  # what stands for the calls
+    members: tuple[Member, ...]
+    paths: tuple[bool, ...]  # whether a layer's backward needs what its norms have left over
+    sums: tuple[bool, ...]  # and the product
+    sizes: tuple[int, ...]  # of the layers' tensors
+    biases: tuple[bool, ...]  # whether their gradients are asked for
+    is_wide: bool  # whether anything is float32, for which PyTorch has a setting
+
+    @property
+    def needs(self) -> tuple[Needs, ...]:
+        return tuple([member.needs for member in self.members])
+
+
+def recipe(
+    x: Tensor,
+    called: Sequence[calls.Call | None],
+    own: Sequence[Tensors],
+    parts: tuple[Part, ...],
+    requested: tuple[bool, ...],
+    needs_dx: bool,
+    is_mlp: bool = False,
+) -> Recipe | None:
+    """How to run layers that read x, or gate, up and down of a gated MLP, as one stage; None where they cannot be one.
+
+    ``requested`` says of each of their tensors whether its gradient is asked for.
+    """
+    together = calls.join(called, lambda: _others(x, len(called), is_mlp))
+    if together is None or not operators.is_direct(together):
+        return None
+    key = requested, needs_dx, is_mlp
+    known = together.recipes.get(key)
+    if known is None:
+        members, paths, sums = [], [], []
+        needs = projection.needs(parts, requested, needs_dx, is_mlp)
+        for call, tensors, need in zip(called, own, needs, strict=True):
+            options, magnitudes = given(call).options, Adapter(*tensors[:4]).members
+            members.append(Member(options, need))
+            paths.append(need.norm_paths(magnitudes, options))
+            sums.append(need.sums(magnitudes, paths[-1])[0])
+        biases = tuple([of[4] for of in projection.split(parts, requested)])
+        is_wide = any(t.dtype == torch.float32 for t in (x, *[tensors[5] for tensors in own]))
+        sizes = tuple([part.size for part in parts])
+        known = Recipe(together, tuple(members), tuple(paths), tuple(sums), sizes, biases, is_wide)
+        together.recipes[key] = known
+    return known
 
 
 def forward(
     x: Tensor,
     called: Sequence[calls.Call | None],
     own: Sequence[Tensors],
-    needs: Sequence[Needs],
+    recipe: Recipe,
     activation: Activation | None = None,
-) -> Forward | None:
-    """What ``projection.forward`` gives for each layer, and what stands for their calls together; or None.
-
-    With an activation they are gate, up and down of a gated MLP.
-    """
-    together = calls.join(called, lambda: _others(x, len(called), activation is not None))
-    if together is None or not operators.is_direct(together):
-        return None
+) -> list[tuple[Tensor, Kept]]:
+    """What ``projection.forward`` gives for each layer; with an activation they are those of a gated MLP."""
     from . import layer_kernels  # Triton is imported only when it is used
 
     layers: list[Tensors] = []
-    members, remembers, sums = [], [], []
-    for (*adapter, bias, weight), call, need in zip(own, called, needs, strict=True):
-        options, each = call.options, Adapter(*adapter)  # type: ignore[union-attr] # all are joined
-        paths = need.norm_paths(each.members, options)
-        scales, remember = autograd.find_scales(x, weight, each, options, (weight,), paths)
+    remembers: list[Callable | None] = [None] * len(own)
+    may_find = reuse.may_find()
+    for number, (*adapter, bias, weight) in enumerate(own):
+        scales = None
+        if may_find:
+            of = weight, Adapter(*adapter), recipe.members[number].options, (weight,), recipe.paths[number]
+            scales, remembers[number] = autograd.find_scales(x, *of)
         layers.append((weight, *adapter, scales, bias))
-        members.append(Member(options, need))
-        remembers.append(remember)
-        sums.append(need.sums(each.members, paths)[0])
+    made = layer_kernels.forward(as_rows(x), layers, recipe.members, activation, recipe.together, recipe.is_wide)
     results = []
-    made = layer_kernels.forward(as_rows(x), layers, tuple(members), activation, together)
     for number, (y, product, u, scales) in enumerate(made):
-        layer, call = layers[number], called[number]
+        layer = layers[number]
         if scales is None:
             scales = layer[5]
         elif (remember := remembers[number]) is not None:
             remember(scales)
-        kept = (y if layer[6] is None else product) if sums[number] else None
-        results.append((y, Kept(call, scales, kept, u if needs[number].lora_B else None)))
-    return results, together
+        kept = (y if layer[6] is None else product) if recipe.sums[number] else None
+        lora_B = recipe.members[number].needs.lora_B
+        results.append((y, Kept(called[number], scales, kept, u if lora_B else None)))
+    return results
 
 
 def backward(
@@ -63,40 +106,42 @@ def backward(
     x: Tensor | None,
     origin: norms.NormOrigin | None,
     own: Sequence[Tensors],
-    parts: Sequence[Part],
     kept: Sequence[Kept],
-    needs: Sequence[Needs],
-    requested: Sequence[Sequence[bool]],
-    together: calls.Joined,
+    recipe: Recipe,
 ) -> tuple[Tensor | None, list[Tensor | None]] | None:
     """dx and what ``projection.backward`` gives for each layer that reads x, or None where they cannot be one stage.
 
     x or what it was made from is there if anything reads it.
     """
-    if not all(map(any, needs)) or not _are_plain(dys) or not operators.is_direct(together):
+    if not are_plain(dys) or not operators.is_direct(recipe.together):
         return None
     layers: list[Tensors] = []
-    for dy, (*adapter, _, weight), (call, scales, product, u), need in zip(dys, own, kept, needs, strict=True):
-        members, call = Adapter(*adapter).members, given(call)
-        if product is None and need.sums(members, need.norm_paths(members, call.options))[0]:
-            return None  # it was changed in place
-        if overwritten.is_overwritten(product, dy):
+    for number, (dy, (*adapter, _, weight), (_, scales, product, u)) in enumerate(zip(dys, own, kept, strict=True)):
+        if product is None:
+            if recipe.sums[number]:  # it was changed in place
+                return None
+        elif overwritten.is_overwritten(product, dy):
             return None
-        layers.append((weight, *adapter, scales, product if product is None else as_rows(product), u))
+        else:
+            product = as_rows(product)
+        if not any(recipe.members[number].needs):
+            return None
+        layers.append((weight, *adapter, scales, product, u))
     read, norm_weight, norm = read_by(x, origin)
     saved = (*dys[1:], read, norm_weight, *[t for layer in layers for t in (*layer[1:], layer[0])])
-    prepared = calls.prepare_backward(together, dys[0], saved)
+    prepared = calls.prepare_backward(recipe.together, dys[0], saved)
     from . import layer_kernels
 
-    members_ = tuple([Member(given(each.call).options, need) for each, need in zip(kept, needs, strict=True)])
     read, rows = None if read is None else as_rows(read), [as_rows(dy) for dy in dys]
-    dx, *rest = layer_kernels.backward(rows, read, norm_weight, norm, layers, members_, prepared)
+    dx, *rest = layer_kernels.backward(
+        rows, read, norm_weight, norm, layers, recipe.members, prepared, recipe.is_wide
+    )  # fmt: skip
     gradients: list[Tensor | None] = []
-    for number, (dy, tensors, part) in enumerate(zip(dys, own, parts, strict=True)):
+    for number, (dy, tensors) in enumerate(zip(dys, own, strict=True)):
         for gradient, t in zip(rest[4 * number : 4 * number + 4], tensors, strict=False):
             gradients.append(gradient if gradient is None or gradient.dtype == t.dtype else gradient.to(t.dtype))
-        gradients.append(projection.bias_gradient(dy, tensors[4]) if requested[number][4] else None)
-        gradients += [None] * (part.size - 5)
+        gradients.append(projection.bias_gradient(dy, tensors[4]) if recipe.biases[number] else None)
+        gradients += [None] * (recipe.sizes[number] - 5)
     return dx, gradients
 
 
@@ -121,5 +166,5 @@ def as_rows(t: Tensor) -> Tensor:
     return t if t.ndim == 2 or t.is_contiguous() else t.contiguous()
 
 
-def _are_plain(tensors: Sequence[Tensor]) -> bool:
+def are_plain(tensors: Sequence[Tensor]) -> bool:
     return all([type(t) is Tensor and not t.is_neg() for t in tensors])

@@ -26,14 +26,19 @@ _FORWARD, _BACKWARD = 7, 8  # tensors of a layer: weight, adapter, scales and bi
 
 
 def forward(
-    x: Tensor, layers: Sequence[Tensors], members: tuple[Member, ...], activation: Activation | None, prepared: object
+    x: Tensor,
+    layers: Sequence[Tensors],
+    members: tuple[Member, ...],
+    activation: Activation | None,
+    prepared: object,
+    is_wide: bool,
 ) -> list[Made]:
     """Of layers that read x [..., K]; with an activation of gate, up and down of a gated MLP, where down reads h.
 
     Each of ``layers`` is a weight, an adapter, the scales (None: made here) and the bias.
     """
     with operators.context("triton", x):
-        tensors, settings = [t for own in layers for t in own], _settings(x, layers, prepared)
+        tensors, settings = [t for own in layers for t in own], _settings(layers, prepared, is_wide)
         results = _forward(x, *tensors, members=members, activation=activation, **settings)
     return [Made(*results[start : start + 4]) for start in range(0, len(results), 4)]
 
@@ -46,6 +51,7 @@ def backward(
     layers: Sequence[Tensors],
     members: tuple[Member, ...],
     prepared: object,
+    is_wide: bool,
 ) -> tuple[Tensor | None, ...]:
     """dx [..., K], and the gradients of each layer's adapter in float32, for dy_i [..., N_i].
 
@@ -53,12 +59,12 @@ def backward(
     adapter, its scales, the product and u.
     """
     with operators.context("triton", dys[0]):
-        tensors, settings = [t for own in layers for t in own], _settings(dys[0], layers, prepared)
+        tensors, settings = [t for own in layers for t in own], _settings(layers, prepared, is_wide)
         return _backward(dys[0], x, norm_weight, *dys[1:], *tensors, members=members, norm=norm, **settings)
 
 
 @stage
-def _forward(x, *tensors, members, activation, precisions):
+def _forward(x, *tensors, members, activation, precision):
     shape, layers = x.shape[:-1], _split(tensors, _FORWARD)
     x = flat(x)
     results: list[Any] = []  # four of each layer
@@ -72,7 +78,7 @@ def _forward(x, *tensors, members, activation, precisions):
 
 
 @stage
-def _backward(dy, x, norm_weight, *tensors, members, norm, precisions):
+def _backward(dy, x, norm_weight, *tensors, members, norm, precision):
     others, shape, x = len(members) - 1, dy.shape[:-1], flat(x)
     dys, layers = (dy, *tensors[:others]), _split(tensors[others:], _BACKWARD)
     if norm is not None:
@@ -98,16 +104,16 @@ def _forward_of(x: Tensor, own: Tensors, member: Member) -> tuple[Tensor | None,
     )  # fmt: skip
 
 
-def _settings(x: Tensor, layers: Sequence[Tensors], prepared: object) -> dict[str, Any]:
+def _settings(layers: Sequence[Tensors], prepared: object, is_wide: bool) -> dict[str, Any]:
     """What a stage of several layers is known by besides: how float32 is multiplied, and which scales are given."""
-    given = tuple([own[5] is not None for own in layers])
-    prepared = None if prepared is None else (prepared, given)
-    return {"precisions": precisions(x, [own[0] for own in layers]), "prepared": prepared}
+    if prepared is not None:
+        prepared = prepared, tuple([own[5] is not None for own in layers])
+    return {"precision": float32_precision(is_wide), "prepared": prepared}
 
 
-def precisions(x: Tensor, weights: Sequence[Tensor | None]) -> tuple[str, ...]:
-    """How products of x and of each weight are multiplied, which launches depend on."""
-    return tuple([triton_backend._precision(t.dtype) for t in (x, *weights)])  # type: ignore[union-attr]
+def float32_precision(is_wide: bool) -> str | None:
+    """How float32 is multiplied, which launches depend on where there is any."""
+    return triton_backend._precision(torch.float32) if is_wide else None
 
 
 def _split(tensors: tuple, size: int) -> list[tuple]:

@@ -24,12 +24,12 @@ from ..kernels.gated import Side, gate_sums
 from ..kernels.low_rank import reduce
 from ..ops import operators, triton_backend
 from ..ops.autograd import flat
-from ..ops.calls import Joined, prepare_backward
+from ..ops.calls import prepare_backward
 from ..ops.triton_backend import Sums
 from ..replay.recording import beside_last_launch, empty
 from ..replay.stage import stage
-from .joined import as_rows, read_by
-from .layer_kernels import precisions
+from .joined import Recipe, as_rows, read_by
+from .layer_kernels import float32_precision
 from .norms import NormOrigin
 
 Parts = tuple[Tensor | None, Tensor | None]  # of a factor's gradient and of S or D, one for each split of the tokens
@@ -85,13 +85,13 @@ def backward(
     f: Tensor,
     layers: tuple[Layer, Layer, Layer],
     activation: Activation,
-    together: Joined | None,
+    recipe: Recipe | None,
 ) -> tuple[Tensor | None, list[Gradients]]:
     """dx [..., K], and the gradients of the adapters of gate, up and down, of dy [..., N], x [..., K], e, f [..., I].
 
     x, or what it was made from; it is made after e, f and dh were read, when memory is free again. Without dropout and
-    float16, for ranks up to ``config.gated_rank``; e and f are products without a bias. ``together`` stands for the
-    calls of the forward.
+    float16, for ranks up to ``config.gated_rank``; e and f are products without a bias. ``recipe`` is the forward's,
+    where it was one stage.
     """
     dy, e, f = as_rows(dy), e.contiguous(), f.contiguous()
     with operators.context("triton", dy):
@@ -107,17 +107,18 @@ def backward(
             product = layer.product if i == 2 else None
             tensors += (layer.weight, *given(layer.adapter), layer.flat_scales, product, layer.u)
         saved = [t for i in (0, 8, 16) for t in (*tensors[i + 1 : i + 8], tensors[i])]
+        together = None if recipe is None else recipe.together
         prepared = prepare_backward(together, dy, (x, norm_weight, e, f, *saved))
         dx, *rest = _joined(
             dy, None if x is None else as_rows(x), norm_weight, e, f, *tensors,
             members=tuple([(layer.options, layer.needs) for layer in layers]), activation=activation, norm=norm,
-            precisions=precisions(dy, tensors[::8]), prepared=prepared,
+            precision=float32_precision(recipe is None or recipe.is_wide), prepared=prepared,
         )  # fmt: skip
     return dx, [tuple(rest[i : i + 4]) for i in (0, 4, 8)]
 
 
 @stage
-def _joined(dy, x, norm_weight, e, f, *tensors, members, activation, norm, precisions):
+def _joined(dy, x, norm_weight, e, f, *tensors, members, activation, norm, precision):
     layers = []
     for i, (options, needs) in enumerate(members):
         weight, *adapter, flat_scales, product, u = tensors[8 * i : 8 * i + 8]

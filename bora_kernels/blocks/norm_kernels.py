@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..kernels import rms
@@ -19,21 +20,27 @@ def can_run(x: Tensor) -> bool:
 def rms_norm(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
     """y [..., K] of x [..., K]."""
     with operators.context("triton", x):
-        return _rms_norm(flat(x).contiguous(), weight.contiguous(), offset=offset, eps=eps)[0].view(x.shape)
+        return _rms_norm(_contiguous(x), _contiguous(weight), offset=offset, eps=eps)[0]
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
     """dx [..., K] of dy and x [..., K]."""
     with operators.context("triton", x):
-        tensors = flat(dy).contiguous(), flat(x).contiguous(), weight.contiguous()
-        return _rms_norm_backward(*tensors, offset=offset, eps=eps)[0].view(dy.shape)
+        tensors = _contiguous(dy), _contiguous(x), _contiguous(weight)
+        return _rms_norm_backward(*tensors, offset=offset, eps=eps)[0]
+
+
+def _contiguous(t: Tensor) -> Tensor:
+    return t if t.is_contiguous() else t.contiguous()
 
 
 @stage
 def _rms_norm(x, weight, *, offset, eps):
-    return (rms.rms_norm(x, weight, offset, eps),)
+    y = rms.rms_norm(flat(x), weight, offset, eps)
+    return (y if x.ndim == 2 else torch.ops.aten._unsafe_view(y, x.shape),)
 
 
 @stage
 def _rms_norm_backward(dy, x, weight, *, offset, eps):
-    return (rms.rms_norm_backward(dy, x, weight, offset, eps),)
+    dx = rms.rms_norm_backward(flat(dy), flat(x), weight, offset, eps)
+    return (dx if x.ndim == 2 else torch.ops.aten._unsafe_view(dx, x.shape),)

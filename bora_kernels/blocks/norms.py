@@ -32,18 +32,19 @@ class NormOrigin(NamedTuple):
 
     def output(self) -> Tensor:
         """The norm's output again, to the bit."""
-        return _output(*self)
+        return _output(*self, kernels_for(self.x, self.weight))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """y [..., K] in x's dtype, of a frozen weight [K]; keeps x for backward."""
-    if offset == 0.0 and x.is_cuda and kernels_for(x, weight) is None:  # PyTorch keeps x in float32 elsewhere
+    kernels = kernels_for(x, weight)
+    if offset == 0.0 and x.is_cuda and kernels is None:  # PyTorch keeps x in float32 elsewhere
         return F.rms_norm(x, weight.shape, weight, eps)
-    return _RMSNorm.apply(x, weight, offset, eps)
+    return _RMSNorm.apply(x, weight, offset, eps, kernels)
 
 
-def _output(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
-    if (kernels := kernels_for(x, weight)) is not None:
+def _output(x: Tensor, weight: Tensor, offset: float, eps: float, kernels: ModuleType | None) -> Tensor:
+    if kernels is not None:
         return kernels.rms_norm(x, weight, offset, eps)
     if offset == 0.0:
         return F.rms_norm(x, weight.shape, weight, eps)
@@ -54,21 +55,21 @@ def _output(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, offset: float, eps: float, kernels: ModuleType | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.offset, ctx.eps = offset, eps
-        return _output(x, weight, offset, eps)
+        return _output(x, weight, offset, eps, kernels)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, weight = ctx.saved_tensors
         if not torch.is_grad_enabled() and (kernels := kernels_for(x, weight, dy)) is not None:
-            return kernels.rms_norm_backward(dy, x, weight, ctx.offset, ctx.eps), None, None, None
+            return kernels.rms_norm_backward(dy, x, weight, ctx.offset, ctx.eps), None, None, None, None
         acc = accumulation_dtype(x.dtype)
         x, t = x.to(acc), dy.to(acc) * (ctx.offset + weight.to(acc))
         r = torch.rsqrt(x.square().mean(-1, keepdim=True) + ctx.eps)
         dx = r * (t - x * (r.square() * (t * x).mean(-1, keepdim=True)))
-        return dx.to(dy.dtype), None, None, None
+        return dx.to(dy.dtype), None, None, None, None
 
 
 def kernels_for(*tensors: Tensor) -> ModuleType | None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import quantized
-from ..contract import Adapter, Needs, Options, separate_product
+from ..contract import Adapter, Needs, Options, given, separate_product
 from ..ops import autograd, calls, transforms, validation
 
 # Of a projection: lora_A, lora_B, both magnitudes and bias, None for absent ones, and what the weight is stored as.
@@ -33,8 +33,10 @@ class Projection(NamedTuple):
         return (*(self.adapter or (None, None, None, None)), self.bias, *stored)
 
     def part(self) -> Part:
-        layout = self.weight.layout if isinstance(self.weight, quantized.Quantized) else None
-        return Part(len(self.tensors()), None if self.adapter is None else self.options, layout)
+        options = None if self.adapter is None else self.options
+        if isinstance(self.weight, quantized.Quantized):
+            return Part(_STORED + len(self.weight.tensors), options, self.weight.layout)
+        return Part(_STORED + 1, options, None)
 
 
 class Part(NamedTuple):
@@ -86,17 +88,35 @@ def autocast(x: Tensor) -> Tensor:
     return x if dtype is None else x.to(dtype)
 
 
-def prepare(part: Part, x: Tensor, tensors: Tensors) -> calls.Call | None:
-    """An adapted layer's call, checked, for x as ``autocast`` has it; raises as ``bora_linear`` does."""
-    if part.options is None:
-        return None
-    *adapter, bias = tensors[:_STORED]
-    stored = tensors[_STORED:]
-    weight = stored[0] if part.layout is None else quantized.Quantized(part.layout, stored)
-    call = calls.prepare(x, (weight, *adapter, bias), part.options)[1]
-    if call.prepared is not None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        call = call._replace(prepared=None)  # what hooks hand back may lie in memory otherwise
-    return call
+def needs(parts: Sequence[Part], requested: Sequence[bool], needs_dx: bool, is_mlp: bool = False) -> tuple[Needs, ...]:
+    """The gradients that each layer has to produce, of those that read x, or of gate, up and down of a gated MLP."""
+    wanted = split(parts, requested)
+    if not is_mlp:
+        return tuple([part.needs(needs_dx, of) for part, of in zip(parts, wanted, strict=True)])
+    above = needs_dx or any(wanted[0]) or any(wanted[1])  # whether a gradient of h is needed
+    of_x = (needs_dx, needs_dx, above)
+    return tuple([part.needs(x, of) for part, x, of in zip(parts, of_x, wanted, strict=True)])
+
+
+def prepare(parts: Sequence[Part], x: Tensor, own: Sequence[Tensors]) -> list[calls.Call | None]:
+    """Calls of layers that read x, checked, None for a frozen one; x is as ``autocast`` has it.
+
+    Raises as ``bora_linear`` does.
+    """
+    adapted = [number for number, part in enumerate(parts) if part.options is not None]
+    layers = []
+    for number in adapted:
+        (lora_A, lora_B, row, col, bias, *stored), layout = own[number], parts[number].layout
+        weight = stored[0] if layout is None else quantized.Quantized(layout, tuple(stored))
+        layers.append(((weight, lora_A, lora_B, row, col, bias), given(parts[number].options)))
+    found: list[calls.Call | None] = [None] * len(parts)
+    made = calls.prepare_all(x, layers)
+    prepared = any([call.prepared is not None for call in made])
+    if prepared and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        made = [call._replace(prepared=None) for call in made]  # what hooks hand back may lie in memory otherwise
+    for number, call in zip(adapted, made, strict=True):
+        found[number] = call
+    return found
 
 
 def forward(part: Part, call: calls.Call | None, x: Tensor, tensors: Tensors, needs: Needs) -> tuple[Tensor, Kept]:

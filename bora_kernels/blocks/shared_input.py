@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import autograd, calls, overwritten, transforms
+from ..ops import autograd, overwritten, transforms
 from . import joined, projection
 from .norms import NormOrigin
 from .projection import Kept, Part, Projection
@@ -29,7 +29,7 @@ def shared_input(x: Tensor, layers: Sequence[Projection], origin: NormOrigin | N
     x = projection.autocast(x)
     parts, tensors = tuple(layer.part() for layer in layers), [t for layer in layers for t in layer.tensors()]
     if not torch.is_grad_enabled():
-        return _forward(x, parts, tensors, [False] * len(tensors), False)[0]
+        return _forward(x, parts, tensors, (False,) * len(tensors), False)[0]
     return _SharedInput.apply(x, parts, *(origin or (None, None, None, None)), *tensors)
 
 
@@ -46,7 +46,7 @@ class _SharedInput(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         requested = ctx.needs_input_grad[_ARGUMENTS:]
-        outputs, kept, needs, together = _forward(x, parts, tensors, requested, ctx.needs_input_grad[0])
+        outputs, kept, needs, recipe = _forward(x, parts, tensors, requested, ctx.needs_input_grad[0])
         reads_x = any(any(of_part[1:]) for of_part in needs)
         ctx.save_for_backward(
             x if reads_x and origin_x is None else None,
@@ -54,7 +54,7 @@ class _SharedInput(torch.autograd.Function):
             *[t for part in kept for t in (part.scales, part.product, part.u)],
             *tensors,
         )
-        ctx.parts, ctx.offset, ctx.eps, ctx.together = parts, offset, eps, together
+        ctx.parts, ctx.offset, ctx.eps, ctx.recipe = parts, offset, eps, recipe
         ctx.calls, ctx.needs, ctx.requested = [part.call for part in kept], needs, requested
         ctx.saved_outputs = tuple(
             3 + 3 * i + 1 for i, (y, part) in enumerate(zip(outputs, kept, strict=True)) if part.product is y
@@ -76,20 +76,19 @@ _ARGUMENTS = 6  # before the layers' tensors
 
 
 def _forward(
-    x: Tensor, parts: Sequence[Part], tensors: Sequence[Tensor | None], requested: Sequence[bool], needs_dx: bool
-) -> tuple[tuple[Tensor, ...], list[Kept], list[Any], calls.Joined | None]:
-    """The outputs, what each layer leaves for backward, the gradients it has to produce; and what joined the layers."""
-    needs = [
-        part.needs(needs_dx, wanted) for part, wanted in zip(parts, projection.split(parts, requested), strict=True)
-    ]
+    x: Tensor, parts: tuple[Part, ...], tensors: Sequence[Tensor | None], requested: tuple[bool, ...], needs_dx: bool
+) -> tuple[tuple[Tensor, ...], list[Kept], tuple[Any, ...], joined.Recipe | None]:
+    """The outputs, what each layer leaves for backward, the gradients it has to produce; and how they are one stage."""
     own = projection.split(parts, tensors)
-    called = [projection.prepare(part, x, of) for part, of in zip(parts, own, strict=True)]
-    if (found := joined.forward(x, called, own, needs)) is not None:
-        made, together = found
+    called = projection.prepare(parts, x, own)
+    recipe = joined.recipe(x, called, own, parts, requested, needs_dx)
+    if recipe is not None:
+        made, needs = joined.forward(x, called, own, recipe), recipe.needs
     else:
-        together, layers = None, zip(parts, called, own, needs, strict=True)
+        needs = projection.needs(parts, requested, needs_dx)
+        layers = zip(parts, called, own, needs, strict=True)
         made = [projection.forward(part, call, x, of, need) for part, call, of, need in layers]
-    return tuple([y for y, _ in made]), [kept for _, kept in made], needs, together
+    return tuple([y for y, _ in made]), [kept for _, kept in made], needs, recipe
 
 
 def _backward(ctx, *dys: Tensor) -> tuple[Any, ...]:
@@ -97,13 +96,13 @@ def _backward(ctx, *dys: Tensor) -> tuple[Any, ...]:
     origin = None if origin_x is None else NormOrigin(origin_x, origin_weight, ctx.offset, ctx.eps)
     count = len(ctx.parts)
     kept = [Kept(call, *rest[3 * i : 3 * i + 3]) for i, call in enumerate(ctx.calls)]
-    own, wanted = projection.split(ctx.parts, rest[3 * count :]), projection.split(ctx.parts, ctx.requested)
-    if ctx.together is not None:
-        found = joined.backward(dys, x, origin, own, ctx.parts, kept, ctx.needs, wanted, ctx.together)
+    own = projection.split(ctx.parts, rest[3 * count :])
+    if ctx.recipe is not None:
+        found = joined.backward(dys, x, origin, own, kept, ctx.recipe)
         if found is not None:
             dx, gradients = found
             return dx, *[None] * (_ARGUMENTS - 1), *gradients
-    x = x if origin is None else origin.output()
+    x, wanted = x if origin is None else origin.output(), projection.split(ctx.parts, ctx.requested)
     dx, gradients = None, []
     with transforms.without_autocast(x.device if x is not None else dys[0].device):
         for i in range(count):

@@ -57,6 +57,11 @@ def forget() -> None:
         entries.clear()
 
 
+def may_find() -> bool:
+    """Whether anything is reused now, or kept for later."""
+    return bool(_scopes) or torch._C._current_graph_task_id() != -1 or _in_checkpoint()
+
+
 def find(
     lora_B: Tensor, state: Callable[[], tuple | None], products: bool
 ) -> tuple[Tensor | None, Callable[[Tensor], None] | None]:
@@ -64,7 +69,7 @@ def find(
 
     Either is None where there is none; both where nothing is reused.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not may_find():
         return None, None
     in_backward = torch._C._current_graph_task_id() != -1
     if _scopes:

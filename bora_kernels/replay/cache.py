@@ -18,6 +18,9 @@ class Entry:
     graph: Graph | None = None  # with ``nbytes`` of its own
     last_used = replays = 0
 
+    def __init__(self) -> None:
+        self.own: dict[tuple[int, ...], Graph] = {}  # graphs for single sets of addresses
+
     def replay(self, bases: list[int]) -> tuple | None:
         """The results of the stage on inputs at these addresses, or None where it runs as Python."""
         return None
@@ -28,9 +31,10 @@ class PlanCache:
 
     A recording takes some 20 KiB of host memory for each stage (forward, backward) and each kind of input, and once it
     is in use a CUDA graph, whose memory on the device does not come from PyTorch's allocator. Layers of one size share
-    them; every number of tokens has its own. Where all together would take more than ``max_bytes``, the graphs that
-    were not used for longest are destroyed (their stages are launched kernel by kernel then), and after the last graph
-    the recordings that were not used for longest (they are recorded again when they are needed).
+    them; every number of tokens has its own. Where tokens are few each of these layers gets a graph of its own, as long
+    as all together take no more than half of ``max_bytes``. Where all together would take more than ``max_bytes``, the
+    graphs that were not used for longest are destroyed (their stages are launched kernel by kernel then), and after the
+    last graph the recordings that were not used for longest (they are recorded again when they are needed).
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -81,19 +85,28 @@ class PlanCache:
             self._bytes += entry.nbytes
             self._trim()
 
-    def add_graph(self, entry: Entry, graph: Graph) -> None:
-        """Hand an entry its graph, which counts from here on."""
+    def has_room(self, nbytes: int) -> bool:
+        """Whether what can be done without may take so much: half of what there may be is left to what cannot."""
+        return self._bytes + nbytes <= self._max_bytes // 2
+
+    def add_graph(self, entry: Entry, graph: Graph, bases: tuple[int, ...] | None = None) -> None:
+        """Hand an entry its graph, or one for a set of addresses, which counts from here on."""
         with self._lock:
-            entry.graph = graph
+            if bases is None:
+                entry.graph = graph
+            else:
+                entry.own[bases] = graph
             self._count(entry, graph.nbytes)
             self._trim()
 
     def drop_graph(self, entry: Entry) -> None:
-        """Take an entry's graph away, if it has one; its next one is made after as many uses as the first."""
+        """Take an entry's graphs away, if it has any; its next one is made after as many uses as the first."""
         with self._lock:
             graph, entry.graph, entry.replays = entry.graph, None, 0
-            if graph is not None:
-                self._count(entry, -graph.nbytes)
+            freed = sum(own.nbytes for own in entry.own.values()) + (0 if graph is None else graph.nbytes)
+            entry.own = {}
+            if freed:
+                self._count(entry, -freed)
 
     def _count(self, entry: Entry, change: int) -> None:
         entry.nbytes += change
@@ -111,7 +124,7 @@ class PlanCache:
         enough = self._max_bytes - self._max_bytes // 8  # some room, so that not each new one has to look for it
         by_use = sorted(self._entries, key=attrgetter("last_used"))
         for entry in by_use:
-            if self._bytes > enough and entry.graph is not None:
+            if self._bytes > enough and (entry.graph is not None or entry.own):
                 self.drop_graph(entry)
         for entry in by_use:
             if self._bytes > enough:

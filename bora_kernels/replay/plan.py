@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import threading
 
@@ -19,6 +20,9 @@ from .switch import Unsupported, warn_once
 _LAUNCH_BYTES = 2048  # about what Python's objects for a launch take
 _ALIGNMENT = 256  # of scratch in the workspace
 _REPLAYS_BEFORE_GRAPH = 3  # a graph takes device memory, which a number of tokens met once does not deserve
+_LEAST_OWN_KERNELS = 4  # of a stage with graphs for single sets of addresses: a few parameters are soon set anew
+_MOST_OWN_BYTES = 128 << 20  # that it makes: a larger one keeps the device busy for longer than the host
+_MOST_OWN, _MOST_MET = 256, 1024  # such graphs of a plan, and sets of addresses that are counted
 
 
 class _Thread(threading.local):
@@ -32,6 +36,7 @@ class Plan(Entry):
     """A stage as a list of launches whose parameters lie in one block of host memory."""
 
     def __init__(self, results, returned, references, maps, launches, host, workspace_bytes, device_index) -> None:
+        super().__init__()
         self.results: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = results  # shape, strides, dtype
         self.returned: list[int | None] = returned  # which result stands at each place of the returned tuple
         self.references: list[Reference] = references  # the addresses at the head of ``host``: a base and an offset
@@ -49,6 +54,9 @@ class Plan(Entry):
         self.makes_graph = True  # until the driver refused one
         self.graph = None  # made when the plan has proved to be in use, outside of a capture
         self.graph_is_current = False  # whether the graph has taken what ``host`` holds
+        self.met: dict[int, int] = {}  # how often a set, by its hash, would have had a graph take addresses anew
+        made = sum(math.prod(shape) * dtype.itemsize for shape, _, dtype in results) + workspace_bytes
+        self.makes_own = len(launches) >= _LEAST_OWN_KERNELS and made <= _MOST_OWN_BYTES
         self.nbytes = Entry.nbytes + host.nbytes + _LAUNCH_BYTES * len(launches)
 
     @classmethod
@@ -110,21 +118,16 @@ class Plan(Entry):
             _thread.device = self.device_index
         with self.lock:
             self.last_used = next(ticks)
-            if bases != self.bases:
-                self.bases, self.graph_is_current = None, False  # should writing fail, ``host`` is of no use
-                self.write_addresses(self.host, 0, *[bases[base] + offset for base, offset in self.references])
-                for tensor_map in self.maps:
-                    base, offset = tensor_map.reference
-                    WORD.pack_into(self.host, tensor_map.offset, bases[base] + offset)
-                self.bases = bases
             self.replays += 1
             as_graph = self.makes_graph and self.replays >= _REPLAYS_BEFORE_GRAPH
             if not as_graph or torch.cuda.is_current_stream_capturing():
+                self._write(bases)
                 self._launch_kernels(stream)
             else:
                 try:
-                    self._launch_graph(stream)
+                    self._launch_graph(bases, stream)
                 except driver.DriverError as error:
+                    self._write(bases)
                     self._launch_kernels(stream)  # an error that is not the graph's comes again
                     self.makes_graph = False
                     plan_cache.drop_graph(self)
@@ -139,15 +142,43 @@ class Plan(Entry):
             elif status := launch_kernel(*geometry, stream, pointers, None):
                 driver.check(status, "cuLaunchKernel")
 
-    def _launch_graph(self, stream: int) -> None:
+    def _write(self, bases: list[int]) -> None:
+        """Write the parameters for tensors at these addresses."""
+        if bases == self.bases:
+            return
+        self.bases, self.graph_is_current = None, False  # should writing fail, ``host`` is of no use
+        self.write_addresses(self.host, 0, *[bases[base] + offset for base, offset in self.references])
+        for tensor_map in self.maps:
+            base, offset = tensor_map.reference
+            WORD.pack_into(self.host, tensor_map.offset, bases[base] + offset)
+        self.bases = bases
+
+    def _launch_graph(self, bases: list[int], stream: int) -> None:
+        if self.own and (own := self.own.get(tuple(bases))) is not None:
+            own.launch(stream)
+            return
+        self._write(bases)
         graph = self.graph  # the cache may take it away at any time
         if graph is None:
             graph = driver.Graph([launch[:3] for launch in self.launches])
             plan_cache.add_graph(self, graph)
         elif not self.graph_is_current:
+            if self.makes_own and self._recurs(bases):
+                own = driver.Graph([launch[:3] for launch in self.launches])
+                plan_cache.add_graph(self, own, tuple(bases))
+                own.launch(stream)
+                return
             graph.update()
         self.graph_is_current = True
         graph.launch(stream)
+
+    def _recurs(self, bases: list[int]) -> bool:
+        """Whether these addresses were met so often that they deserve a graph, and there is room for one."""
+        if len(self.met) >= _MOST_MET:
+            self.met.clear()
+        key = hash(tuple(bases))
+        self.met[key] = times = self.met.get(key, 0) + 1
+        return times >= _REPLAYS_BEFORE_GRAPH and len(self.own) < _MOST_OWN and plan_cache.has_room(driver.Graph.nbytes)
 
 
 def _order(launches: list[Launch]) -> list[tuple[list[int], tuple[int, int]]]:
