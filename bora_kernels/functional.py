@@ -12,6 +12,7 @@ from . import quantized
 from .contract import Adapter, Backend, NormOrder, Options, accumulation_dtype
 from .ops import autograd, transforms, validation
 from .ops.axis_scales import axis_scales
+from .ops.convolution import adapted_convolution
 
 
 def bora_linear(
@@ -103,7 +104,7 @@ def bora_embedding(
     """
     with transforms.without_autocast(ids.device):
         adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
-        row_scale, col_scale = axis_scales(weight.T, adapter, Options(scaling, norm_order, detach_norm, eps=eps))
+        row_scale, col_scale, _ = axis_scales(weight.T, adapter, Options(scaling, norm_order, detach_norm, eps=eps))
         acc = accumulation_dtype(weight.dtype)
         low_rank = F.embedding(ids, lora_A.T, padding_idx=padding_idx).to(acc) @ lora_B.T.to(acc)
         y = F.embedding(ids, weight).to(acc) + scaling * low_rank
@@ -139,29 +140,12 @@ def bora_conv(
     magnitude_row [N] or None, magnitude_col [K] or None, bias [N] or None -> y [M, N, *space] in x's dtype.
     convolve(x, weight) is the layer's convolution without its bias; it has one group.
     In half precision x⊙(g − 1) is convolved beside x, because rounding x⊙g would lose every g within half an ulp of 1.
+    Where the update cancels channels of the weight the two are one convolution with V: ``ops.convolution``.
     """
     x = x.to(validation.autocast_dtype(x) or x.dtype)
+    if not training and 0.0 <= dropout_p < 1.0:  # any other is refused
+        dropout_p = 0.0
     with transforms.without_autocast(x.device):
-        adapter, taps = Adapter(lora_A.flatten(1), lora_B, magnitude_row, magnitude_col), weight.shape[2:].numel()
+        adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
         options = Options(scaling, norm_order, detach_norm, dropout_p, eps)
-        row_scale, col_scale = axis_scales(weight.flatten(1), adapter, options, taps=taps)
-        acc = accumulation_dtype(x.dtype)
-        per_channel = (-1, *(1,) * (weight.ndim - 2))
-        g = None if col_scale is None else col_scale.to(acc).view(per_channel)
-        base = weight.to(x.dtype)
-        if g is None:
-            product = convolve(x, base).to(acc)
-        elif x.dtype == acc:
-            product = convolve(x * g, base)
-        else:
-            product = convolve(x, base).to(acc) + convolve((x * (g - 1)).to(x.dtype), base).to(acc)
-        dropped = F.dropout(x.to(acc), dropout_p, training)
-        u = convolve(dropped if g is None else dropped * g, lora_A.to(acc))
-        channels = 1 - weight.ndim  # from the end, since x may lack the batch axis
-        low_rank = torch.movedim(torch.movedim(u, channels, -1) @ lora_B.T.to(acc), -1, channels)
-        y = product + scaling * low_rank
-        if row_scale is not None:
-            y = y * row_scale.to(acc).view(per_channel)
-        if bias is not None:
-            y = y + bias.to(acc).view(per_channel)
-        return y.to(x.dtype)
+        return adapted_convolution(x, weight, adapter, bias, convolve, options)

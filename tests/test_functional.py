@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.accuracy import assert_accurate
-from helpers.cases import HALVES, MEMBERS, NAMES, conventions, orders
+from helpers.cases import HALVES, MEMBERS, NAMES, SCALING, conventions, orders
+from helpers.convolutions import dense_conv_weight, double, run
 from torch import nn
 
 from bora_kernels.contract import Adapter, Options
@@ -12,7 +13,6 @@ from bora_kernels.functional import bora_conv, bora_embedding
 from bora_kernels.ops import adapted_weight
 from bora_kernels.reference import bora_weight_ref
 
-SCALING = 0.5
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=NAMES.get)
 members = pytest.mark.parametrize("member", ["bora", "dora", "columns"])
 convs = pytest.mark.parametrize(
@@ -25,18 +25,6 @@ convs = pytest.mark.parametrize(
         pytest.param(lambda: nn.Conv3d(6, 10, (1, 2, 3), padding="same"), id="3d-same"),
     ],
 )
-
-
-def dense_conv_weight(weight, A, B, row, col, *, norm_order="row_col", detach_norm=False):
-    """W' of a convolution written out: a row is an output channel, a column an input channel with its taps."""
-    W = weight + SCALING * torch.einsum("nr,rk...->nk...", B, A)
-    for axis in norm_order.split("_"):
-        magnitude, kept = (row, 0) if axis == "row" else (col, 1)
-        if magnitude is not None:
-            shape = [-1 if d == kept else 1 for d in range(W.ndim)]
-            norm = W.square().sum([d for d in range(W.ndim) if d != kept], keepdim=True).sqrt()
-            W = W / (norm.detach() if detach_norm else norm) * magnitude.view(shape)
-    return W
 
 
 def norms(weight, A, B):
@@ -60,19 +48,6 @@ def trained_factors(weight, rank=3, member="bora"):
     row, col = (norm * (1 + 0.1 * torch.randn_like(norm)) for norm in norms(weight, A, B))
     absent = MEMBERS[member]
     return A, B, None if "magnitude_row" in absent else row, None if "magnitude_col" in absent else col
-
-
-def run(layer, *leaves, dy=None):
-    """The output and the gradients with respect to those of the leaves that there are."""
-    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in leaves]
-    y = layer(*leaves)
-    there = [t for t in leaves if t is not None]
-    gradients = torch.autograd.grad(y, there, dy.to(y.dtype))
-    return {"y": y.detach()} | {f"d_{i}": gradient for i, gradient in enumerate(gradients)}
-
-
-def double(*tensors):
-    return [None if t is None else t.double() for t in tensors]
 
 
 # ---- embedding ----

@@ -280,6 +280,11 @@ def gemm_of_v_config() -> dict:
     return {**block, "num_warps": 8, "num_stages": 1}  # rare: few registers
 
 
+def weight_or_v_config() -> dict:
+    """Tiles of a copy; the product with its ranks is rare."""
+    return {"BLOCK_SIZE_N": 16, "BLOCK_SIZE_C": 128, "BLOCK_SIZE_R": 16, "num_warps": 4, "num_stages": 1}
+
+
 def split_config(R: int) -> dict:
     block_r = min(64, 1 << (R - 1).bit_length())
     return {"BLOCK_SIZE": max(8, 256 // block_r), "BLOCK_SIZE_R": block_r, "num_warps": 4}

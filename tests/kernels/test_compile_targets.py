@@ -40,6 +40,7 @@ from bora_kernels.kernels import (
     norms,
     rms,
     tail,
+    weight_or_v,
 )
 from bora_kernels.ops import triton_backend
 
@@ -123,6 +124,7 @@ def launches(monkeypatch):
         norms,
         rms,
         tail,
+        weight_or_v,
     ):
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
@@ -184,6 +186,16 @@ def run_gate(case: Case) -> None:
     for activation in ("silu", "gelu", "gelu_tanh"):
         gated.gate_sums(e, f, dh, tuple(whole), activation, precision=triton_backend._precision(case.dtype))
     gated.gate_sums(e, f, dh, (whole[0], frozen, frozen), "silu", precision="ieee")
+
+
+def run_weight_or_v(weight_dtype: torch.dtype, dtype: torch.dtype, R: int, K: int) -> None:
+    """The weight of a convolution, in both memory formats."""
+    weight, A, B = torch.empty(640, K, 9, dtype=weight_dtype), torch.empty(R, K, 9), torch.empty(640, R)
+    powers = (torch.empty(640), torch.empty(K)) if dtype == torch.float16 else (None, None)
+    for last in (False, True):
+        if last:
+            weight, A = weight.view(640, 9, K), A.view(R, 9, K)
+        weight_or_v.weight_or_v(weight, A, B, torch.empty(4), *powers, scaling=2.0, channels_last=last, dtype=dtype)
 
 
 def run_norm(dtype: torch.dtype, K: int) -> None:
@@ -259,6 +271,9 @@ def test_every_launch_compiles_within_the_targets_limits(arch, launches, monkeyp
             run_mixed_batch(dtype, M, 9, N=4093, K=4095)
     for dtype, K in ((torch.bfloat16, 128), (torch.bfloat16, 4096), (torch.bfloat16, 16383), (torch.float32, 16384)):
         run_norm(dtype, K)
+    for dtype, R, K in ((torch.bfloat16, 16, 320), (torch.float16, 64, 4), (torch.float32, 16, 1280)):
+        run_weight_or_v(dtype, dtype, R, K)
+        run_weight_or_v(torch.float32, dtype, R, K)
     for dtype, block in ((torch.bfloat16, 64), (torch.float16, 128), (torch.float32, 4096)):
         for nested in (False, True):
             run_dequantization(dtype, block, nested)

@@ -57,6 +57,7 @@ def exercise(at):
                 allocate = guarding_allocator(getattr(owner, name), at)
                 patches.enter_context(mock.patch.object(owner, name, allocate))
             results["nf4", guarding] = {"dense": dense_nf4(at if guarding else None)}
+            results["weight of a convolution", guarding] = {"weight": weight_or_v(at if guarding else None)}
             results["gate", guarding] = gate_of_mlp(at if guarding else None)
             results["norm", guarding] = norm_of_rows(at if guarding else None)
             for M in (5, 131):
@@ -94,6 +95,19 @@ def dense_nf4(at):
     if at is not None:
         parts = tuple(guarded(part, at) for part in parts)
     return dequantize_nf4(parts, (N, K), (block, nested_block), torch.float32)
+
+
+def weight_or_v(at):
+    """V of a convolution, whose sizes are no multiples of a tile's."""
+    from bora_kernels.kernels.weight_or_v import weight_or_v
+
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(shape, generator=generator) for shape in ((19, 31, 9), (5, 31, 9), (19, 5), (4,), (19,), (31,))
+    ]
+    if at is not None:
+        tensors = [guarded(t, at) for t in tensors]
+    return weight_or_v(*tensors, scaling=0.5, channels_last=False, dtype=torch.float32)[0]
 
 
 def mixed_batch(M, at, K=517, adapters=3, factors=torch.float32):
