@@ -51,7 +51,9 @@ def pytest_xdist_auto_num_workers() -> int | None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--every-variant", action="store_true", help="compile every variant of a kernel for every GPU, not half of them"
+        "--every-variant",
+        action="store_true",
+        help="compile every variant of a kernel for every GPU, not for sm_90 alone",
     )
 
 
