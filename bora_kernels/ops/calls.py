@@ -103,7 +103,10 @@ def prepare_all(x: Tensor, layers: Sequence[tuple[Arguments, Options]]) -> list[
     autocast, layout = validation.autocast_dtype(x), _layout(x) if plain else ()
     for tensors, options in layers:
         kind = _kind(tensors, autocast) if plain else None
-        known = None if kind is None else _prepared.get((kind, options, *layout))
+        try:
+            known = None if kind is None else _prepared.get((kind, options, *layout))
+        except TypeError:  # as in ``prepare``
+            known = None
         found.append(prepare(x, tensors, options)[1] if known is None else known.call)
     return found
 

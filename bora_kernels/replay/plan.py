@@ -163,14 +163,22 @@ class Plan(Entry):
             graph = driver.Graph([launch[:3] for launch in self.launches])
             plan_cache.add_graph(self, graph)
         elif not self.graph_is_current:
-            if self.makes_own and self._recurs(bases):
-                own = driver.Graph([launch[:3] for launch in self.launches])
-                plan_cache.add_graph(self, own, tuple(bases))
+            if self.makes_own and self._recurs(bases) and (own := self._own_graph(bases)) is not None:
                 own.launch(stream)
                 return
             graph.update()
         self.graph_is_current = True
         graph.launch(stream)
+
+    def _own_graph(self, bases: list[int]) -> driver.Graph | None:
+        """A graph for these addresses, for which ``host`` was written; None where the device has no memory for it."""
+        try:
+            graph = driver.Graph([launch[:3] for launch in self.launches])
+        except driver.DriverError:
+            self.makes_own = False
+            return None
+        plan_cache.add_graph(self, graph, tuple(bases))
+        return graph
 
     def _recurs(self, bases: list[int]) -> bool:
         """Whether these addresses were met so often that they deserve a graph, and there is room for one."""
