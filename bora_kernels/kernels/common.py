@@ -70,6 +70,13 @@ def load_matrix(ptr, offs_i, offs_j, size_i, size_j, stride_i, stride_j):
 
 
 @triton.jit
+def store_matrix(ptr, values, offs_i, offs_j, size_i, size_j, stride_i, stride_j):
+    """The reverse."""
+    ptrs = ptr + offs_i.to(tl.int64)[:, None] * stride_i + offs_j.to(tl.int64)[None, :] * stride_j
+    tl.store(ptrs, values, mask=(offs_i < size_i)[:, None] & (offs_j < size_j)[None, :])
+
+
+@triton.jit
 def sum_parts(ptr, stride, parts, offs_i, offs_r, size, R: tl.constexpr):
     """Σ of parts [size, R], contiguous and ``stride`` apart, in their order; several are on their way at a time."""
     elements: tl.constexpr = offs_i.shape[0] * offs_r.shape[0]

@@ -91,6 +91,10 @@ def finish_config(arch: int | str, R: int, dtype: torch.dtype) -> dict:
     return {"BLOCK_SIZE_I": 32, "BLOCK_SIZE_R": block_r, "num_warps": 4 if few else 8}
 
 
+def gram_config() -> dict:
+    return {"BLOCK_SIZE": 512, "num_warps": 4}
+
+
 def project_tile(arch: int | str, R: int, dtype: torch.dtype, aligned: bool, dropout: bool) -> dict:
     block_r = rank_block(R, dtype)
     if not is_half(dtype):

@@ -91,7 +91,7 @@ def _moments_kernel(
 
 @triton.jit
 def load_products(
-    products_ptr, p_ptr, offs_i, offs_r, splits, I, stride_pi, stride_pr, scaling,
+    products_ptr, p_ptr, offs_i, offs_r, splits, gram_parts, I, stride_pi, stride_pr, scaling,
     R: tl.constexpr, BLOCK_SIZE_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """X and products, equation (a), for a block of rows and of ranks."""
@@ -100,7 +100,7 @@ def load_products(
     for r in range(0, R, BLOCK_SIZE_R):
         offs_q = r + tl.arange(0, BLOCK_SIZE_R)
         p = load_matrix(p_ptr, offs_i, offs_q, I, R, stride_pi, stride_pr).to(tl.float32)
-        g = sum_parts(products_ptr + I * R, (I + R) * R, splits, offs_q, offs_r, R, R)
+        g = sum_parts(products_ptr + I * R, (I + R) * R, gram_parts, offs_q, offs_r, R, R)
         p_g = tl.dot(p, g, p_g, input_precision=PRECISION)
     return x, x + scaling * p_g
 

@@ -21,8 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..replay.recording import empty, launch
-from .common import any_set, live_magnitude, load_matrix, load_vector
+from .common import any_set, live_magnitude, load_matrix, load_vector, store_matrix
 from .config import cdiv, finish_config, target
+from .gram import add_gram
 from .moments import load_products, load_squares, moments, sums_of_v
 
 
@@ -41,7 +42,7 @@ def _finish_norm_kernel(
     kept_ptr,  # [I, R]: products
     word_ptr,  # [FLAGS]: not 0 where lines of the axes before were cancelled
     cancelled_ptr,  # []: set to 1 where one of these lines is
-    splits, I, J,
+    splits, gram_parts, I, J,
     stride_wi, stride_wj, stride_pi, stride_pr, stride_zj, stride_zr,
     scaling, eps,
     R: tl.constexpr,
@@ -58,13 +59,13 @@ def _finish_norm_kernel(
     for r in range(0, R, BLOCK_SIZE_R):
         offs_r = r + tl.arange(0, BLOCK_SIZE_R)
         x, products = load_products(
-            products_ptr, p_ptr, offs_i, offs_r, splits, I, stride_pi, stride_pr, scaling, R, BLOCK_SIZE_R, PRECISION
-        )
+            products_ptr, p_ptr, offs_i, offs_r, splits, gram_parts, I, stride_pi, stride_pr, scaling,
+            R, BLOCK_SIZE_R, PRECISION,
+        )  # fmt: skip
         p = load_matrix(p_ptr, offs_i, offs_r, I, R, stride_pi, stride_pr).to(tl.float32)
         squares += scaling * tl.sum(p * (x + products), axis=1)  # (b)
         if HAS_KEPT:
-            ptrs = kept_ptr + offs_i.to(tl.int64)[:, None] * R + offs_r[None, :]
-            tl.store(ptrs, products, mask=mask_i[:, None] & (offs_r < R)[None, :])
+            store_matrix(kept_ptr, products, offs_i, offs_r, I, R, R, 1)
     if SIGNED:  # the sum may cancel where no line does
         cancelled = mask_i & (offs_i < 0)
     else:
@@ -108,7 +109,7 @@ def _finish_path_kernel(
     kept_ptr,  # [I, R]: V·Q, or Vᵀ·(first_scale²⊙P)
     d_magnitude_ptr,  # [I], added to
     d_factor_ptr,  # [I, R], added to
-    splits, I, J,
+    splits, gram_parts, I, J,
     stride_wi, stride_wj, stride_pi, stride_pr, stride_zj, stride_zr, stride_di, stride_dr,
     scaling, eps, stand_in,
     R: tl.constexpr,
@@ -133,46 +134,47 @@ def _finish_path_kernel(
             for r in range(0, R, BLOCK_SIZE_R):
                 offs_r = r + tl.arange(0, BLOCK_SIZE_R)
                 x, products = load_products(
-                    products_ptr, p_ptr, offs_i, offs_r, splits, I, stride_pi, stride_pr, scaling,
+                    products_ptr, p_ptr, offs_i, offs_r, splits, gram_parts, I, stride_pi, stride_pr, scaling,
                     R, BLOCK_SIZE_R, PRECISION,
                 )  # fmt: skip
                 p = load_matrix(p_ptr, offs_i, offs_r, I, R, stride_pi, stride_pr).to(tl.float32)
                 squares += scaling * tl.sum(p * (x + products), axis=1)  # (b): w of (8)
+                if HAS_FACTOR and R > BLOCK_SIZE_R:
+                    tl.debug_barrier()  # other threads have read X of the first split, which only this program reads
+                    store_matrix(products_ptr, products, offs_i, offs_r, I, R, R, 1)
         if from_v:  # here, so that nobody waits for the word
             tl.debug_barrier()  # other threads have read X
-            squares = sums_of_v(  # products lie over X of the first split, which only this program reads
+            squares = sums_of_v(  # products lie over X
                 mask_i, products_ptr, w_ptr, p_ptr, z_ptr, c_ptr, offs_i, I, J,
                 stride_wi, stride_wj, stride_pi, stride_pr, stride_zj, stride_zr,
                 scaling, R, 16, True, HAS_FACTOR,
             )  # fmt: skip
-            tl.debug_barrier()  # other threads read them
+        tl.debug_barrier()  # other threads read them
     if FIRST and HAS_PRODUCTS:
         weight_of_products = scale * scale
         path = weight_of_products * squares
         coefficient -= tl.where(norm > eps, path / (norm * norm), 0.0)  # (9): λ
         tl.store(coefficient_ptr + offs_i, coefficient, mask=mask_i)
         tl.store(d_magnitude_ptr + offs_i, d_magnitude + path / live, mask=mask_i)  # (9)
-    if HAS_FACTOR:
+    if HAS_FACTOR:  # (10), (11)
         for r in range(0, R, BLOCK_SIZE_R):
             offs_r = r + tl.arange(0, BLOCK_SIZE_R)
-            ptrs = d_factor_ptr + offs_i.to(tl.int64)[:, None] * stride_di + offs_r.to(tl.int64)[None, :] * stride_dr
-            mask = mask_i[:, None] & (offs_r < R)[None, :]
-            d_factor = tl.load(ptrs, mask=mask, other=0.0)
             update = tl.zeros((BLOCK_SIZE_I, BLOCK_SIZE_R), dtype=tl.float32)
             if HAS_KEPT:
                 kept = load_matrix(kept_ptr, offs_i, offs_r, I, R, R, 1)
             if HAS_PRODUCTS:
-                if from_v:
+                if from_v | (FIRST and R > BLOCK_SIZE_R):
                     products = load_matrix(products_ptr, offs_i, offs_r, I, R, R, 1)
-                elif not FIRST or R > BLOCK_SIZE_R:  # else they are at hand
+                elif not FIRST:  # else they are at hand
                     _, products = load_products(
-                        products_ptr, p_ptr, offs_i, offs_r, splits, I, stride_pi, stride_pr, scaling,
+                        products_ptr, p_ptr, offs_i, offs_r, splits, gram_parts, I, stride_pi, stride_pr, scaling,
                         R, BLOCK_SIZE_R, PRECISION,
                     )  # fmt: skip
                 update += weight_of_products[:, None] * products
+            d_factor = load_matrix(d_factor_ptr, offs_i, offs_r, I, R, stride_di, stride_dr)
             if HAS_KEPT:
                 update += coefficient[:, None] * kept
-            tl.store(ptrs, d_factor + scaling * update, mask=mask)  # (10), (11)
+            store_matrix(d_factor_ptr, d_factor + scaling * update, offs_i, offs_r, I, R, stride_di, stride_dr)
 
 
 def norm_and_scale(
@@ -240,7 +242,7 @@ def _finish_norm(
         _finish_norm_kernel,
         (cdiv(I, config["BLOCK_SIZE_I"]),),
         (products, squares, W, P, Z, coefficient, magnitude, norm, scale, result, kept, word, cancelled),
-        splits=len(products), I=I, J=W.shape[1],
+        splits=len(products), gram_parts=add_gram(products, I), I=I, J=W.shape[1],
         stride_wi=W.stride(0), stride_wj=W.stride(1), stride_pi=P.stride(0), stride_pr=P.stride(1),
         stride_zj=Z.stride(0), stride_zr=Z.stride(1),
         scaling=scaling, eps=eps,
@@ -288,7 +290,7 @@ def add_norm_path(
             products, squares, W, P, other.P, other.coefficient, word, norm, scale, magnitude, coefficient, kept,
             d_magnitude, d_factor,
         ),
-        splits=0 if products is None else len(products), I=I, J=W.shape[1],
+        splits=0 if products is None else len(products), gram_parts=add_gram(products, I), I=I, J=W.shape[1],
         stride_wi=W.stride(0), stride_wj=W.stride(1), stride_pi=P.stride(0), stride_pr=P.stride(1),
         stride_zj=other.P.stride(0), stride_zr=other.P.stride(1), stride_di=strides[0], stride_dr=strides[1],
         scaling=scaling, eps=eps, stand_in=stand_in,

@@ -22,6 +22,7 @@ CASES = [
     (Case(33, 52, 36, 3, order="col_row", dtype=torch.float16), {}),  # rows of 8 bytes: too narrow for 16
     (Case(70, 40, 88, 3), {"detach_norm": True}),  # rows of 16 bytes: tensor descriptors
     (Case(1, 37, 53, 1, member="dora", bias=False), {}),
+    (Case(3, 37, 300, 70), {}),  # ranks whose Gram matrix is added first
     (Case(17, 140, 20, 3, member="lora", dtype=BF16), {"dropout_p": 0.25, "training": True}),
 ]
 
