@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args, overload
 
 import torch
 from torch import Tensor
@@ -194,6 +194,22 @@ class Needs(NamedTuple):
     def sums(self, members: Members, paths: bool) -> tuple[bool, bool]:
         """Whether S (rows) and D (columns), the sums behind the magnitudes' gradients and norm paths, are needed."""
         return members.row and (self.magnitude_row or paths), members.col and (self.magnitude_col or paths)
+
+
+@overload
+def flat(t: Tensor) -> Tensor: ...
+@overload
+def flat(t: None) -> None: ...
+@overload
+def flat(t: Tensor | None) -> Tensor | None: ...
+def flat(t: Tensor | None) -> Tensor | None:
+    """[..., C] -> [M, C]"""
+    return t if t is None or t.ndim == 2 else t.reshape(-1, t.shape[-1])
+
+
+def unflat(rows: Tensor, lead: Sequence[int]) -> Tensor:
+    """[M, C] -> [*lead, C], not as a view, so that an output may be changed in place."""
+    return rows if len(lead) == 1 else torch.ops.aten._unsafe_view(rows, [*lead, rows.shape[1]])
 
 
 def given(value: T | None) -> T:

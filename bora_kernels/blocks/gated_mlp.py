@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..contract import Activation, Adapter, Needs, given
+from ..contract import Activation, Adapter, Needs, flat, given
 from ..ops import autograd, calls, operators, transforms
 from . import joined, projection
 from .norms import NormOrigin
@@ -207,7 +207,7 @@ def _layers(ctx, kept: Sequence[Kept], tensors: Sequence[Tensor | None], e: Tens
             layers.append(kernels.Layer(weight, needs=needs))
         else:
             adapter = operators.readable(Adapter(*members))
-            layers.append(kernels.Layer(weight, adapter, scales, autograd.flat(product), u, call.options, needs))
+            layers.append(kernels.Layer(weight, adapter, scales, flat(product), u, call.options, needs))
     return tuple(layers) if kernels.can_run(e, tuple(layers)) else None
 
 

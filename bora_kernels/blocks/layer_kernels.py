@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import Activation, Adapter
+from ..contract import Activation, Adapter, flat
 from ..kernels import gated, rms
 from ..kernels.add import add
 from ..ops import operators, triton_backend
-from ..ops.autograd import flat
 from ..replay.stage import stage
 from .projection import Made, Member, Norm, Tensors
 
@@ -65,33 +64,29 @@ def backward(
 
 @stage
 def _forward(x, *tensors, members, activation, precision):
-    shape, layers = x.shape[:-1], _split(tensors, _FORWARD)
-    x = flat(x)
     results: list[Any] = []  # four of each layer
-    for number, (own, member) in enumerate(zip(layers, members, strict=True)):
+    for number, (own, member) in enumerate(zip(_split(tensors, _FORWARD), members, strict=True)):
         if activation is not None and number == 2:
             x = gated.gate(results[0], results[4], activation)
         results += _forward_of(x, own, member)
-    for start in range(0, len(results), 4):  # no views, so that outputs may be changed in place
-        results[start] = torch.ops.aten._unsafe_view(results[start], [*shape, results[start].shape[1]])
     return tuple(results)
 
 
 @stage
 def _backward(dy, x, norm_weight, *tensors, members, norm, precision):
-    others, shape, x = len(members) - 1, dy.shape[:-1], flat(x)
+    others = len(members) - 1
     dys, layers = (dy, *tensors[:others]), _split(tensors[others:], _BACKWARD)
     if norm is not None:
-        x = rms.rms_norm(x, norm_weight, *norm)
+        x = rms.rms_norm(flat(x), norm_weight, *norm)
     dx, gradients = None, []
     for dy, own, (options, needs) in zip(dys, layers, members, strict=True):
         weight, *adapter, flat_scales, product, u = own
         own_dx, *rest = triton_backend.backward(
-            flat(dy), x, weight, Adapter(*adapter), flat_scales, flat(product), u, None, options, needs
+            dy, x, weight, Adapter(*adapter), flat_scales, product, u, None, options, needs
         )
         dx = own_dx if dx is None else dx if own_dx is None else add(dx, own_dx)
         gradients += rest
-    return None if dx is None else torch.ops.aten._unsafe_view(dx, [*shape, dx.shape[1]]), *gradients
+    return dx, *gradients
 
 
 def _forward_of(x: Tensor, own: Tensors, member: Member) -> tuple[Tensor | None, ...]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..contract import Activation, Adapter, Needs, Options, given, split_scales, zero_stand_in
+from ..contract import Activation, Adapter, Needs, Options, flat, given, split_scales, unflat, zero_stand_in
 from ..kernels import rms
 from ..kernels.add import add
 from ..kernels.combine import combine
@@ -23,7 +23,6 @@ from ..kernels.config import gated_rank
 from ..kernels.gated import Side, gate_sums
 from ..kernels.low_rank import reduce
 from ..ops import operators, triton_backend
-from ..ops.autograd import flat
 from ..ops.calls import prepare_backward
 from ..ops.triton_backend import Sums
 from ..replay.recording import beside_last_launch, empty
@@ -123,14 +122,12 @@ def _joined(dy, x, norm_weight, e, f, *tensors, members, activation, norm, preci
     for i, (options, needs) in enumerate(members):
         weight, *adapter, flat_scales, product, u = tensors[8 * i : 8 * i + 8]
         layers.append(Layer(weight, Adapter(*adapter), flat_scales, flat(product), u, options, needs))
-    shape = dy.shape[:-1]
 
     def make_x() -> Tensor | None:
         return flat(x) if norm is None else rms.rms_norm(flat(x), norm_weight, *norm)
 
     dx, gradients = _backward(flat(dy), make_x, flat(e), flat(f), layers, activation, add)
-    dx = dx if dx is None else torch.ops.aten._unsafe_view(dx, [*shape, dx.shape[1]])
-    return dx, *[gradient for own in gradients for gradient in own]
+    return None if dx is None else unflat(dx, dy.shape[:-1]), *[gradient for own in gradients for gradient in own]
 
 
 def _backward(dy, make_x, e, f, layers, activation, add):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from ..contract import flat, unflat
 from ..kernels import rms
 from ..kernels.config import RMS_NORM_COLUMNS
 from ..ops import operators
-from ..ops.autograd import flat
 from ..replay.stage import stage
 
 
@@ -37,10 +36,10 @@ def _contiguous(t: Tensor) -> Tensor:
 @stage
 def _rms_norm(x, weight, *, offset, eps):
     y = rms.rms_norm(flat(x), weight, offset, eps)
-    return (y if x.ndim == 2 else torch.ops.aten._unsafe_view(y, x.shape),)
+    return (unflat(y, x.shape[:-1]),)
 
 
 @stage
 def _rms_norm_backward(dy, x, weight, *, offset, eps):
     dx = rms.rms_norm_backward(flat(dy), flat(x), weight, offset, eps)
-    return (dx if x.ndim == 2 else torch.ops.aten._unsafe_view(dx, x.shape),)
+    return (unflat(dx, x.shape[:-1]),)

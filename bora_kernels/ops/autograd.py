@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import quantized, reference
-from ..contract import Adapter, Needs, Options, given, separate_product
+from ..contract import Adapter, Needs, Options, flat, given, separate_product, unflat
 from . import balance, calls, operators, overwritten, reuse, transforms
 
 
@@ -84,28 +84,31 @@ def layer_backward(
     """
     x, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, product, u, dropout, *stored = saved
     options, layout, prepared = call
-    flat_dy, weight = flat(dy), stored[0]
+    weight = stored[0]
+    shape = dy.shape
+    # a stage takes rows as they lie in memory, without a view
+    if prepared is None or not prepared.joins or not all(t is None or t.is_contiguous() for t in (dy, x, product)):
+        dy, x, product = flat(dy), flat(x), flat(product)
     adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
-    plans: object | None = calls.prepare_backward(prepared, flat_dy, saved)
+    plans: object | None = calls.prepare_backward(prepared, dy, saved)
     if layout is not None:
         weight = quantized.dense(layout, tuple(stored), dy.dtype, given(options.backend), "backward")
-    if product_is_saved and overwritten.is_overwritten(product, flat_dy):
+    if product_is_saved and overwritten.is_overwritten(product, dy):
         if x is None:
             raise RuntimeError(f"{_CHANGED}: train lora_A too, or change a copy, layer(x).clone()")
         product = None
-    original, (adapter, power) = adapter, balance.balanced(flat_dy, weight, adapter, options)
+    original, (adapter, power) = adapter, balance.balanced(dy, weight, adapter, options)
     if product is None and product_is_saved:
-        plans = None
+        plans, dy, x = None, flat(dy), flat(x)
         product = operators.forward(
-            flat(x), weight, adapter, flat_scales, None, dropout, options, products=False, save_product=False
+            x, weight, adapter, flat_scales, None, dropout, options, products=False, save_product=False
         )[0]
     gradients = operators.backward(
-        flat_dy, flat(x), weight, adapter, flat_scales, flat(product), u, dropout, options, needs,
-        prepared=plans,
-    )  # fmt: skip
+        dy, x, weight, adapter, flat_scales, product, u, dropout, options, needs, prepared=plans
+    )
     dx, *rest = balance.gradients_of(original, gradients, power, options)
-    if dx is not None and dy.ndim != 2:
-        dx = dx.view(*dy.shape[:-1], weight.shape[1])
+    if dx is not None and dx.ndim != len(shape):
+        dx = dx.view(*shape[:-1], weight.shape[1])
     return dx, *rest
 
 
@@ -199,28 +202,21 @@ def layer_forward(
     paths = needs.norm_paths(members, options)
     needs_S, needs_D = needs.sums(members, paths)
     flat_scales, remember = find_scales(x, weight, adapter, options, stored, paths)
+    # a stage takes rows as they lie in memory, without a view
+    rows = x if prepared is not None and prepared.joins and x.is_contiguous() else flat(x)
     y, product, u, made = operators.forward(
-        flat(x), weight, balance.balanced(x, weight, adapter, options)[0], flat_scales, bias, dropout, options,
+        rows, weight, balance.balanced(x, weight, adapter, options)[0], flat_scales, bias, dropout, options,
         products=paths, save_product=needs_S, prepared=prepared,
     )  # fmt: skip
     if flat_scales is None and any(members):
         flat_scales = made
         if remember is not None and made is not None:
             remember(made)
-    if x.ndim != 2:  # not as a view, so that the output may be changed in place
-        y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
+    if y.ndim != x.ndim:
+        y = unflat(y, x.shape[:-1])
     if backend == "dense":  # has all from x and the parameters
         needs_S, needs_D = False, any(needs[1:])
     return y, product, u, flat_scales, needs_S, needs_D
-
-
-@overload
-def flat(t: Tensor) -> Tensor: ...
-@overload
-def flat(t: None) -> None: ...
-def flat(t: Tensor | None) -> Tensor | None:
-    """[..., C] -> [M, C]"""
-    return t if t is None or t.ndim == 2 else t.reshape(-1, t.shape[-1])
 
 
 _PRODUCT = 6  # its place among the saved tensors

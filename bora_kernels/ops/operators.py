@@ -24,6 +24,7 @@ from ..contract import (
     Needs,
     Options,
     accumulation_dtype,
+    flat,
     scales_size,
     separate_product,
 )
@@ -251,11 +252,13 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """The output [M, N], the product before the bias where it is kept apart, u, and the scales if they were made here.
 
+    On Triton with ``prepared`` x may be [..., K] and contiguous, and the output is [..., N]; so it is in ``backward``.
+
     In the dispatcher an absent result is an empty tensor, without it None.
     """
     if is_direct(prepared, x, weight, *adapter, flat_scales, bias, dropout):
         return _forward(x, weight, adapter, flat_scales, bias, dropout, options, products, save_product, prepared)
-    return _forward_operator(x, weight, *adapter, flat_scales, bias, dropout, *options, products, save_product)
+    return _forward_operator(flat(x), weight, *adapter, flat_scales, bias, dropout, *options, products, save_product)
 
 
 def backward(
@@ -275,5 +278,6 @@ def backward(
     """The gradients of x, lora_A, lora_B, magnitude_row and magnitude_col; None where not needed."""
     if is_direct(prepared, dy, x, weight, *adapter, flat_scales, product, u, dropout):
         return _backward(dy, x, weight, adapter, flat_scales, product, u, dropout, options, needs, prepared)
-    gradients = _backward_operator(dy, x, weight, *adapter, flat_scales, product, u, dropout, *options, list(needs))
+    tensors = flat(dy), flat(x), weight, *adapter, flat_scales, flat(product)
+    gradients = _backward_operator(*tensors, u, dropout, *options, list(needs))
     return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))

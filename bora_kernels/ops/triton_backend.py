@@ -18,10 +18,12 @@ from ..contract import (
     Options,
     Scales,
     Slots,
+    flat,
     given,
     scales_size,
     separate_product,
     split_scales,
+    unflat,
     zero_stand_in,
 )
 from ..kernels import mixed, norms
@@ -72,6 +74,7 @@ def _forward(
     x, weight, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, bias, seed, *,
     scaling, norm_order, dropout_p, eps, products, save_product, stand_in, out_stand_in, precision, weight_precision,
 ):  # fmt: skip
+    lead, x = x.shape[:-1], flat(x)
     M, N, R = x.shape[0], weight.shape[0], lora_A.shape[0]
     adapter, made = Adapter(lora_A, lora_B, magnitude_row, magnitude_col), None
     members = adapter.members
@@ -94,7 +97,7 @@ def _forward(
         x_scaled, weight, parts, rounded_parts, lora_B.T, lora_A.T, word, scales.row_scale, bias, None, scaling=scaling,
         dropout_p=0.0, stand_in=stand_in, out_stand_in=out_stand_in, save_product=save_product, precision=precision,
     )  # (2)  # fmt: skip
-    return y, product if save_product else None, u, made
+    return unflat(y, lead), product if save_product else None, u, made
 
 
 def _compute_scales(weight, adapter, scales, *, norm_order, scaling, eps, precision) -> None:
@@ -139,6 +142,7 @@ def _backward(
     dy, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, product, u, seed, *,
     scaling, norm_order, detach_norm, dropout_p, eps, needs, precision, weight_precision,
 ):  # fmt: skip
+    lead, dy, x, product = dy.shape[:-1], flat(dy), flat(x), flat(product)
     adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
     members, options = adapter.members, Options(scaling, norm_order, detach_norm, dropout_p, eps)
     paths = needs.norm_paths(members, options)
@@ -181,7 +185,7 @@ def _backward(
             weight, adapter, scales, (row_coefficient, dm_row, dB), (col_coefficient, dm_col, dA),
             norm_order=norm_order, scaling=scaling, eps=eps, stand_in=stand_in, precision=weight_precision,
         )  # fmt: skip
-    results = (dx, dA, dB, dm_row, dm_col)
+    results = (None if dx is None else unflat(dx, lead), dA, dB, dm_row, dm_col)
     return tuple(result if need else None for result, need in zip(results, needs, strict=True))
 
 
