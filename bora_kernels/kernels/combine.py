@@ -12,6 +12,7 @@ from ..contract import given
 from ..replay.recording import empty, launch
 from .common import live_magnitude, load_vector, sum_parts, sum_vectors
 from .config import cdiv, combine_config
+from .overlap import overlapping, wait_for_last
 
 
 @triton.jit
@@ -30,7 +31,9 @@ def _combine_kernel(
     R: tl.constexpr,
     BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
     HAS_FACTOR: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_SCALE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_last(OVERLAP)
     offs_c = tl.program_id(0) * BLOCK_SIZE_C + tl.arange(0, BLOCK_SIZE_C)
     offs_r = tl.program_id(1) * BLOCK_SIZE_R + tl.arange(0, BLOCK_SIZE_R)
     mask_c = offs_c < C
@@ -85,6 +88,6 @@ def combine(
         stride_fc=strides[0], stride_fr=strides[1],
         multiplier=multiplier, eps=eps, stand_in=stand_in,
         R=R, HAS_FACTOR=factor_parts is not None, HAS_TOTAL=total_parts is not None, HAS_SCALE=scale is not None,
-        **config,
+        **config, **overlapping(parts.get_device()),
     )  # fmt: skip
     return coefficient, d_magnitude

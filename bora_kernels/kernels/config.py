@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from .tiles import Part, parts_of_product
 
@@ -21,7 +22,7 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 @lru_cache
 def target(device_index: int) -> tuple[int | str, int]:
     """Architecture (80, 90, ... or "gfx942") and number of multiprocessors; (0, 4) for Triton's interpreter."""
-    if device_index < 0:
+    if device_index < 0 or knobs.runtime.interpret:
         return 0, 4
     properties = torch.cuda.get_device_properties(device_index)
     if torch.version.hip is not None:

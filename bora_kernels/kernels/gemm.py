@@ -25,6 +25,7 @@ from .common import any_set, choose, dot_split, keep_mask, load_matrix
 from .config import TRITON_DTYPES, cdiv, gemm_config, is_aligned, is_half
 from .epilogue import scale_and_store
 from .gemm_of_v import gemm_of_v
+from .overlap import overlapping, wait_for_last
 from .tail import add_parts, split_low_rank
 
 
@@ -52,8 +53,9 @@ def _scaled_gemm_kernel(
     GROUP_SIZE_M: tl.constexpr, OVER_M: tl.constexpr, OVER_O: tl.constexpr, STORES: tl.constexpr,
     W_ROWS_ARE_OUTPUTS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     SAVE_PRODUCT: tl.constexpr, USE_DESCRIPTORS: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    wait_for_last(OVERLAP)
     # tiles of OVER_M x OVER_O blocks, of which this launch does the blocks of some
     num_tiles_m = tl.cdiv(M, OVER_M * BLOCK_SIZE_M)
     num_tiles_o = tl.cdiv(O, OVER_O * BLOCK_SIZE_O)
@@ -204,7 +206,7 @@ def scaled_gemm(
             HAS_WORD=word is not None, HAS_ROUNDED=rounded is not None, WIDE=wide,
             W_ROWS_ARE_OUTPUTS=rows_are_outputs, HAS_SCALE=scale is not None,
             HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None, SAVE_PRODUCT=save_product,
-            DTYPE=TRITON_DTYPES[t.dtype], PRECISION=precision, **config,
+            DTYPE=TRITON_DTYPES[t.dtype], PRECISION=precision, **config, **overlapping(W.get_device()),
         )  # fmt: skip
     return out, product, projection
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from ..replay.recording import launch
 from .common import sum_vectors
 from .config import cdiv, gram_config
+from .overlap import overlapping, wait_for_last
 
 
 @triton.jit
@@ -15,7 +16,9 @@ def _add_gram_kernel(
     splits, I,
     R: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_last(OVERLAP)
     offs = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     ptr = products_ptr + I * R
     gram = sum_vectors(ptr, (I + R) * R, splits, offs, R * R)
@@ -29,6 +32,6 @@ def add_gram(products: Tensor | None, I: int) -> int:
     splits, _, R = products.shape
     if splits == 1 or R <= 64:  # few bytes, of which an L1 cache holds all
         return splits
-    config = gram_config()
+    config = gram_config() | overlapping(products.get_device())
     launch(_add_gram_kernel, (cdiv(R * R, config["BLOCK_SIZE"]),), (products,), splits=splits, I=I, R=R, **config)
     return 1

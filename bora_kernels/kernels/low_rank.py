@@ -33,6 +33,7 @@ from .config import (
     reduce_config,
     target,
 )
+from .overlap import overlapping, wait_for_last
 
 
 @triton.jit
@@ -51,8 +52,9 @@ def _project_kernel(
     R: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
     PACKED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_ROUNDED: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    wait_for_last(OVERLAP)
     if PACKED:
         stride_fc = R
     if HAS_ROUNDED:
@@ -109,8 +111,9 @@ def _reduce_kernel(
     R: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
     HAS_FACTOR: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_WORD: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    wait_for_last(OVERLAP)
     if HAS_FACTOR and HAS_WORD:
         word = any_set(word_ptr, 2)  # early: nobody waits for it
     offs_c = tl.program_id(0) * BLOCK_SIZE_C + tl.arange(0, BLOCK_SIZE_C)
@@ -186,7 +189,7 @@ def project(
         scaling=scaling / (1.0 - dropout_p), dropout_p=dropout_p,
         R=R, PACKED=is_packed(factor.T), HAS_SCALE=scale is not None, HAS_ROUNDED=differs,
         HAS_DROPOUT=seed is not None,
-        PRECISION=precision, **config,
+        PRECISION=precision, **config, **overlapping(t.get_device(), early=False),
     )  # fmt: skip
     return scaled, projection, rounded
 
@@ -221,6 +224,6 @@ def reduce(
         dropout_p=dropout_p,
         R=R, HAS_FACTOR=projection is not None, HAS_TOTAL=other is not None,
         HAS_WORD=word is not None and is_half(t.dtype), HAS_DROPOUT=seed is not None,
-        PRECISION=precision, **config,
+        PRECISION=precision, **config, **overlapping(t.get_device(), early=False),
     )  # fmt: skip
     return factor_parts, total_parts

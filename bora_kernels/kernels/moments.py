@@ -23,6 +23,7 @@ from torch import Tensor
 from ..replay.recording import empty, launch
 from .common import dot_split, load_matrix, load_vector, sum_parts, sum_vectors
 from .config import TRITON_DTYPES, cdiv, is_aligned, is_packed, moments_config, target
+from .overlap import overlapping, wait_for_last
 
 
 @triton.jit
@@ -38,8 +39,9 @@ def _moments_kernel(
     R: tl.constexpr,
     BLOCK_SIZE_I: tl.constexpr, BLOCK_SIZE_J: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
     PACKED: tl.constexpr, HAS_COEFFICIENT: tl.constexpr, HAS_SQUARES: tl.constexpr, HAS_CLEARED: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    wait_for_last(OVERLAP)
     if PACKED:
         stride_zj = R
     pid_i, split, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -167,6 +169,7 @@ def moments(
         I=I, J=J, split_size=cdiv(cdiv(J, splits), block_j) * block_j,
         stride_wi=W.stride(0), stride_wj=W.stride(1), stride_zj=Z.stride(0), stride_zr=Z.stride(1),
         R=R, PACKED=is_packed(Z), HAS_COEFFICIENT=coefficient is not None, HAS_SQUARES=squares_needed,
-        HAS_CLEARED=cleared is not None, DTYPE=TRITON_DTYPES[operand], PRECISION=precision, **config,
+        HAS_CLEARED=cleared is not None, DTYPE=TRITON_DTYPES[operand], PRECISION=precision,
+        **config, **overlapping(W.get_device(), early=False),
     )  # fmt: skip
     return products, squares

@@ -25,6 +25,7 @@ from .common import any_set, live_magnitude, load_matrix, load_vector, store_mat
 from .config import cdiv, finish_config, target
 from .gram import add_gram
 from .moments import load_products, load_squares, moments, sums_of_v
+from .overlap import overlapping, wait_for_last
 
 
 @triton.jit
@@ -49,8 +50,9 @@ def _finish_norm_kernel(
     BLOCK_SIZE_I: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
     HAS_COEFFICIENT: tl.constexpr, HAS_MAGNITUDE: tl.constexpr, HAS_KEPT: tl.constexpr,
     SIGNED: tl.constexpr, FLAGS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    wait_for_last(OVERLAP)
     offs_i = tl.program_id(0) * BLOCK_SIZE_I + tl.arange(0, BLOCK_SIZE_I)
     mask_i = offs_i < I
     word = any_set(word_ptr, FLAGS)  # early: nobody waits for it
@@ -115,8 +117,9 @@ def _finish_path_kernel(
     R: tl.constexpr,
     BLOCK_SIZE_I: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
     FIRST: tl.constexpr, HAS_PRODUCTS: tl.constexpr, HAS_KEPT: tl.constexpr, HAS_FACTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    wait_for_last(OVERLAP)
     offs_i = tl.program_id(0) * BLOCK_SIZE_I + tl.arange(0, BLOCK_SIZE_I)
     mask_i = offs_i < I
     coefficient = load_vector(coefficient_ptr, offs_i, I) if FIRST or HAS_KEPT else tl.zeros_like(offs_i)
@@ -237,7 +240,7 @@ def _finish_norm(
     products, squares = moments(W, Z, coefficient, precision, cleared=cancelled if clear else None)
     I, R = P.shape
     result = empty((I,), torch.float32, W.device)
-    config = finish_config(target(W.get_device())[0], R, W.dtype)
+    config = finish_config(target(W.get_device())[0], R, W.dtype) | overlapping(W.get_device())
     launch(
         _finish_norm_kernel,
         (cdiv(I, config["BLOCK_SIZE_I"]),),
@@ -271,25 +274,21 @@ def add_norm_path(
 ) -> None:
     """Adds the path through the norms to the axis's d_factor and, if it is the first, to its d_magnitude.
 
-    ``word`` is what the norms said of cancelled lines.
-
     First, equations (8) to (10): other.coefficient is κ (None for DoRA), and axis.coefficient becomes λ in place.
     Second, equation (11): other.coefficient is λ and axis.coefficient κ (None for DoRA).
+    ``word`` is what the norms said of cancelled lines.
     """
-    W, P, norm, scale, magnitude, coefficient, kept, d_magnitude, d_factor = axis
+    W, P, coefficient, d_factor = axis.W, axis.P, axis.coefficient, axis.d_factor
     I, R = P.shape
     products = squares = None
     if other.coefficient is not None:
         products, squares = moments(W, other.P, other.coefficient, precision, squares_needed=first)
     strides = (0, 0) if d_factor is None else d_factor.stride()
-    config = finish_config(target(W.get_device())[0], R, W.dtype)
+    config = finish_config(target(W.get_device())[0], R, W.dtype) | overlapping(W.get_device())
     launch(
         _finish_path_kernel,
         (cdiv(I, config["BLOCK_SIZE_I"]),),
-        (
-            products, squares, W, P, other.P, other.coefficient, word, norm, scale, magnitude, coefficient, kept,
-            d_magnitude, d_factor,
-        ),
+        (products, squares, W, P, other.P, other.coefficient, word, *axis[2:]),
         splits=0 if products is None else len(products), gram_parts=add_gram(products, I), I=I, J=W.shape[1],
         stride_wi=W.stride(0), stride_wj=W.stride(1), stride_pi=P.stride(0), stride_pr=P.stride(1),
         stride_zj=other.P.stride(0), stride_zr=other.P.stride(1), stride_di=strides[0], stride_dr=strides[1],

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..replay.recording import empty, launch
 from .common import any_set, choose, load_matrix, sum_parts
 from .config import TRITON_DTYPES, cdiv, is_half, split_config
+from .overlap import overlapping, wait_for_last
 
 
 @triton.jit
@@ -34,8 +35,9 @@ def _tail_kernel(
     stride_fr, stride_fo, stride_tm, stride_wo, stride_wr,
     R: tl.constexpr, TERMS: tl.constexpr, HAS_PARTS: tl.constexpr, HAS_ROUNDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
-    DTYPE: tl.constexpr,
+    OVERLAP: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
+    wait_for_last(OVERLAP)
     pid, num_blocks_m = tl.program_id(0), tl.cdiv(M, BLOCK_SIZE)
     offs_r = tl.program_id(1) * BLOCK_SIZE_R + tl.arange(0, BLOCK_SIZE_R)
     if pid < num_blocks_m:
@@ -129,7 +131,7 @@ def _finish(parts, rounded_parts, projection, rounded, word, factor, t_tail, w_t
         stride_fr=strides_f[0], stride_fo=strides_f[1], stride_tm=stride_t,
         stride_wo=strides_w[0], stride_wr=strides_w[1],
         R=R, TERMS=terms, HAS_PARTS=parts.dim() == 3, HAS_ROUNDED=rounded_parts is not None,
-        DTYPE=TRITON_DTYPES[dtype], **config,
+        DTYPE=TRITON_DTYPES[dtype], **config, **overlapping(parts.get_device()),
     )  # fmt: skip
 
 

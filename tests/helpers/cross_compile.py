@@ -46,6 +46,10 @@ SHARED_MEMORY_LIMIT: dict[Arch, int] = {
 ARCHS: tuple[Arch, ...] = tuple(SHARED_MEMORY_LIMIT)
 
 
+_LOADS = r"\bld\.(?:[a-z_:0-9]+\.)*global|\bcp\.async\.(?:ca|cg|bulk)"
+_STORES = r"\bst\.(?:[a-z_:0-9]+\.)*global|\b(?:red|atom)\.(?:[a-z_:0-9]+\.)*global"
+
+
 class CompileError(RuntimeError):
     """A kernel that Triton, its backend or the assembler rejects; the message is theirs."""
 
@@ -67,13 +71,15 @@ def cross_compile(
     arch: Arch,
     align16: Sequence[str] = (),
     **options: Any,
-) -> dict[str, int]:
+) -> dict[str, int | None]:
     """Compile one kernel for ``arch``. Returns what a program needs there:
 
     * ``registers``: 32-bit registers of a thread (VGPRs on AMD);
     * ``stack_bytes``: local memory of a thread: spilled registers and, rarely, a few bytes of something else;
     * ``spill_bytes``: what a thread stores because it runs out of registers;
-    * ``shared_bytes``: shared memory of a program (LDS on AMD).
+    * ``shared_bytes``: shared memory of a program (LDS on AMD);
+    * ``early_loads``, ``early_stores``: instructions for global memory before the program waits for the launch before
+      its own, of one that may begin while that runs (programmatic dependent launch); None where nothing waits.
 
     Raises CompileError. This starts a subprocess; for several kernels, ``cross_compile_all`` starts only one.
     """
@@ -110,7 +116,7 @@ def _locate(kernel: Any) -> tuple[str, str]:
     return module, name
 
 
-def _compile(located: tuple) -> dict[str, int] | str:
+def _compile(located: tuple) -> dict[str, int | None] | str:
     """In a worker: the resources of one kernel, or why it does not compile."""
     try:
         return _compile_here(*located)
@@ -118,7 +124,7 @@ def _compile(located: tuple) -> dict[str, int] | str:
         return f"{type(error).__name__}: {error}"
 
 
-def _compile_here(location, signature, constexprs, arch, align16, options) -> dict[str, int]:
+def _compile_here(location, signature, constexprs, arch, align16, options) -> dict[str, int | None]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -149,6 +155,9 @@ def _compile_here(location, signature, constexprs, arch, align16, options) -> di
         usage["stack_bytes"] = _number(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
         usage["spill_bytes"] = 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
         return usage
+    ptx, waits, _ = compiled.asm["ptx"].partition("griddepcontrol.wait")
+    usage["early_loads"] = len(re.findall(_LOADS, ptx)) if waits else None
+    usage["early_stores"] = len(re.findall(_STORES, ptx)) if waits else None
     listing = _cuobjdump(compiled.asm["cubin"])
     usage["registers"] = _number(r"REG:(\d+)", listing)
     usage["stack_bytes"] = _number(r"STACK:(\d+)", listing)
@@ -205,7 +214,7 @@ def _main() -> None:
     results_to.close()
 
 
-def _outcome(future) -> dict[str, int] | str | None:
+def _outcome(future) -> dict[str, int | None] | str | None:
     try:
         return future.result()
     except BrokenProcessPool:

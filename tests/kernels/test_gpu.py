@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from helpers.accuracy import assert_accurate
 from helpers.cases import HALVES, NAMES, SCALING, Case, check_layer, dtypes, orders, run
 from torch import nn
 
-from bora_kernels import FusedBoraLinear, bora_linear
+from bora_kernels import FusedBoraLinear, bora_linear, replay_disabled
+from bora_kernels.kernels import combine, gemm, gram, low_rank, moments, norms, tail
 from bora_kernels.reference import bora_linear_ref
 
 pytestmark = pytest.mark.gpu
@@ -199,6 +201,15 @@ def test_same_bits_over_five_runs(order, dtype):
         assert_same_bits(triton_run(inputs, dy, norm_order=order), first)
 
 
+OVERLAPPING = [
+    Case(512, 4096, 4096, 16, dtype=BF16),
+    Case(600, 512, 3584, 64, dtype=BF16, order="col_row"),
+    Case(5000, 3584, 512, 16, dtype=BF16),  # products in two launches
+    Case(64, 256, 192, 8, dtype=FP16),
+    Case(100, 384, 640, 24),
+]
+
+
 def captured(inputs, dy, **options):
     """A CUDA graph of forward and backward over these very tensors, and the results it writes."""
     stream = torch.cuda.Stream()
@@ -224,6 +235,38 @@ def test_graph_replay_with_other_values(order):
     dy.copy_(new_dy)
     graph.replay()
     assert_same_bits(results, triton_run(new_inputs, new_dy, norm_order=order))
+
+
+@pytest.mark.parametrize("options", [{}, {"detach_norm": True}, {"dropout_p": 0.25, "training": True}], ids=str)
+@pytest.mark.parametrize("case", OVERLAPPING, ids=str)
+def test_launches_that_overlap_wait_for_what_they_read(case, options, monkeypatch):
+    """The bits of launches one after the other, one by one, as a graph and captured, over inputs that change."""
+    case_of = [replace(case, seed=seed) for seed in range(3)]
+    inputs, dys = [each.inputs(DEVICE) for each in case_of], [each.upstream(DEVICE) for each in case_of]
+
+    def run_of(inputs, dy):
+        torch.manual_seed(0)
+        return triton_run(inputs, dy, norm_order=case.order, **options)
+
+    with monkeypatch.context() as patch, replay_disabled():
+        for module in (combine, gemm, gram, low_rank, moments, norms, tail):
+            patch.setattr(module, "overlapping", lambda *_, **__: {"OVERLAP": False})
+        expected = [run_of(*each) for each in zip(inputs, dys, strict=True)]
+    for disabled in (True, False):
+        with replay_disabled() if disabled else nullcontext():
+            for _ in range(3):
+                for each, dy, results in zip(inputs, dys, expected, strict=True):
+                    assert_same_bits(run_of(each, dy), results)
+    if not options.get("training"):  # a graph draws a mask of its own
+        static, dy = {name: value.clone() for name, value in inputs[0].items()}, dys[0].clone()
+        graph, results = captured(static, dy, norm_order=case.order, **options)
+        for number in (1, 2, 0, 2, 1):
+            for name, value in inputs[number].items():
+                static[name].copy_(value)
+            dy.copy_(dys[number])
+            for _ in range(2):
+                graph.replay()
+            assert_same_bits(results, expected[number])
 
 
 def test_graph_replays_draw_new_dropout():
