@@ -78,7 +78,8 @@ def _weight_or_v_fake(weight, lora_A, lora_B, word, p, q, scaling, dtype):
 
 
 def _channels_last(weight: Tensor) -> bool:
-    return weight.stride(1) == 1
+    """Not of a pointwise convolution, whose two formats are one: PyTorch would take the input for channels last too."""
+    return weight.stride(1) == 1 and not weight.is_contiguous()
 
 
 def _in_memory_order(t: Tensor, channels_last: bool) -> Tensor:

@@ -191,6 +191,21 @@ def test_a_graph_of_a_layer_whose_channels_cancel_later(dtype, device):
     assert_accurate(dict(zip(plain, results, strict=True)), plain, exact, samples=21, terms=terms)
 
 
+def test_a_pointwise_weight_keeps_its_strides(device):
+    """Other strides of the same memory are those of channels last, and PyTorch would convolve so."""
+    require("triton", torch.float32)
+    weight = torch.randn(40, 24, 1, 1, device=device)
+    A, B, word = (
+        torch.randn(2, 24, 1, 1, device=device),
+        torch.randn(40, 2, device=device),
+        torch.ones(4, device=device),
+    )
+    tensors = weight_or_v.Tensors(weight, A, B, word, None, None)
+    made = weight_or_v.by_kernel(tensors, SCALING, torch.float32)
+    assert made.stride() == weight.stride()
+    torch.testing.assert_close(made, weight_or_v.by_operations(tensors, SCALING, torch.float32))
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.02])
 @lines
 def test_range_of_float16(word, lines, scale, device):
