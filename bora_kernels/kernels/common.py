@@ -20,12 +20,18 @@ def round_with_dither(value, offs_m, offs_c, dtype: tl.constexpr):
 
 
 @triton.jit
+def two_terms(value, dtype: tl.constexpr):
+    """float32 as a sum of two numbers of a half-precision dtype."""
+    high = value.to(dtype)
+    return high, (value - high.to(tl.float32)).to(dtype)
+
+
+@triton.jit
 def dot_split(a, b, acc, PRECISION: tl.constexpr):
     """acc + a·b for a float32 b; a half-precision a meets b as two terms, so that no small update of b is lost."""
     if a.dtype == tl.float32:
         return tl.dot(a, b, acc, input_precision=PRECISION)
-    high = b.to(a.dtype)
-    low = (b - high.to(tl.float32)).to(a.dtype)
+    high, low = two_terms(b, a.dtype)
     acc = tl.dot(a, high, acc)
     return tl.dot(a, low, acc)
 

@@ -59,31 +59,6 @@ def has_room(arch: int | str, aligned: bool) -> bool:
     return aligned and arch in (90, 100, 103)
 
 
-@lru_cache
-def moments_config(arch: int | str, I: int, J: int, R: int, dtype: torch.dtype, aligned: bool) -> tuple[int, dict]:
-    """Splits of the axis summed over, and the configuration."""
-    block_r, warps = rank_block(R, dtype), 4
-    if not is_half(dtype):
-        block_i, block_j, stages = 32, 32, 3
-    elif has_room(arch, aligned) and dtype == torch.bfloat16:
-        if block_r <= 32:
-            block_i, block_j, stages = 64, 64, 4
-        else:
-            block_i, block_j, warps, stages = 128, 64, 8, 3
-            block_r = 64 if R <= 64 else 128
-    else:
-        # more spill: for 100 the two terms of the factor, for 90 bfloat16 that is loaded in single elements
-        widest = 0 if arch in (100, 103) else 16 if arch == 90 and dtype == torch.bfloat16 else 32
-        wide = block_r <= widest
-        block_i, block_j, stages = 32, 64 if wide else 32, 2
-    programs = cdiv(I, block_i) * cdiv(R, block_r)
-    splits = max(1, min(cdiv(J, 4 * block_j), cdiv(256, programs), 16))
-    return splits, {
-        "BLOCK_SIZE_I": block_i, "BLOCK_SIZE_J": block_j, "BLOCK_SIZE_R": block_r,
-        "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
-
-
 def finish_config(arch: int | str, R: int, dtype: torch.dtype) -> dict:
     block_r = rank_block(R, dtype)
     few = R <= 64 and not (block_r == 64 and arch in (100, 103))  # there Triton 3.9 spills with 4 warps

@@ -21,14 +21,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..replay.recording import empty, launch
-from .common import dot_split, load_matrix, load_vector, sum_parts, sum_vectors
-from .config import TRITON_DTYPES, cdiv, is_aligned, is_packed, moments_config, target
+from .common import dot_split, load_matrix, load_vector, sum_parts, sum_vectors, two_terms
+from .config import TRITON_DTYPES, cdiv, is_aligned, is_packed, target
+from .moments_config import moments_config
 from .overlap import overlapping, wait_for_last
 
 
 @triton.jit
 def _moments_kernel(
-    w_ptr,  # [I, J]
+    w_ptr,  # [I, J]; TRANSPOSED says that i is the inner axis
     z_ptr,  # [J, R]
     coefficient_ptr,  # [J]
     products_ptr,  # [splits, I + R, R]: X, and below it G
@@ -37,8 +38,10 @@ def _moments_kernel(
     I, J, split_size,
     stride_wi, stride_wj, stride_zj, stride_zr,
     R: tl.constexpr,
-    BLOCK_SIZE_I: tl.constexpr, BLOCK_SIZE_J: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
-    PACKED: tl.constexpr, HAS_COEFFICIENT: tl.constexpr, HAS_SQUARES: tl.constexpr, HAS_CLEARED: tl.constexpr,
+    BLOCK_SIZE_I: tl.constexpr, BLOCK_SIZE_J: tl.constexpr, BLOCK_SIZE_R: tl.constexpr, BLOCK_SIZE_G: tl.constexpr,
+    STAGES: tl.constexpr, ADDED: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PACKED: tl.constexpr,
+    HAS_COEFFICIENT: tl.constexpr, HAS_SQUARES: tl.constexpr, HAS_CLEARED: tl.constexpr,
     OVERLAP: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     wait_for_last(OVERLAP)
@@ -49,46 +52,101 @@ def _moments_kernel(
         if pid_i + split + pid_r == 0:
             tl.store(cleared_ptr + tl.arange(0, 4), tl.zeros((4,), dtype=tl.float32))
     offs_r = pid_r * BLOCK_SIZE_R + tl.arange(0, BLOCK_SIZE_R)
-    num_blocks = tl.cdiv(I, BLOCK_SIZE_I)
     start, end = split * split_size, tl.minimum((split + 1) * split_size, J)
-    acc = tl.zeros((BLOCK_SIZE_I, BLOCK_SIZE_R), dtype=tl.float32)
-    if pid_i < num_blocks:
-        offs_i = pid_i * BLOCK_SIZE_I + tl.arange(0, BLOCK_SIZE_I)
-        row, rows = offs_i, I
-        squares = tl.zeros((BLOCK_SIZE_I, BLOCK_SIZE_J), dtype=tl.float32)  # summed over j once, after the loop
-        for j in range(start, end, BLOCK_SIZE_J):
-            offs_j = j + tl.arange(0, BLOCK_SIZE_J)
-            w = load_matrix(w_ptr, offs_i, offs_j, I, end, stride_wi, stride_wj)  # [BLOCK_SIZE_I, BLOCK_SIZE_J]
-            z = load_matrix(z_ptr, offs_j, offs_r, end, R, stride_zj, stride_zr).to(tl.float32)
-            wide = w.to(tl.float32)
-            if HAS_COEFFICIENT:
-                c = load_vector(coefficient_ptr, offs_j, end)
-                z *= c[:, None]
-                if HAS_SQUARES:
-                    squares += wide * (wide * c[None, :])
-            else:
-                squares += wide * wide
-            acc = dot_split(w.to(DTYPE), z, acc, PRECISION)
+    products_ptr += split.to(tl.int64) * (I + R) * R
+    gram_blocks = tl.cdiv(R, BLOCK_SIZE_G)
+    if pid_i < gram_blocks:  # first, since nobody is to wait for them
+        offs_g = pid_i * BLOCK_SIZE_G + tl.arange(0, BLOCK_SIZE_G)
+        gram = _gram(
+            z_ptr, coefficient_ptr, offs_g, offs_r, start, end, J, stride_zj, stride_zr,
+            R, BLOCK_SIZE_J, STAGES, HAS_COEFFICIENT, DTYPE, PRECISION,
+        )  # fmt: skip
+        gram_ptrs = products_ptr + (I + offs_g).to(tl.int64)[:, None] * R + offs_r[None, :]
+        tl.store(gram_ptrs, gram, mask=(offs_g < R)[:, None] & (offs_r < R)[None, :])
+    else:
+        offs_i = (pid_i - gram_blocks) * BLOCK_SIZE_I + tl.arange(0, BLOCK_SIZE_I)
+        x, squares = _sums_of_w(
+            w_ptr, z_ptr, coefficient_ptr, offs_i, offs_r, start, end, I, J, stride_wi, stride_wj, stride_zj, stride_zr,
+            R, BLOCK_SIZE_J, STAGES, ADDED, TRANSPOSED, HAS_COEFFICIENT, HAS_SQUARES,
+            DTYPE, PRECISION,
+        )  # fmt: skip
         if HAS_SQUARES:
             if pid_r == 0:  # a branch: Triton 3.9's interpreter takes no mask of a block and a scalar
-                base = split.to(tl.int64) * I
-                tl.store(squares_ptr + base + offs_i, tl.sum(squares, axis=1), mask=offs_i < I)
-    else:  # rows of Zᵀ below those of W0
-        offs_g = (pid_i - num_blocks) * BLOCK_SIZE_I + tl.arange(0, BLOCK_SIZE_I)
-        row, rows = I + offs_g, I + R
-        for j in range(start, end, BLOCK_SIZE_J):
-            offs_j = j + tl.arange(0, BLOCK_SIZE_J)
-            z_t = load_matrix(z_ptr, offs_g, offs_j, R, end, stride_zr, stride_zj)
-            z = load_matrix(z_ptr, offs_j, offs_r, end, R, stride_zj, stride_zr).to(tl.float32)
+                tl.store(squares_ptr + split.to(tl.int64) * I + offs_i, squares, mask=offs_i < I)
+        ptrs = products_ptr + offs_i.to(tl.int64)[:, None] * R + offs_r[None, :]
+        tl.store(ptrs, x, mask=(offs_i < I)[:, None] & (offs_r < R)[None, :])
+
+
+@triton.jit
+def _sums_of_w(
+    w_ptr, z_ptr, coefficient_ptr, offs_i, offs_r, start, end, I, J, stride_wi, stride_wj, stride_zj, stride_zr,
+    R: tl.constexpr, BLOCK_SIZE_J: tl.constexpr, STAGES: tl.constexpr,
+    ADDED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    HAS_COEFFICIENT: tl.constexpr, HAS_SQUARES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """X [offs_i, offs_r] and Σ_j c_j·W_ij² over j from start to end, a multiple of BLOCK_SIZE_J away."""
+    # the factor's two terms side by side, for one product in place of two, where the accumulator is small
+    JOINED: tl.constexpr = DTYPE != tl.float32 and offs_r.shape[0] <= 32
+    acc = tl.zeros((offs_i.shape[0], 2 * offs_r.shape[0] if JOINED else offs_r.shape[0]), dtype=tl.float32)
+    # ADDED neighbours that one thread has are added at once, the others after the loop
+    parts: tl.constexpr = BLOCK_SIZE_J // ADDED
+    squares = tl.zeros((parts, offs_i.shape[0]) if TRANSPOSED else (offs_i.shape[0], parts), dtype=tl.float32)
+    for j in tl.range(start, end, BLOCK_SIZE_J, num_stages=STAGES):  # said here, it holds for loads of c as well
+        offs_j = j + tl.arange(0, BLOCK_SIZE_J)
+        if TRANSPOSED:
+            stored = load_matrix(w_ptr, offs_j, offs_i, J, I, stride_wj, stride_wi)
+            tile = stored.T
+        else:
+            stored = load_matrix(w_ptr, offs_i, offs_j, I, J, stride_wi, stride_wj)
+            tile = stored
+        z = load_matrix(z_ptr, offs_j, offs_r, J, R, stride_zj, stride_zr).to(tl.float32)
+        if HAS_COEFFICIENT:
+            z *= load_vector(coefficient_ptr, offs_j, J)[:, None]
+        if JOINED:
+            high = z.to(DTYPE).to(tl.float32)
+            terms = tl.reshape(tl.join(high, z - high), (BLOCK_SIZE_J, 2 * offs_r.shape[0]))
+            acc = tl.dot(tile.to(DTYPE), terms.to(DTYPE), acc)  # cast last: Triton 3.6 stores no reshaped tile itself
+        else:
+            acc = dot_split(tile.to(DTYPE), z, acc, PRECISION)
+        if HAS_SQUARES:
+            wide = stored.to(tl.float32)
+            weighted = wide
             if HAS_COEFFICIENT:
-                z *= load_vector(coefficient_ptr, offs_j, end)[:, None]
-            z_t = z_t.to(tl.float32)
-            high = z_t.to(DTYPE)
-            acc = dot_split(high, z, acc, PRECISION)
-            if DTYPE != tl.float32:
-                acc = dot_split((z_t - high.to(tl.float32)).to(DTYPE), z, acc, PRECISION)
-    ptrs = products_ptr + (split.to(tl.int64) * (I + R) + row)[:, None] * R + offs_r[None, :]
-    tl.store(ptrs, acc, mask=(row < rows)[:, None] & (offs_r < R)[None, :])
+                c = load_vector(coefficient_ptr, offs_j, J)
+                weighted = wide * (c[:, None] if TRANSPOSED else c[None, :])
+            if TRANSPOSED:
+                squares += tl.sum(tl.reshape(wide * weighted, (ADDED, parts, offs_i.shape[0])), axis=0)
+            else:
+                squares += tl.sum(tl.reshape(wide * weighted, (offs_i.shape[0], parts, ADDED)), axis=2)
+    if JOINED:
+        acc = tl.sum(tl.reshape(acc, (offs_i.shape[0], offs_r.shape[0], 2)), axis=2)
+    return acc, tl.sum(squares, axis=0 if TRANSPOSED else 1)
+
+
+@triton.jit
+def _gram(
+    z_ptr, coefficient_ptr, offs_g, offs_r, start, end, J, stride_zj, stride_zr,
+    R: tl.constexpr, BLOCK_SIZE_J: tl.constexpr, STAGES: tl.constexpr,
+    HAS_COEFFICIENT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """G [offs_g, offs_r] over j from start to end; both factors as two terms."""
+    acc = tl.zeros((offs_g.shape[0], offs_r.shape[0]), dtype=tl.float32)
+    for j in tl.range(start, end, BLOCK_SIZE_J, num_stages=STAGES):
+        offs_j = j + tl.arange(0, BLOCK_SIZE_J)
+        z_t = load_matrix(z_ptr, offs_g, offs_j, R, J, stride_zr, stride_zj).to(tl.float32)
+        z = load_matrix(z_ptr, offs_j, offs_r, J, R, stride_zj, stride_zr).to(tl.float32)
+        if HAS_COEFFICIENT:
+            z *= load_vector(coefficient_ptr, offs_j, J)[:, None]
+        if DTYPE == tl.float32:
+            acc = tl.dot(z_t, z, acc, input_precision=PRECISION)
+        else:
+            high_t, low_t = two_terms(z_t, DTYPE)
+            high, low = two_terms(z, DTYPE)
+            part = tl.dot(high_t, high)
+            part = tl.dot(high_t, low, part)
+            part = tl.dot(low_t, high, part)
+            acc += tl.dot(low_t, low, part)  # here, since tensor cores round a sum down: squares add up to a bias
+    return acc
 
 
 @triton.jit
@@ -155,8 +213,9 @@ def moments(
 ) -> tuple[Tensor, Tensor | None]:
     """Parts of X and G [splits, I + R, R] and of Σ_j c_j·W_ij² [splits, I]; sets ``cleared`` [4] to 0."""
     (I, J), R = W.shape, Z.shape[1]
-    arch, _ = target(W.get_device())
-    splits, config = moments_config(arch, I, J, R, W.dtype, is_aligned(W))
+    transposed = W.stride(0) == 1 and W.stride(1) != 1
+    arch, processors = target(W.get_device())
+    splits, config = moments_config(arch, processors, I, J, R, W.dtype, is_aligned(W), transposed, squares_needed)
     block_i, block_j, block_r = config["BLOCK_SIZE_I"], config["BLOCK_SIZE_J"], config["BLOCK_SIZE_R"]
     products = empty((splits, I + R, R), torch.float32, W.device)
     squares = empty((splits, I), torch.float32, W.device) if squares_needed else None
@@ -164,12 +223,12 @@ def moments(
     operand = torch.bfloat16 if W.dtype == torch.bfloat16 else torch.float32
     launch(
         _moments_kernel,
-        (cdiv(I, block_i) + cdiv(R, block_i), splits, cdiv(R, block_r)),
+        (cdiv(R, config["BLOCK_SIZE_G"]) + cdiv(I, block_i), splits, cdiv(R, block_r)),
         (W, Z, coefficient, products, squares, cleared),
         I=I, J=J, split_size=cdiv(cdiv(J, splits), block_j) * block_j,
         stride_wi=W.stride(0), stride_wj=W.stride(1), stride_zj=Z.stride(0), stride_zr=Z.stride(1),
-        R=R, PACKED=is_packed(Z), HAS_COEFFICIENT=coefficient is not None, HAS_SQUARES=squares_needed,
-        HAS_CLEARED=cleared is not None, DTYPE=TRITON_DTYPES[operand], PRECISION=precision,
-        **config, **overlapping(W.get_device(), early=False),
+        R=R, TRANSPOSED=transposed, PACKED=is_packed(Z), HAS_COEFFICIENT=coefficient is not None,
+        HAS_SQUARES=squares_needed, HAS_CLEARED=cleared is not None,
+        DTYPE=TRITON_DTYPES[operand], PRECISION=precision, **config, **overlapping(W.get_device(), early=False),
     )  # fmt: skip
     return products, squares
