@@ -159,6 +159,14 @@ def run_layer(case: Case) -> None:
         )
 
 
+def run_reads(N: int, K: int, R: int) -> None:
+    """Reads of a bfloat16 weight over rows and columns, with the factors as layers have them."""
+    weight, first = torch.empty(N, K, dtype=torch.bfloat16), torch.empty(4)
+    for W, factor in ((weight, torch.empty(R, K).T), (weight.T, torch.empty(N, R))):
+        moments.moments(W, factor, None, "tf32", cleared=first)
+        moments.moments(W, factor, torch.empty(W.shape[1]), "tf32", squares_needed=False)
+
+
 def run_dequantization(dtype: torch.dtype, block: int, nested: bool) -> None:
     """A 4-bit weight made dense, on uninitialized tensors."""
     absmax = torch.empty(4096 * 4096 // block, dtype=torch.uint8 if nested else torch.float32)
@@ -286,6 +294,8 @@ def test_every_launch_compiles_within_the_targets_limits(arch, launches, monkeyp
         for M in (16, 2048):
             run_mixed_batch(dtype, M, 200, factors=torch.float32)
             run_mixed_batch(dtype, M, 9, N=4093, K=4095)
+    for N, K, R in ((17, 96, 2), (123, 264, 16), (4096, 4096, 1), (8192, 6144, 24)):
+        run_reads(N, K, R)
     for dtype, K in ((torch.bfloat16, 128), (torch.bfloat16, 4096), (torch.bfloat16, 16383), (torch.float32, 16384)):
         run_norm(dtype, K)
     for dtype, R, K in ((torch.bfloat16, 16, 320), (torch.float16, 64, 4), (torch.float32, 16, 1280)):
