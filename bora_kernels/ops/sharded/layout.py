@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -119,6 +121,47 @@ def to_local(tensor: Any) -> Tensor:
     """This rank's part of a DTensor, with a gradient placed as the tensor is."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and tensor.requires_grad):  # a frozen one costs the host less
         return tensor.to_local(grad_placements=tensor.placements)
+
+
+def to_local_together(*tensors: Any) -> list[Tensor | None]:
+    """``to_local`` of those that there are, as one step of autograd: a step for each costs the host twice as much."""
+    if torch.compiler.is_compiling():
+        return [None if t is None else to_local(t) for t in tensors]
+    trained = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors]
+    parts = iter(_LocalParts.apply(*itertools.compress(tensors, trained)) if any(trained) else ())
+    with torch.no_grad():
+        return [
+            next(parts) if through else None if t is None else t.to_local()
+            for t, through in zip(tensors, trained, strict=True)
+        ]
+
+
+class _LocalParts(torch.autograd.Function):
+    """This rank's parts of DTensors. Their gradients are placed, and their parts laid out, as the tensors are."""
+
+    @staticmethod
+    def forward(ctx, *tensors: DTensor) -> tuple[Tensor, ...]:
+        parts = tuple(t.to_local() for t in tensors)
+        ctx.like = [(t._spec, part.stride()) for t, part in zip(tensors, parts, strict=True)]
+        ctx.set_materialize_grads(False)
+        return tuple(part.view_as(part) for part in parts)  # autograd writes on what is returned
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor | None) -> tuple[DTensor | None, ...]:
+        return tuple(
+            None if gradient is None else _placed_like(gradient, *like)
+            for gradient, like in zip(gradients, ctx.like, strict=True)
+        )
+
+
+def _placed_like(part: Tensor, spec: Any, stride: tuple[int, ...]) -> DTensor:
+    """A DTensor of this part, placed as the one with that ``_spec``, whose part has that stride."""
+    if torch.is_grad_enabled():  # with create_graph
+        return as_dtensor(part, spec.mesh, spec.placements[0], spec.shape)
+    if part.stride() != stride:
+        part = part.new_empty_strided(part.shape, stride).copy_(part)
+    # as FSDP2 does: what ``from_local`` adds are checks and a step of autograd
+    return DTensor(part, copy.copy(spec), requires_grad=False)
 
 
 def finish(tensor: Tensor | _UnderWay) -> Tensor:

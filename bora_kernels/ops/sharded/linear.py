@@ -42,17 +42,22 @@ from ...contract import (
     split_scales,
 )
 from .. import adapted_weight, autograd, balance, operators, reuse, validation
-from .layout import Layout, as_dtensor, check_placements, finish, to_local
+from .layout import Layout, as_dtensor, check_placements, finish, to_local, to_local_together
 from .norms import add_norm_paths, norms_and_scales
 
 
 def _compute_scales(
-    weight: DTensor, adapter: Adapter, layout: Layout, options: Options, x: Tensor
+    weight: DTensor,
+    adapter: Adapter,
+    layout: Layout,
+    options: Options,
+    x: Tensor,
+    local: Tensor,
+    local_adapter: Adapter,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The flat scales of this rank's shard, whose norms are those of the whole weight, and the power of ``balance``."""
     if not any(adapter.members):
         return None, None
-    local, local_adapter = to_local(weight), adapter.map(to_local)
     with torch.autocast(local.device.type, enabled=False):
         local_adapter, power = balance.balanced(x, local, local_adapter, options, layout.completion())
 
@@ -90,19 +95,19 @@ class ShardedBoraLinearFunction(torch.autograd.Function):
         magnitude_row: Tensor | None,
         magnitude_col: Tensor | None,
         bias: Tensor | None,
-        compute_scales: Callable[[Tensor], tuple[Tensor | None, Tensor | None]],
+        compute_scales: Callable[[Tensor, Tensor, Adapter], tuple[Tensor | None, Tensor | None]],
         layout: Layout,
         options: Options,
     ) -> Tensor:
+        adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
         x = layout.gather(x)
-        scales, power = compute_scales(x)  # while x is under way
+        scales, power = compute_scales(x, weight, adapter)  # while x is under way
         x = finish(x)
         flat = x.reshape(math.prod(x.shape[:-1]), weight.shape[1])
         dropout = _draw_dropout(flat, layout, options) if options.dropout_p > 0.0 else None
         if not layout.by_rows and layout.mesh.get_local_rank() != 0:
             bias = None  # y is a sum over the ranks
         needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
-        adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
         needs_S, needs_D = needs.sums(adapter.members, needs.norm_paths(adapter.members, options))
         y, product, u, _ = operators.forward(
             flat,
@@ -249,8 +254,8 @@ def bora_linear_sharded(
     validation.check_tensors(x, weight, *adapter, bias, sharded=True)
     if options.backend == "reference":
         raise ValueError('backend must be "triton", "torch" or None for a sharded weight, got "reference"')
-    local, local_adapter = to_local(weight), adapter.map(to_local)
-    local_bias = None if bias is None else to_local(bias)
+    weight_part, *adapter_parts, local_bias = to_local_together(weight, *adapter, bias)
+    local, local_adapter = given(weight_part), Adapter(*adapter_parts)  # type: ignore[arg-type]  # factors are there
     if weight.device_mesh.size() == 1:
         y = autograd.adapted_linear(x.to_local(), local, local_adapter, local_bias, options)
     else:

@@ -53,6 +53,34 @@ def test_merged_weight_is_rounded_on_shards_as_in_the_whole(style, ranks):
     launch(check_rounding, ranks, style)
 
 
+# ---- gradients ----
+
+
+def check_gradients(style: str) -> None:
+    x, _ = x_and_dy()  # 41 outputs and 27 inputs: no number of ranks divides them
+    _, layer = whole_and_sharded(STYLES[style])
+    trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    layer(x).sum().backward()
+    first = [p.grad.full_tensor().clone() for p in trained.values()]
+    for name, parameter in trained.items():
+        gradient = parameter.grad
+        assert not gradient.requires_grad
+        for got, expected in (gradient, parameter), (gradient.to_local(), parameter.to_local()):
+            assert (got.shape, got.stride(), got.dtype) == (expected.shape, expected.stride(), expected.dtype), name
+        assert gradient.placements == parameter.placements
+    layer(x).sum().backward()  # added to the first
+    for before, parameter in zip(first, trained.values(), strict=True):
+        assert torch.equal(parameter.grad.full_tensor(), 2 * before)
+    graphed = torch.autograd.grad(layer(x).sum(), tuple(trained.values()), create_graph=True)
+    for gradient, before in zip(graphed, first, strict=True):
+        assert torch.equal(gradient.full_tensor(), before)
+
+
+@styles
+def test_gradients_are_placed_and_laid_out_as_parameters(style):
+    launch(check_gradients, 2, style)
+
+
 # ---- errors ----
 
 
