@@ -89,6 +89,24 @@ def cross_compile(
     return result
 
 
+def some_of_each_kernel(requests: Sequence[CompileRequest]) -> list[CompileRequest]:
+    """Variants of each kernel that have all of its tiles and, of each argument, all types and constants."""
+    by_kernel: dict[str, list[tuple[CompileRequest, set]]] = {}
+    for request in requests:
+        arguments = request.signature | request.constexprs | request.options
+        tile = [(name, v) for name, v in arguments.items() if name.startswith("BLOCK_SIZE") or name in request.options]
+        values = {(name, repr(value)) for name, value in arguments.items()} | {("tile", repr(sorted(tile)))}
+        by_kernel.setdefault(request.kernel.__name__, []).append((request, values))
+    chosen = []
+    for variants in by_kernel.values():
+        missing = set().union(*(values for _, values in variants))
+        while missing:
+            request, values = max(variants, key=lambda variant: len(variant[1] & missing))
+            chosen.append(request)
+            missing -= values
+    return chosen
+
+
 def cross_compile_all(requests: Sequence[CompileRequest], jobs: int | None = None) -> list[dict | CompileError]:
     """``cross_compile`` of every request in one subprocess with ``jobs`` workers (default: one a core).
 
