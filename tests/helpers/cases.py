@@ -95,6 +95,17 @@ def cancelled(inputs: dict[str, Tensor | None], axis: str, left: float) -> dict[
     return inputs | {"lora_A": A, "lora_B": B}
 
 
+def undone(inputs, axis, left):
+    """``cancelled``, with what is left of the line in another direction than W0's, so that no gradient is 0 for it."""
+    inputs = cancelled(inputs, axis, 0.0)
+    name = "lora_A" if axis == "row" else "lora_B"
+    factor = inputs[name] if axis == "row" else inputs[name].T
+    generator = torch.Generator(factor.device).manual_seed(1)
+    noise = torch.randn(factor.shape[1], generator=generator, device=factor.device)
+    factor[0] += left * factor[0].norm() * noise / noise.norm()
+    return inputs
+
+
 def require(backend: str, dtype: torch.dtype) -> None:
     """Skip where the backend cannot run, or where the interpreter would get bfloat16 wrong."""
     if backend == "triton" and not HAS_TRITON:

@@ -1,13 +1,13 @@
-"""The base product in several launches, each with tiles of its own."""
+"""The base product: in several launches, each with tiles of its own, and with a low-rank tail."""
 
 import pytest
 import torch
-from helpers.cases import HALVES, NAMES, Case, cancelled, check_layer, require
+from helpers.cases import HALVES, NAMES, Case, cancelled, check_layer, require, undone
 
 pytest.importorskip("triton", reason="needs triton")
 
 from bora_kernels import replay_disabled
-from bora_kernels.kernels import gemm
+from bora_kernels.kernels import config, gemm
 from bora_kernels.kernels.config import cdiv, gemm_tile
 
 
@@ -61,3 +61,25 @@ def test_cancelled_lines_in_two_launches(dtype, in_two_launches, device):
     in_two_launches(0.5, (32, 64, 16), 3)
     case = Case(72, 144, 168, 12, dtype=dtype, seed=3)
     check_layer("triton", cancelled(case.inputs(device), "row", 0.01), case.upstream(device))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=NAMES.get)
+@pytest.mark.parametrize("R", [4, 12, 24])
+@pytest.mark.parametrize("left", [1.0, 5e-3])
+def test_tail_of_a_product(dtype, R, left, device, monkeypatch):
+    """Of tiles that descriptors load: its third term is left out, with the steps it takes, where no line cancels."""
+    require("triton", dtype)
+    seen, plain_tile = [], config.gemm_tile
+
+    def tile(arch, processors, M, O, dtype, descriptors_fit, *rest):
+        seen.append(descriptors_fit)
+        chosen = plain_tile(arch, processors, M, O, dtype, descriptors_fit, *rest)
+        return chosen | {"USE_DESCRIPTORS": descriptors_fit, "BLOCK_SIZE_C": 16} if arch == 0 else chosen
+
+    monkeypatch.setattr(config, "gemm_tile", tile)
+    config.gemm_config.cache_clear()
+    case = Case(24, 48, 72, R, dtype=dtype, seed=3)
+    inputs = case.inputs(device) if left == 1.0 else undone(case.inputs(device), "row", left)
+    check_layer("triton", inputs, case.upstream(device))
+    config.gemm_config.cache_clear()
+    assert all(seen)

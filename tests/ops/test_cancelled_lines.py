@@ -18,6 +18,7 @@ from helpers.cases import (
     orders,
     require,
     run,
+    undone,
     variants,
 )
 
@@ -41,17 +42,6 @@ def backend(request, monkeypatch):
         monkeypatch.setattr(torch_backend, "_has_wide_products", lambda _: True)
         monkeypatch.setattr(torch_backend, "_wide_product", lambda t, matrix, **_: t.float() @ matrix.float())
     return name
-
-
-def undone(inputs, axis, left):
-    """``cancelled``, with what is left of the line in another direction than W0's, so that no gradient is 0 for it."""
-    inputs = cancelled(inputs, axis, 0.0)
-    name = "lora_A" if axis == "row" else "lora_B"
-    factor = inputs[name] if axis == "row" else inputs[name].T
-    generator = torch.Generator(factor.device).manual_seed(1)
-    noise = torch.randn(factor.shape[1], generator=generator, device=factor.device)
-    factor[0] += left * factor[0].norm() * noise / noise.norm()
-    return inputs
 
 
 def scales(inputs, backend, order, dtype=None):
@@ -183,30 +173,6 @@ def test_under_autocast(backend, axis, device):
             return bora_linear(**arguments)
 
     check_layer(backend, inputs, case.upstream(device), layer=layer)
-
-
-@pytest.mark.parametrize("dtype", HALVES, ids=NAMES.get)
-@pytest.mark.parametrize("R", [4, 12, 24])
-@pytest.mark.parametrize("left", [1.0, 5e-3])
-def test_tail_of_a_product(dtype, R, left, device, monkeypatch):
-    """Of tiles that descriptors load: its third term is left out, with the steps it takes, where no line cancels."""
-    require("triton", dtype)
-    from bora_kernels.kernels import config
-
-    seen, plain_tile = [], config.gemm_tile
-
-    def tile(arch, processors, M, O, dtype, descriptors_fit, *rest):
-        seen.append(descriptors_fit)
-        chosen = plain_tile(arch, processors, M, O, dtype, descriptors_fit, *rest)
-        return chosen | {"USE_DESCRIPTORS": descriptors_fit, "BLOCK_SIZE_C": 16} if arch == 0 else chosen
-
-    monkeypatch.setattr(config, "gemm_tile", tile)
-    config.gemm_config.cache_clear()
-    case = Case(24, 48, 72, R, dtype=dtype, seed=3)
-    inputs = case.inputs(device) if left == 1.0 else undone(case.inputs(device), "row", left)
-    check_layer("triton", inputs, case.upstream(device))
-    config.gemm_config.cache_clear()
-    assert all(seen)
 
 
 @backends
