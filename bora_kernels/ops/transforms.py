@@ -58,10 +58,10 @@ def in_forward_mode() -> bool:
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """The identity, whose derivative is an error."""
+    """The identity of a gradient, whose derivative by whatever it depends on is an error."""
 
     @staticmethod
-    def forward(ctx, gradient: Tensor) -> Tensor:
+    def forward(ctx, gradient: Tensor, *_: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
@@ -69,18 +69,33 @@ class _NoSecondDerivative(torch.autograd.Function):
         raise RuntimeError('the "triton" and "torch" backends have no second derivative: backend="reference" has')
 
 
+class _Unpacked:
+    """A backward's ctx whose saved tensors have been unpacked, which checkpoints allow once."""
+
+    def __init__(self, ctx):
+        self.ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ctx, name)
+
+
 def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
     """A backward whose gradients raise when they are differentiated, also where the gradient that came in is constant.
 
-    PyTorch's decorator of this name leaves such gradients without a graph, and a penalty on them without effect.
+    PyTorch's decorator of this name leaves such gradients without a graph, or with one that leads to nothing that
+    ``torch.autograd.grad`` is asked for, and a penalty on them without effect.
     """
 
     def call(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        ctx = _Unpacked(ctx)
         with torch.no_grad():
             results = backward(ctx, *gradients)
-        if not torch.is_grad_enabled():
-            return results
-        return tuple(t if t is None else _NoSecondDerivative.apply(t.detach().requires_grad_()) for t in results)
+        causes = [t for t in (*gradients, *ctx.saved_tensors) if isinstance(t, Tensor) and t.requires_grad]
+        return tuple(
+            t if t is None else _NoSecondDerivative.apply(t.detach().requires_grad_(), *causes) for t in results
+        )
 
     return call
 

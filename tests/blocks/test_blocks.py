@@ -238,3 +238,17 @@ def test_errors_name_the_argument():
         gated_mlp(tokens(shape=(3, K)), *layers[:2], wrong, "silu")
     with pytest.raises(ValueError, match="activation must be one of silu, gelu, gelu_tanh, got 'relu'"):
         gated_mlp(tokens(shape=(3, K)), *layers, "relu")
+
+
+@pytest.mark.parametrize("block", ["mlp", "readers"])
+def test_a_penalty_on_gradients_is_refused_and_not_left_out(block):
+    x = tokens(torch.float32)
+    sizes = ((I, K), (I, K), (N, I)) if block == "mlp" else ((N, K), (I, K))
+    layers = [make_layer(n, k, "bora", seed=i) for i, (n, k) in enumerate(sizes)]
+    outputs = [gated_mlp(x, *layers, "silu")] if block == "mlp" else shared_input(x, layers)
+    loss = sum(y.square().sum() for y in outputs)
+    first, last = layers[0].adapter, layers[-1].adapter
+    (gradient,) = torch.autograd.grad(loss, first.magnitude_row, create_graph=True)
+    for leaf in (x, first.lora_A, first.magnitude_col, last.lora_B):
+        with pytest.raises(RuntimeError, match='no second derivative: backend="reference" has'):
+            torch.autograd.grad(loss + gradient.square().sum(), leaf, retain_graph=True)

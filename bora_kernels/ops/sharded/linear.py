@@ -26,7 +26,6 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from ...contract import (
@@ -41,7 +40,7 @@ from ...contract import (
     separate_product,
     split_scales,
 )
-from .. import adapted_weight, autograd, balance, operators, reuse, validation
+from .. import adapted_weight, autograd, balance, operators, reuse, transforms, validation
 from .layout import Layout, as_dtensor, check_placements, finish, to_local, to_local_together
 from .norms import add_norm_paths, norms_and_scales
 
@@ -138,7 +137,7 @@ class ShardedBoraLinearFunction(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @once_differentiable
+    @transforms.once_differentiable
     def backward(ctx, dy: Tensor):
         dx = dA = dB = dm_row = dm_col = d_bias = None
         dy = finish(dy)

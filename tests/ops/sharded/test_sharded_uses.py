@@ -74,6 +74,8 @@ def check_gradients(style: str) -> None:
     graphed = torch.autograd.grad(layer(x).sum(), tuple(trained.values()), create_graph=True)
     for gradient, before in zip(graphed, first, strict=True):
         assert torch.equal(gradient.full_tensor(), before)
+    with pytest.raises(RuntimeError, match='no second derivative: backend="reference" has'):
+        torch.autograd.grad(sum(g.to_local().square().sum() for g in graphed), trained["lora_B"])
 
 
 @styles
