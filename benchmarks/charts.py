@@ -31,6 +31,7 @@ _NAMES = {
     "frozen-liger": ("frozen {level}, Liger", "#bdbdbd"),
     "lora-by-hand-liger": ("LoRA by hand, {dtype} adapter, Liger", "#8f86cf"),
     "fused-bora-liger": ("FusedBoraLinear, Liger", "#cf5a52"),
+    "fused-bora-liger-fuse": ("after fuse, Liger's rotation", "#8d4a86"),
 }
 _LINES = ("frozen", "peft-lora-half", "lora-by-hand-half", "peft-dora-half", "fused-bora")
 _FIELDS = (("median", 1e3, "ms", "time of a step"), ("peak_bytes", 2**-20, "MiB", "peak memory of a step"))

@@ -97,11 +97,13 @@ def test_readme_table_is_that_of_the_recorded_run(tmp_path):
 
 
 def test_readme_table_of_layers_from_one_run_and_models_from_another(tmp_path):
-    copy, (path, *_) = tmp_path / "README.md", readme.sources(ROOT / "README.md")
+    copy, sources = tmp_path / "README.md", readme.sources(ROOT / "README.md")
     copy.write_text("<!-- made from a.json -->\n<!-- end -->", encoding="utf-8")
+    of_readme = [record for path in sources for record in records.load(path)["records"]]
+    cells = {key: case["fused-bora"]["median"] for key, case in _cases(of_readme).items()}
     for name, level, factor in (("a.json", "layer", 1), ("b.json", "model", 3)):
-        result = records.load(path)
-        result["records"] = [record for record in result["records"] if record["level"] == level]
+        result = records.load(sources[0])
+        result["records"] = [dict(record) for record in of_readme if record["level"] == level]
         for record in result["records"]:
             record["median"] = record.get("median") and factor * record["median"]
         result["environment"]["commit"] = name
@@ -111,7 +113,6 @@ def test_readme_table_of_layers_from_one_run_and_models_from_another(tmp_path):
     written = copy.read_text(encoding="utf-8")
     assert "made from a.json b.json" in written and "Measured at commits a.json and b.json." in written
     row = next(line for line in written.splitlines() if "FusedBoraLinear`** |" in line)
-    cells = {name: case["fused-bora"]["median"] for name, case in _cases(path).items()}
     assert row.split("|")[2].strip() == f"{1e3 * cells[readme._LAYER]:.2f}"
     assert row.split("|")[4].strip() == f"{3e3 * cells[readme._MODEL]:.0f}"
     assert readme.sources(copy) == results
@@ -122,8 +123,8 @@ def test_readme_table_of_layers_from_one_run_and_models_from_another(tmp_path):
     assert copy.read_text(encoding="utf-8") == written
 
 
-def _cases(path):
-    cases = records.by_case(records.load(path)["records"])
+def _cases(of_readme):
+    cases = records.by_case(of_readme)
     return {key: cases[key] for key in (readme._LAYER, readme._MODEL)}
 
 
