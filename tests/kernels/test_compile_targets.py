@@ -10,7 +10,6 @@ is compiled is what a real launch on the target would compile.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -26,59 +25,31 @@ from helpers.cross_compile import (
     cross_compile_all,
     some_of_each_kernel,
 )
+from helpers.recorded_launches import (
+    KERNELS,
+    MODULES,
+    TYPES,
+    Case,
+    record,
+    run_dequantization,
+    run_gate,
+    run_layer,
+    run_mixed_batch,
+    run_norm,
+    run_reads,
+    run_weight_or_v,
+)
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bora_kernels.contract import Adapter, Needs, Options, Slots, separate_product
-from bora_kernels.kernels import (
-    add,
-    combine,
-    config,
-    gated,
-    gemm,
-    gemm_of_v,
-    gram,
-    low_rank,
-    mixed,
-    mixed_config,
-    mixed_few,
-    mixed_project,
-    moments,
-    nf4,
-    norms,
-    rms,
-    tail,
-    weight_or_v,
-)
-from bora_kernels.ops import triton_backend
+from bora_kernels.kernels import config, gram, mixed_config
 
-TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
-    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
-}  # fmt: skip
 # ptxas spills a register or two to raise occupancy even where a thread has 40 of its 255. Of what Triton 3.6 makes,
 # four finishing kernels for more than 64 ranks spill more, up to 96 bytes on sm_80
 TOLERATED_SPILL_BYTES = 32 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 96
 # of launches that may begin while the one before runs: these read a stage's inputs before they wait for its end
 READ_INPUTS_EARLY = {"_linear_few_kernel", "_parts_kernel", "_add_parts_kernel"}
+ONLY_ON_90 = {"_parts_kernel", "_add_parts_kernel"}  # a product over few tokens in parts
 PROCESSORS = {80: 108, 90: 132, 100: 148, "gfx942": 304}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One layer whose launches are recorded."""
-
-    dtype: torch.dtype
-    R: int
-    M: int = 8192
-    N: int = 4096
-    K: int = 4096
-    order: str = "row_col"
-    bias: bool = False
-    dropout: bool = False
-
-    def __str__(self) -> str:
-        flags = "-bias" * self.bias + "-dropout" * self.dropout
-        return f"M{self.M}-N{self.N}-K{self.K}-R{self.R}-{TYPES[self.dtype]}-{self.order}{flags}"
 
 
 CASES = (
@@ -99,128 +70,6 @@ CASES = (
     Case(torch.float32, 16, order="col_row"),
     Case(torch.float32, 64, M=500, bias=True, dropout=True),
 )
-
-
-class Recorder:
-    """Stands in for a kernel: keeps the arguments of each launch."""
-
-    def __init__(self, kernel, launches: list) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        def record(*tensors, **arguments):
-            names = inspect.signature(self.kernel.fn).parameters
-            self.launches.append((self.kernel, dict(zip(names, tensors, strict=False)) | arguments))
-
-        return record
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    recorded = []
-    for module in (
-        add,
-        combine,
-        gated,
-        gemm,
-        gemm_of_v,
-        gram,
-        low_rank,
-        mixed,
-        mixed_few,
-        mixed_project,
-        moments,
-        nf4,
-        norms,
-        rms,
-        tail,
-        weight_or_v,
-    ):
-        for name, kernel in list(vars(module).items()):
-            if name.endswith("_kernel"):
-                monkeypatch.setattr(module, name, Recorder(kernel, recorded))
-    return recorded
-
-
-def run_layer(case: Case) -> None:
-    """Forward and backward of a layer, as ``autograd`` calls the backend, on uninitialized tensors."""
-    x, weight = torch.empty(case.M, case.K, dtype=case.dtype), torch.empty(case.N, case.K, dtype=case.dtype)
-    lora_A, lora_B = torch.empty(case.R, case.K), torch.empty(case.N, case.R)
-    magnitudes = torch.empty(case.N), torch.empty(case.K)
-    bias = torch.empty(case.N, dtype=case.dtype) if case.bias else None
-    seed = torch.zeros(1, dtype=torch.int64) if case.dropout else None
-    dropout_p = 0.1 if case.dropout else 0.0
-    adapter, options = Adapter(lora_A, lora_B, *magnitudes), Options(2.0, case.order, dropout_p=dropout_p)
-    y, product, u, scales = triton_backend.forward(
-        x, weight, adapter, None, bias, seed, options, products=True, save_product=True
-    )
-    product = product if separate_product(case.dtype, bias) else y
-    triton_backend.backward(
-        torch.empty_like(y), x, weight, adapter, scales, product, u, seed, options, Needs(True, True, True, True, True)
-    )
-    triton_backend.weighted_sums(weight, lora_B, lora_A.T, None, scaling=2.0)  # of a shard
-    for signed in (False, True):
-        triton_backend.weighted_sums(
-            weight.T, lora_A.T, lora_B, magnitudes[0], torch.empty(4), scaling=2.0, signed=signed
-        )
-
-
-def run_reads(N: int, K: int, R: int) -> None:
-    """Reads of a bfloat16 weight over rows and columns, with the factors as layers have them."""
-    weight, first = torch.empty(N, K, dtype=torch.bfloat16), torch.empty(4)
-    for W, factor in ((weight, torch.empty(R, K).T), (weight.T, torch.empty(N, R))):
-        moments.moments(W, factor, None, "tf32", cleared=first)
-        moments.moments(W, factor, torch.empty(W.shape[1]), "tf32", squares_needed=False)
-
-
-def run_dequantization(dtype: torch.dtype, block: int, nested: bool) -> None:
-    """A 4-bit weight made dense, on uninitialized tensors."""
-    absmax = torch.empty(4096 * 4096 // block, dtype=torch.uint8 if nested else torch.float32)
-    parts = (torch.empty(4096 * 2048, 1, dtype=torch.uint8), torch.empty(16), absmax)
-    parts += (torch.empty(len(absmax) // 256), torch.empty(256), torch.empty(())) if nested else ()
-    nf4.dequantize_nf4(parts, (4096, 4096), (block, 256) if nested else (block,), dtype)
-
-
-def run_mixed_batch(dtype: torch.dtype, M: int, R: int, N: int = 4096, K: int = 4096, factors=None) -> None:
-    """A batch of several adapters, on uninitialized tensors."""
-    x, weight, bias = (torch.empty(shape, dtype=dtype) for shape in ((M, K), (N, K), (N,)))
-    lora_A, lora_B = (torch.empty(8, R, size, dtype=factors or dtype) for size in (K, N))
-    index = torch.empty(4, M, dtype=torch.int32)
-    slots = Slots(lora_A, lora_B, torch.empty(8, N), torch.empty(8, K))
-    triton_backend.mixed_linear(x, weight, bias, index, slots, 1)
-
-
-def run_gate(case: Case) -> None:
-    """The gate of an MLP and its backward, with each activation."""
-    e, f, dh = (torch.empty(case.M, case.N, dtype=case.dtype) for _ in range(3))
-    for activation in ("silu", "gelu", "gelu_tanh"):
-        gated.gate(e, f, activation)
-        gated.gate_backward(e, f, dh, activation)
-    add.add(e, f)
-    if case.R > config.gated_rank(case.dtype):
-        return
-    whole = [gated.Side(torch.empty(case.N), torch.empty(case.M, case.R), True) for _ in range(3)]
-    frozen = gated.Side(None, None, False)
-    for activation in ("silu", "gelu", "gelu_tanh"):
-        gated.gate_sums(e, f, dh, tuple(whole), activation, precision=triton_backend._precision(case.dtype))
-    gated.gate_sums(e, f, dh, (whole[0], frozen, frozen), "silu", precision="ieee")
-
-
-def run_weight_or_v(weight_dtype: torch.dtype, dtype: torch.dtype, R: int, K: int) -> None:
-    """The weight of a convolution, in both memory formats."""
-    weight, A, B = torch.empty(640, K, 9, dtype=weight_dtype), torch.empty(R, K, 9), torch.empty(640, R)
-    powers = (torch.empty(640), torch.empty(K)) if dtype == torch.float16 else (None, None)
-    for last in (False, True):
-        if last:
-            weight, A = weight.view(640, 9, K), A.view(R, 9, K)
-        weight_or_v.weight_or_v(weight, A, B, torch.empty(4), *powers, scaling=2.0, channels_last=last, dtype=dtype)
-
-
-def run_norm(dtype: torch.dtype, K: int) -> None:
-    """RMSNorm and its backward."""
-    x, weight = torch.empty(1000, K, dtype=dtype), torch.empty(K, dtype=dtype)
-    rms.rms_norm(x, weight, 1.0, 1e-6)
-    rms.rms_norm_backward(x, x, weight, 1.0, 1e-6)
 
 
 def compile_request(kernel, arguments: dict, arch) -> CompileRequest:
@@ -245,6 +94,11 @@ def compile_request(kernel, arguments: dict, arch) -> CompileRequest:
     return CompileRequest(kernel, signature, constexprs, arch, align16, options)
 
 
+@pytest.fixture
+def launches(monkeypatch):
+    return record(monkeypatch)
+
+
 def waits_first(kernel: str, usage: dict) -> bool:
     """Whether a program touches no memory before it waits for the end of the launch before its own."""
     return usage["early_stores"] == 0 and (usage["early_loads"] == 0 or kernel in READ_INPUTS_EARLY)
@@ -253,19 +107,9 @@ def waits_first(kernel: str, usage: dict) -> bool:
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("arch", PROCESSORS, ids=str)
 def test_every_launch_compiles_within_the_targets_limits(arch, launches, monkeypatch, pytestconfig):
-    for module in (
-        config,
-        gated,
-        gemm_of_v,
-        low_rank,
-        mixed,
-        mixed_config,
-        mixed_few,
-        mixed_project,
-        moments,
-        norms,
-    ):
-        monkeypatch.setattr(module, "target", lambda index: (arch, PROCESSORS[arch]))
+    for module in MODULES:
+        if hasattr(module, "target"):
+            monkeypatch.setattr(module, "target", lambda index: (arch, PROCESSORS[arch]))
     monkeypatch.setattr(torch.version, "hip", "6.4" if isinstance(arch, str) else None)
     for cached in (config.gemm_config, mixed_config.mixed_many_config):
         cached.cache_clear()
@@ -300,8 +144,7 @@ def test_every_launch_compiles_within_the_targets_limits(arch, launches, monkeyp
         request = compile_request(kernel, arguments, arch)
         requests.setdefault(repr((kernel, request.signature, request.constexprs, request.options)), request)
     launched = {request.kernel.__name__ for request in requests.values()}
-    # what few tokens' parts are made and added by is for sm_90
-    assert len(launched) == (24 if arch == 90 else 22), "not every kernel was launched"
+    assert launched == KERNELS - (set() if arch == 90 else ONLY_ON_90)
 
     every = list(requests.values())
     compiled = every if arch == 90 or pytestconfig.getoption("every_variant") else some_of_each_kernel(every)

@@ -7,7 +7,7 @@ import torch
 import torch._dynamo.compiled_autograd
 import torch._dynamo.testing
 from helpers.accuracy import assert_equal
-from helpers.cases import TRAINED, Case, backends, check_layer, orders, require, run, variants
+from helpers.cases import Case, backends, check_layer, orders, require, run, variants
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -269,20 +269,3 @@ def test_output_may_be_changed_in_place(backend, shape, device):
     module = make_module(backend, device)
     assert not module(x.requires_grad_())._is_view()
     assert_equal(results_of(lambda x: module(x).mul_(2), module, x), results_of(lambda x: module(x) * 2, module, x))
-
-
-# ---- second derivatives ----
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
-def test_second_derivative(backend, device):
-    require(backend, torch.float32)
-    inputs = {n: None if t is None else t.requires_grad_(n in TRAINED) for n, t in Case(**SMALL).inputs(device).items()}
-    y = bora_linear(**inputs, scaling=0.5, backend=backend)
-    (dx,) = torch.autograd.grad(y.square().sum(), inputs["x"], create_graph=True)
-    if backend == "reference":
-        dx.square().sum().backward()
-        assert inputs["lora_B"].grad.abs().max() > 0
-    else:
-        with pytest.raises(RuntimeError, match="no second derivative: backend=.reference. has"):
-            dx.square().sum().backward()
