@@ -77,7 +77,7 @@ def adapted_convolution(
 
     kept = None
     if word is not None:
-        kept = (1 - word.amax()).to(acc)  # 0 where lines are cancelled
+        kept = (1 - word.amax(0)).to(acc)  # 0 where lines are cancelled
         x = _Derivative.apply(x, kept, call)
         g = None if g is None else _Derivative.apply(g, kept, call)
     dropped = F.dropout(x.to(acc), options.dropout_p, training=True)
@@ -100,7 +100,7 @@ def _powers(scale: Tensor, word: Tensor) -> Tensor:
     """Powers of two near a scale's values, in float32; ones where there is no word."""
     exponent = scale.detach().float().abs().log2().nan_to_num(0.0, 0.0, 0.0).round().clamp(-_MOST, _MOST)
     powers = exponent.to(torch.int32).add(127).bitwise_left_shift(23).view(torch.float32)  # exact, unlike exp2
-    return torch.where(word.amax() != 0, powers, 1.0)
+    return torch.where(word.amax(0) != 0, powers, 1.0)
 
 
 def _products(

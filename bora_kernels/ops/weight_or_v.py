@@ -42,7 +42,7 @@ def by_operations(tensors: Tensors, scaling: float, dtype: torch.dtype) -> Tenso
     wide = weight.flatten(1).to(accumulation_dtype(torch.promote_types(weight.dtype, dtype)))
     V = effective_weight(wide, Adapter(lora_A.flatten(1), lora_B, None, None), Options(scaling))
     V = times_powers(V.view(weight.shape), p, q).flatten(1)
-    chosen = torch.where(word.amax() != 0, round_weight(V, dtype), wide.to(dtype))
+    chosen = torch.where(word.amax(0) != 0, round_weight(V, dtype), wide.to(dtype))
     return chosen.view(weight.shape)
 
 

@@ -99,6 +99,8 @@ def _make_types_once(interpreter, tl) -> None:
             self.__dict__ = known  # nothing changes a type
 
     def tensor(self, handle, type):
+        if not type.is_block():  # "bf16" and its like outlive the kernels: they are left as they are
+            return plain_tensor(self, handle, type)
         known = type.__dict__.get("of_tensors")
         if known is None:
             plain_tensor(self, handle, type)

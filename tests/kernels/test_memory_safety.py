@@ -22,7 +22,7 @@ CASES = [
     (Case(33, 52, 36, 3, order="col_row", dtype=torch.float16), {}),  # rows of 8 bytes: too narrow for 16
     (Case(70, 40, 88, 3), {"detach_norm": True}),  # rows of 16 bytes: tensor descriptors
     (Case(1, 37, 53, 1, member="dora", bias=False), {}),
-    (Case(3, 37, 300, 70), {}),  # ranks whose Gram matrix is added first
+    (Case(3, 37, 300, 70), {}),  # more ranks than one tile has
     (Case(17, 140, 20, 3, member="lora", dtype=BF16), {"dropout_p": 0.25, "training": True}),
 ]
 
@@ -59,6 +59,7 @@ def exercise(at):
                 patches.enter_context(mock.patch.object(owner, name, allocate))
             results["nf4", guarding] = {"dense": dense_nf4(at if guarding else None)}
             results["weight of a convolution", guarding] = {"weight": weight_or_v(at if guarding else None)}
+            results["gram", guarding] = {"sum": sum_of_grams(at if guarding else None)}
             results["gate", guarding] = gate_of_mlp(at if guarding else None)
             results["norm", guarding] = norm_of_rows(at if guarding else None)
             for M in (5, 131):
@@ -109,6 +110,17 @@ def weight_or_v(at):
     if at is not None:
         tensors = [guarded(t, at) for t in tensors]
     return weight_or_v(*tensors, scaling=0.5, channels_last=False, dtype=torch.float32)[0]
+
+
+def sum_of_grams(at):
+    """The Gram matrix of more ranks than programs add for themselves, in three parts."""
+    from bora_kernels.kernels.gram import add_gram
+
+    products = torch.randn(3, 5 + 67, 67, generator=torch.Generator().manual_seed(0))
+    if at is not None:
+        products = guarded(products, at)
+    assert add_gram(products, 5) == 1
+    return products[0].clone()
 
 
 def mixed_batch(M, at, K=517, adapters=3, factors=torch.float32):
