@@ -76,7 +76,7 @@ def _look_through_modules_once(interpreter, tl) -> None:
 
 def _make_types_once(interpreter, tl) -> None:
     plain_np_dtype, np_dtypes = interpreter._get_np_dtype, {}
-    plain_block, blocks, shapes = tl.block_type.__init__, {}, {}
+    plain_block, blocks, shapes, scalars = tl.block_type.__init__, {}, {}, {}
     plain_tensor, plain_equal = tl.tensor.__init__, tl.dtype.__eq__
     Semantic = type(interpreter.interpreter_semantic)
     plain_broadcast = Semantic.broadcast_impl_value
@@ -99,12 +99,11 @@ def _make_types_once(interpreter, tl) -> None:
             self.__dict__ = known  # nothing changes a type
 
     def tensor(self, handle, type):
-        if not type.is_block():  # "bf16" and its like outlive the kernels: they are left as they are
-            return plain_tensor(self, handle, type)
-        known = type.__dict__.get("of_tensors")
+        keeper = scalars.setdefault(type.name, {}) if type.__class__ is tl.dtype else type.__dict__
+        known = keeper.get("of_tensors")  # not kept by "bf16" and its like, which outlive the kernels
         if known is None:
             plain_tensor(self, handle, type)
-            type.of_tensors = self.shape, self.numel, self.dtype
+            keeper["of_tensors"] = self.shape, self.numel, self.dtype
         else:
             self.handle, self.type = handle, type
             self.shape, self.numel, self.dtype = known
