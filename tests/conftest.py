@@ -53,7 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--every-variant",
         action="store_true",
-        help="compile every variant of a kernel for every GPU, not for sm_90 alone",
+        help="compile every variant of a kernel for every GPU, not as few as have every tile and value",
     )
 
 
