@@ -162,6 +162,8 @@ def test_checkpointed_and_without_gradients(block, stages, one_by_one):
 
 
 def test_an_output_that_was_changed_in_place_is_computed_again(stages):
+    if not hasattr(torch._C._autograd.SavedTensor, "unpack"):
+        pytest.skip("an older torch refuses such outputs by itself")
     layers, x = layers_of("readers", dtype=torch.float32), tokens()
     expected = run("readers", x, layers)
     outputs = shared_input(x, layers)
