@@ -55,7 +55,7 @@ def forward(
     save_product: bool,
     prepared: object = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Equations (1) and (2): the output [M, N], the product before the bias where it is kept apart, u, scales.
+    """Equations (1) and (2): the output [..., N], the product before the bias where it is kept apart, u, scales.
 
     Norms and scales of the adapted weight are one flat float32 tensor (``contract.split_scales``), made here unless
     they are given; then the returned ones are None. ``products`` keeps what a backward with exact gradients needs
@@ -253,15 +253,9 @@ def add_norm_paths(
 
 
 def weighted_sums(
-    W: Tensor,
-    P: Tensor,
-    Z: Tensor,
-    coefficient: Tensor | None,
-    cancelled: Tensor | None = None,
-    *,
-    scaling: float,
-    signed: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    W: Tensor, P: Tensor, Z: Tensor, coefficient: Tensor | None, cancelled: Tensor | None = None, *,
+    scaling: float, signed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Of V = W [I, J] + s·P [I, R]·Z [J, R]ᵀ: Σ_j c_j·V_ij² [I] and V·(c⊙Z) [I, R], in float32 (c = None: 1).
 
     And a tensor [4] that is not 0 where the update cancels a line; ``cancelled`` is what sums over the other axis, or
@@ -278,7 +272,7 @@ def _weighted_sums(W, P, Z, coefficient, cancelled, *, scaling, signed, precisio
 
 
 def mixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, slots: Slots, tokens: int) -> Tensor:
-    """The layer for a batch of several adapters: see ``ops.mixed``. Two launches."""
+    """The layer for a batch of several adapters: see ``ops.mixed``. Two launches, or three."""
     return _mixed_linear(x, weight, bias, index, *slots, tokens=tokens, precision=_precision(x.dtype))[0]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.accuracy import assert_accurate
 from helpers.cases import HALVES, NAMES, SCALING, Case, check_layer, dtypes, orders, run
+from helpers.graphs import capture
 
 from bora_kernels import bora_linear, replay_disabled
 from bora_kernels.kernels import combine, gemm, gram, low_rank, moments, norms, tail
@@ -210,16 +211,7 @@ OVERLAPPING = [
 
 def captured(inputs, dy, **options):
     """A CUDA graph of forward and backward over these very tensors, and the results it writes."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            triton_run(inputs, dy, **options)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = triton_run(inputs, dy, **options)
-    return graph, results
+    return capture(lambda: triton_run(inputs, dy, **options))
 
 
 @orders

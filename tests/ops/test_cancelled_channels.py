@@ -20,6 +20,7 @@ from helpers.convolutions import (
     require_kernel,
     run,
 )
+from helpers.graphs import capture
 from torch import nn
 
 from bora_kernels.ops import convolution, weight_or_v
@@ -171,15 +172,7 @@ def test_a_graph_of_a_layer_whose_channels_cancel_later(dtype, device):
         y = layer_of(conv)(*leaves)
         return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    graph, results = capture(step)
     with torch.no_grad():
         for leaf, t in zip(leaves[1:], cancelled_factors(conv, ("row",), 1e-3, rank=9), strict=True):
             leaf.copy_(t)

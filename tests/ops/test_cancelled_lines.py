@@ -21,6 +21,7 @@ from helpers.cases import (
     undone,
     variants,
 )
+from helpers.graphs import capture
 
 from bora_kernels import bora_linear
 from bora_kernels.contract import COMPLETE, Adapter, Options, split_scales
@@ -254,15 +255,7 @@ def test_a_graph_of_a_layer_whose_lines_cancel_later(backend, dtype, device):
         y = bora_linear(**leaves, scaling=SCALING, backend=backend)
         return [y.detach(), *torch.autograd.grad(y, trained, dy)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    graph, results = capture(step)
     with torch.no_grad():
         for name, t in undone(inputs, "row", 1e-3).items():
             leaves[name].copy_(t)
