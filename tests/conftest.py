@@ -93,6 +93,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def float32_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 is float32 in convolutions too, where PyTorch's default on a GPU is TF32."""
+    if CUDA:
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 _FILLED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -60,10 +60,10 @@ def test_de_is_written_over_dh(device):
 
 @pytest.mark.parametrize("backend, used", [("triton", True), ("torch", False)])
 def test_an_mlp_with_biases_runs_the_gate_where_its_layers_run(backend, used, device, monkeypatch):
-    called = []
+    called = set()  # not how often: a GPU's first calls run stages twice
     for name in ("gate", "gate_backward"):
         own = getattr(gated, name)
-        monkeypatch.setattr(gated, name, lambda *args, own=own, name=name: (called.append(name), own(*args))[1])
+        monkeypatch.setattr(gated, name, lambda *args, own=own, name=name: (called.add(name), own(*args))[1])
 
     def layer(n, k):
         adapter = Adapter(torch.randn(2, k, device=device, requires_grad=True), torch.randn(n, 2, device=device))
@@ -71,4 +71,4 @@ def test_an_mlp_with_biases_runs_the_gate_where_its_layers_run(backend, used, de
         return Projection(weight, bias, adapter, Options(0.5, backend=backend))
 
     gated_mlp(torch.randn(5, 20, device=device), layer(24, 20), layer(24, 20), layer(18, 24), "silu").sum().backward()
-    assert called == (["gate", "gate", "gate_backward"] if used else [])
+    assert called == ({"gate", "gate_backward"} if used else set())

@@ -10,6 +10,7 @@ pytest.importorskip("peft")
 from helpers.peft_models import bora_layers, make_peft  # noqa: E402
 
 
+@pytest.mark.usefixtures("float32_convolutions")
 @dtypes
 @pytest.mark.parametrize("name", ["1d-circular", "2d", "3d"])
 def test_cancelled_channels(name, dtype, device):

@@ -25,6 +25,7 @@ from torch import nn
 
 from bora_kernels.ops import convolution, weight_or_v
 
+pytestmark = pytest.mark.usefixtures("float32_convolutions")
 lines = pytest.mark.parametrize("lines", [("row",), ("col",), ("row", "col")], ids="-".join)
 
 
@@ -166,7 +167,7 @@ def test_weight_or_v_of_the_kernel(weight_dtype, dtype, channels_last, device):
 def test_a_graph_of_a_layer_whose_channels_cancel_later(dtype, device):
     """What a CUDA graph was captured with says nothing of the channels that it meets."""
     conv, x, dy = make("2d", dtype, device)
-    leaves = [t.clone().requires_grad_() for t in (x, *cancelled_factors(conv, (), 1.0, rank=9))]
+    leaves = [t.clone().requires_grad_() for t in (x, *cancelled_factors(conv, (), 1e-3, rank=9))]
 
     def step():
         y = layer_of(conv)(*leaves)
@@ -226,3 +227,20 @@ def test_large_layers(dtype, lines, channels_last, device):
     factors = cancelled_factors(conv, lines, 1e-3, rank=16)
     meet = len(lines) == 2 and dtype in HALVES
     check(conv, x, factors, torch.randn_like(conv(x)), leave_out=("d_1", "d_2") if meet else ())
+
+
+@pytest.mark.gpu
+@dtypes
+@lines
+def test_with_tf32(dtype, lines, device, monkeypatch):
+    """PyTorch's default for convolutions in float32, so for the low-rank ones of every layer: both operands truncated.
+
+    Errors are held to what results are made of, since plain PyTorch makes some of its products in float32 all the same.
+    """
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    conv = nn.Conv2d(192, 160, 3, padding=1).to(device, dtype).requires_grad_(False)
+    x = torch.randn(2, 192, 24, 24, device=device).to(dtype)
+    factors = cancelled_factors(conv, lines, 1e-2, rank=16)
+    meet = len(lines) == 2 and dtype in HALVES
+    dy = torch.randn_like(conv(x))
+    check(conv, x, factors, dy, floor=2**-9, leave_out=("d_1", "d_2") if meet else ())
