@@ -45,6 +45,22 @@ def assert_accurate(
     assert not reports, "\n" + "\n".join(reports)
 
 
+def as_one(layers: Iterable[tuple[dict[str, Tensor], ...]]) -> tuple[dict[str, Tensor], ...]:
+    """Each result of several layers as one tensor, of which every layer has as much to say.
+
+    A layer is four dicts: actual, plain, exact and terms. Where one number is nearly all of a result its error is one
+    rounding, and plain PyTorch's is close to 0 now and then: here the layers are the samples that the rule speaks of.
+    """
+    stacks: tuple[dict[str, list[Tensor]], ...] = ({}, {}, {}, {})
+    for results in layers:
+        for name in results[0]:
+            scale = max(result[name].norm() for result in results[2:])
+            for stack, result in zip(stacks, results, strict=True):
+                wide = torch.promote_types(result[name].dtype, torch.float32)
+                stack.setdefault(name, []).append((result[name].to(wide) / scale).flatten())
+    return tuple({name: torch.cat(parts) for name, parts in stack.items()} for stack in stacks)
+
+
 def assert_equal(actual: Tensors, expected: Tensors) -> None:
     """The same values and dtypes, NaN nowhere; the error names the first tensor that differs, and by how much."""
     one, other = (dict(t if isinstance(t, Mapping) else enumerate(t)) for t in (actual, expected))

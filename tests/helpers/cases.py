@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import HAS_TRITON, INTERPRETING
 from helpers import interpreter_bf16
-from helpers.accuracy import FLOOR, assert_accurate
+from helpers.accuracy import FLOOR, as_one, assert_accurate
 from torch import Tensor
 
 from bora_kernels import bora_linear
@@ -149,24 +149,15 @@ def check_together(
     shares: dict[str, float] | None = None,
     **options,
 ) -> None:
-    """Hold each result of several layers, given as inputs and dy, to the accuracy rule as one tensor.
+    """Hold each result of several layers, given as inputs and dy, to the accuracy rule as one tensor (``as_one``).
 
-    Where one number is nearly all of a result its error is one rounding, and plain PyTorch's is close to 0 now and
-    then: the layers are the samples that the rule speaks of. ``shares`` of what plain PyTorch errs count for results
-    that are known to be better.
+    ``shares`` of what plain PyTorch errs count for results that are known to be better.
     """
-    stacks: tuple[dict[str, list[Tensor]], ...] = ({}, {}, {}, {})
-    for inputs, dy in layers:
-        results = run_beside_reference(backend, inputs, dy, **options)
-        for name in results[0]:
-            scale = max(result[name].norm() for result in results[2:])
-            for stack, result in zip(stacks, results, strict=True):
-                wide = torch.promote_types(result[name].dtype, torch.float32)
-                stack.setdefault(name, []).append((result[name].to(wide) / scale).flatten())
-    actual, plain, exact, terms = ({name: torch.cat(parts) for name, parts in stack.items()} for stack in stacks)
+    results = [run_beside_reference(backend, inputs, dy, **options) for inputs, dy in layers]
+    actual, plain, exact, terms = as_one(results)
     for name, share in (shares or {}).items():
         plain[name] = (exact[name] + share * (plain[name] - exact[name])).to(plain[name].dtype)
-    assert_accurate(actual, plain, exact, samples=len(stacks[0]["y"]), terms=terms)
+    assert_accurate(actual, plain, exact, samples=len(results), terms=terms)
 
 
 def run_beside_reference(

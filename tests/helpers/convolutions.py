@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import CUDA
-from helpers.accuracy import FLOOR, assert_accurate
+from helpers.accuracy import FLOOR, as_one, assert_accurate
 from helpers.cases import MEMBERS, SCALING, require
 from torch import Tensor, nn
 
@@ -134,15 +134,34 @@ def _direction(*shape: int) -> Tensor:
     return noise / noise.norm()
 
 
-def check(conv, x, factors, dy, *, leave_out=(), layer=layer_of, floor=FLOOR, **options):
-    """Hold output and gradients to the accuracy rule; returns them. They are named as ``run`` names them."""
+def beside_dense(conv, x, factors, dy, *, layer=layer_of, **options):
+    """Output and gradients, named as ``run`` names them: of the layer, and of W' written out plainly and exactly.
+
+    And those with detached norms, the terms of what is exact.
+    """
     actual = run(layer(conv, **options), x, *factors, dy=dy)
     plain = run(dense_of(conv, **options), x, *factors, dy=dy)
     wide = copy.deepcopy(conv).double()
     exact, terms = (
         run(dense_of(wide, **(options | more)), *double(x, *factors), dy=dy) for more in ({}, {"detach_norm": True})
     )
-    held = ({name: t for name, t in some.items() if name not in leave_out} for some in (actual, plain, exact, terms))
-    *results, terms = held
-    assert_accurate(*results, samples=min(conv.weight.shape[:2]), terms=terms, floor=floor)
+    return actual, plain, exact, terms
+
+
+def check(conv, x, factors, dy, **options):
+    """Hold output and gradients to the accuracy rule; returns them."""
+    actual, plain, exact, terms = beside_dense(conv, x, factors, dy, **options)
+    assert_accurate(actual, plain, exact, samples=min(conv.weight.shape[:2]), terms=terms)
     return actual
+
+
+def check_together(layers, lines, *, leave_out=(), floor=FLOOR, **options):
+    """Hold each result of several layers (conv, x, factors, dy) to the rule as one tensor.
+
+    Where two of the layers' lines are cancelled, most of it are the numbers that they have in common: one for each tap.
+    """
+    weight = layers[0][0].weight
+    samples = len(layers) * weight[0, 0].numel() if len(lines) == 2 else min(weight.shape[:2])
+    results = as_one(beside_dense(*layer, **options) for layer in layers)
+    actual, plain, exact, terms = ({name: t for name, t in some.items() if name not in leave_out} for some in results)
+    assert_accurate(actual, plain, exact, samples=samples, terms=terms, floor=floor)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.cases import SCALING, dtypes
-from helpers.convolutions import cancelled_factors, check, make
+from helpers.convolutions import cancelled_factors, check_together, make
 from torch import nn
 
 pytest.importorskip("peft")
@@ -14,15 +14,15 @@ from helpers.peft_models import bora_layers, make_peft  # noqa: E402
 @dtypes
 @pytest.mark.parametrize("name", ["1d-circular", "2d", "3d"])
 def test_cancelled_channels(name, dtype, device):
-    conv, x, dy = make(name, dtype, device)
-    rank = 9
-    factors = cancelled_factors(conv, ("row", "col"), 2e-3, rank=rank)
-    model = make_peft(nn.Sequential(conv), r=rank, lora_alpha=SCALING * rank, target_modules=["0"])
-    (layer,) = bora_layers(model).values()
-    B = layer.lora_B["default"].weight
-    assert B.dtype == torch.float32
+    made, rank, lines = [make(name, dtype, device) for _ in range(3)], 9, ("row", "col")
+    layers = [(conv, x, cancelled_factors(conv, lines, 2e-3, rank=rank), dy) for conv, x, dy in made]
 
     def through_peft(conv, **options):
+        model = make_peft(nn.Sequential(conv), r=rank, lora_alpha=SCALING * rank, target_modules=["0"])
+        (layer,) = bora_layers(model).values()
+        B = layer.lora_B["default"].weight
+        assert B.dtype == torch.float32
+
         def call(x, *leaves):
             """The layer with these leaves in its parameters' place."""
             names = ["lora_A.default.weight", "lora_B.default.weight"]
@@ -32,4 +32,4 @@ def test_cancelled_channels(name, dtype, device):
 
         return call
 
-    check(conv, x, factors, dy, layer=through_peft)
+    check_together(layers, lines, layer=through_peft)

@@ -12,6 +12,7 @@ from helpers.convolutions import (
     act_by_word,
     cancelled_factors,
     check,
+    check_together,
     dense_conv_weight,
     dense_of,
     double,
@@ -35,18 +36,23 @@ def word(request, monkeypatch):
     return request.param
 
 
+def layers_of(name, dtype, device, lines, lefts, **options):
+    """A layer for each of what is left of its lines."""
+    made = [make(name, dtype, device) for _ in lefts]
+    factors = [cancelled_factors(conv, lines, left, **options) for (conv, *_), left in zip(made, lefts, strict=True)]
+    return [(conv, x, own, dy) for (conv, x, dy), own in zip(made, factors, strict=True)]
+
+
 @pytest.mark.parametrize("conv", CONVS)
-@pytest.mark.parametrize("left", [1e-2, 1e-3])
 @lines
 @dtypes
 @orders
-def test_cancelled_channels(word, conv, dtype, order, lines, left, device):
+def test_cancelled_channels(word, conv, dtype, order, lines, device):
     """The gradients of factors are left out where all but one number of them is small: both lines' only common one."""
     require_kernel(word, dtype)
     meet = conv == "2d-pointwise" and len(lines) == 2 and dtype in HALVES
-    conv, x, dy = make(conv, dtype, device)
-    factors = cancelled_factors(conv, lines, left, rank=11)
-    check(conv, x, factors, dy, norm_order=order, leave_out=("d_1", "d_2") if meet else ())
+    layers = layers_of(conv, dtype, device, lines, (1e-2, 3e-3, 1e-3), rank=11)
+    check_together(layers, lines, norm_order=order, leave_out=("d_1", "d_2") if meet else ())
 
 
 @pytest.mark.parametrize("member", ["dora", "columns", "lora"])
@@ -55,9 +61,8 @@ def test_cancelled_channels(word, conv, dtype, order, lines, left, device):
 def test_other_members_and_detached_norms(word, dtype, member, detach_norm, device):
     require_kernel(word, dtype)
     for name, lines in (("1d", ("row",)), ("2d", ("col",)), ("3d", ("row", "col"))):
-        conv, x, dy = make(name, dtype, device)
-        factors = cancelled_factors(conv, lines, 4e-3, rank=8, member=member)
-        check(conv, x, factors, dy, detach_norm=detach_norm)
+        layers = layers_of(name, dtype, device, lines, (4e-3, 1e-2, 2e-3), rank=8, member=member)
+        check_together(layers, lines, detach_norm=detach_norm)
 
 
 def test_float64(word, device):
@@ -208,11 +213,13 @@ def test_range_of_float16(word, lines, scale, device):
     The gradients of factors are left out where two lines meet in few numbers.
     """
     require_kernel(word, torch.float16)
-    conv, x, dy = make("1d", torch.float16, device)
-    with torch.no_grad():
-        conv.weight *= scale
-    factors = cancelled_factors(conv, lines, 1e-3, rank=8)
-    check(conv, x, factors, dy, leave_out=("d_1", "d_2") if len(lines) == 2 else ())
+    layers = []
+    for _ in range(3):
+        conv, x, dy = make("1d", torch.float16, device)
+        with torch.no_grad():
+            conv.weight *= scale
+        layers.append((conv, x, cancelled_factors(conv, lines, 1e-3, rank=8), dy))
+    check_together(layers, lines, leave_out=("d_1", "d_2") if len(lines) == 2 else ())
 
 
 @pytest.mark.gpu
@@ -226,7 +233,8 @@ def test_large_layers(dtype, lines, channels_last, device):
         conv, x = (t.to(memory_format=torch.channels_last) for t in (conv, x))
     factors = cancelled_factors(conv, lines, 1e-3, rank=16)
     meet = len(lines) == 2 and dtype in HALVES
-    check(conv, x, factors, torch.randn_like(conv(x)), leave_out=("d_1", "d_2") if meet else ())
+    layer = conv, x, factors, torch.randn_like(conv(x))
+    check_together([layer], lines, leave_out=("d_1", "d_2") if meet else ())
 
 
 @pytest.mark.gpu
@@ -242,5 +250,5 @@ def test_with_tf32(dtype, lines, device, monkeypatch):
     x = torch.randn(2, 192, 24, 24, device=device).to(dtype)
     factors = cancelled_factors(conv, lines, 1e-2, rank=16)
     meet = len(lines) == 2 and dtype in HALVES
-    dy = torch.randn_like(conv(x))
-    check(conv, x, factors, dy, floor=2**-9, leave_out=("d_1", "d_2") if meet else ())
+    layer = conv, x, factors, torch.randn_like(conv(x))
+    check_together([layer], lines, floor=2**-9, leave_out=("d_1", "d_2") if meet else ())
