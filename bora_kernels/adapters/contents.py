@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import nn
 
 from ..modules import FusedBoraLinear
-from .conversion import matches, named_modules
+from .conversion import adapter_parameters, matches, named_modules
 
+INSIDE = "base_layer."  # in PEFT's names, of what a layer had before it was adapted
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
 
 
@@ -36,6 +38,16 @@ def also_trained(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def trained_inside(layers: Mapping[str, FusedBoraLinear]) -> list[str]:
+    """Names of what adapted layers train besides their adapters, such as biases."""
+    return [
+        f"{name}.{key}"
+        for name, layer in layers.items()
+        for key, parameter in layer.named_parameters()
+        if parameter.requires_grad and key not in adapter_parameters(layer)
+    ]
+
+
 def exact_targets(model: nn.Module, layers: Mapping[str, FusedBoraLinear]) -> list[str] | str:
     """The layers' names, or a regular expression where PEFT would take a name for the end of another one."""
     ambiguous = any(matches(layers, name) for name, _ in named_modules(model) if name not in layers)
@@ -47,3 +59,15 @@ def auto_mapping(model: nn.Module) -> dict[str, str] | None:
     if not hasattr(type(model), "from_pretrained"):
         return None
     return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+
+
+def alpha_of(layer: FusedBoraLinear) -> float:
+    """What the layer's scaling is made of: its alpha, but where ``scaling`` was set since."""
+    divisor = math.sqrt(layer.r) if layer.rslora else layer.r
+    return layer.alpha if layer.alpha / divisor == layer.scaling else layer.scaling * divisor
+
+
+def name_in_peft(name: str, layers: Container[str]) -> str:
+    """PEFT's name of a tensor, where one of an adapted layer is of the layer inside."""
+    layer, _, own = name.rpartition(".")
+    return f"{layer}.{INSIDE}{own}" if layer in layers else name

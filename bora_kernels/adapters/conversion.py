@@ -138,6 +138,7 @@ def adapt(model: nn.Module, layers: Mapping[nn.Linear, Callable[[nn.Linear], Fus
     for name, layer in adapted_layers(model).items():
         layer.place = name
     coverage.leave_inference_path(model, FusedBoraLinear)
+    coverage.remember_statistics(model)
     kept = {id(p) for layer in adapted_layers(model).values() for p in adapter_parameters(layer).values()}
     for parameter in trainable:
         if id(parameter) not in kept:

@@ -10,6 +10,8 @@ from torch import nn
 # The output projection of torch.nn.MultiheadAttention has a class of its own.
 _ATTENTION_OUT_PROJ = nn.modules.linear.NonDynamicallyQuantizableLinear
 _CONVOLUTION = nn.modules.conv._ConvNd
+_BATCH_NORM = nn.modules.batchnorm._NormBase
+_BATCHES = "_batches_when_adapted"  # attribute of a norm
 # Children whose weight a module hands to a fused operator or a product of its own, on some devices or on all, by the
 # module's class in transformers 5.23 and mamba_ssm.
 _READ = {
@@ -75,6 +77,28 @@ def own_forward(linear: nn.Linear) -> str | None:
     if kind.__module__.startswith("torchao.quantization.qat"):
         return f"a {kind.__name__} rounds its weight in each call (quantization-aware training), not the adapted weight"
     return f"a {kind.__name__} has a forward of its own"
+
+
+def remember_statistics(model: nn.Module) -> None:
+    """Note of how many batches the running statistics of norms are, for ``moved_statistics``."""
+    for module in model.modules():
+        if isinstance(module, _BATCH_NORM) and (batches := _batches(module)) is not None:
+            module.__dict__.setdefault(_BATCHES, batches)
+
+
+def moved_statistics(model: nn.Module) -> list[str]:
+    """Names of the running statistics of norms that have changed since the model was adapted."""
+    return [
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if _BATCHES in module.__dict__ and _batches(module) != module.__dict__[_BATCHES]
+        for name, _ in module.named_buffers(recurse=False)
+    ]
+
+
+def _batches(norm: nn.Module) -> int | None:
+    tracked = getattr(norm, "num_batches_tracked", None)
+    return None if tracked is None or tracked.is_meta else int(tracked)
 
 
 def describe_experts(experts: Mapping[str, nn.Parameter], model: nn.Module) -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .contents import also_trained, auto_mapping, exact_targets, unwrapped
+from .contents import also_trained, auto_mapping, exact_targets, trained_inside, unwrapped
 from .conversion import adapted_layers, adapter_parameters, named_modules
 from .files import PREFIX, copies, exact_pattern, write_files
 
@@ -108,7 +108,8 @@ def save_as_lora(
     Raises:
         ValueError: for both or neither of ``rank`` and ``error`` or one out of range, and for a model without adapted
             layers, with an adapted layer in several places (PEFT adapts the first alone), with sharded or not finite
-            parameters, or with other trained parameters that PEFT cannot load. Nothing is written then.
+            parameters, or with other trained parameters that PEFT cannot load, or that are an adapted layer's. Nothing
+            is written then.
     """
     check_bounds(rank, error)
     model, _ = unwrapped(model)
@@ -133,6 +134,8 @@ def save_as_lora(
     others = also_trained(model)
     if nested := [name for name, module in others.items() if any(module.children())]:
         raise ValueError(f"model must train whole modules beside its adapters, got parameters of {nested[0]} itself")
+    if inside := trained_inside(layers):
+        raise ValueError(f"model must train only the adapters of adapted layers to write LoRA, got {inside[0]} too")
     state = {f"{name}.{key}": t for name, module in others.items() for key, t in module.state_dict().items()}
 
     changes = ((name, layer.delta_weight(), _norm(layer)) for name, layer in layers.items())

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import FusedBoraLinear
-from . import unquantized
-from .contents import also_trained, auto_mapping, exact_targets, unwrapped
+from . import contents, unquantized
 from .conversion import (
     METHODS,
     Model,
@@ -26,6 +25,7 @@ from .conversion import (
     plain_name,
     replace,
 )
+from .coverage import moved_statistics
 from .files import PREFIX, SUFFIXES, AdapterDescription, exact_pattern, read_adapter, write_adapter
 
 _SHARED = ("norm_order", "detach_norm", "rslora", "dropout")  # what all layers of a file have in common
@@ -35,7 +35,9 @@ _LISTED = 5  # problems that an error spells out before it only counts them
 def adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """What was trained, under the names that ``save_adapter`` writes and PEFT reads.
 
-    These are the adapters and, of modules with other parameters that require a gradient, parameters and buffers.
+    These are the adapters; of other modules with parameters that require a gradient, parameters and buffers; what
+    adapted layers train besides, such as biases; and running statistics of batch norms that moved since the model was
+    adapted.
 
     Args:
         model: a converted model; DistributedDataParallel and AveragedModel around it, and ``torch.compile``, are looked
@@ -44,22 +46,28 @@ def adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None
             ``torch.distributed.checkpoint.state_dict.get_model_state_dict`` gives one.
 
     Raises:
-        ValueError: where the model has no adapted layer.
+        ValueError: where the model has no adapted layer, or one whose adapter is computed by a parametrization.
     """
-    model, prefix = unwrapped(model)
+    model, prefix = contents.unwrapped(model)
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("model must have adapted layers (bora_kernels.convert makes them), got none")
     state = {plain_name(name): t for name, t in (model.state_dict() if state_dict is None else state_dict).items()}
     if f"{next(iter(layers))}.lora_A" not in state:  # the wrapper's own dictionary
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    tensors = {
-        f"{PREFIX}{name}.{SUFFIXES[parameter]}": state[f"{name}.{parameter}"]
-        for name, layer in layers.items()
-        for parameter in adapter_parameters(layer)
-    }
-    others = also_trained(model)
-    return tensors | {PREFIX + name: tensor for name, tensor in state.items() if name.rpartition(".")[0] in others}
+    tensors = {}
+    for name, layer in layers.items():
+        for parameter in adapter_parameters(layer):
+            if f"{name}.{parameter}" not in state:
+                raise ValueError(
+                    f"{name}.{parameter} must be a parameter of its layer to be saved, got one that is computed from "
+                    "others: call torch.nn.utils.parametrize.remove_parametrizations first"
+                )
+            tensors[f"{PREFIX}{name}.{SUFFIXES[parameter]}"] = state[f"{name}.{parameter}"]
+    modules = contents.also_trained(model)
+    single = {*contents.trained_inside(layers), *map(plain_name, moved_statistics(model))}
+    others = [name for name in state if name.rpartition(".")[0] in modules or name in single]
+    return tensors | {PREFIX + contents.name_in_peft(name, layers): state[name] for name in others}
 
 
 def save_adapter(
@@ -75,13 +83,14 @@ def save_adapter(
             sharded; nothing is written then.
     """
     tensors = adapter_state_dict(model, state_dict)
-    model, _ = unwrapped(model)
+    model, _ = contents.unwrapped(model)
     layers = adapted_layers(model)
-    whole = [name for name, module in also_trained(model).items() if not any(module.children())]  # PEFT's kind
+    whole = [name for name, module in contents.also_trained(model).items() if not any(module.children())]  # PEFT's kind
     config = {
-        "target_modules": exact_targets(model, layers),
+        "target_modules": contents.exact_targets(model, layers),
         "modules_to_save": whole or None,
-        "auto_mapping": auto_mapping(model),
+        "bias": "lora_only" if any(name.endswith(".bias") for name in contents.trained_inside(layers)) else "none",
+        "auto_mapping": contents.auto_mapping(model),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
     }
@@ -104,7 +113,7 @@ def load_adapter(model: Model, path: str | PathLike[str]) -> Model:
         ValueError: for a newer format, and for layers, shapes, dtypes and options that do not fit, by name; before
             the model changes.
     """
-    base, _ = unwrapped(model)
+    base, _ = contents.unwrapped(model)
     description, tensors = read_adapter(Path(path))
     layers, others = _by_layer(tensors)
     modules = dict(named_modules(base, every_place=True))
@@ -192,14 +201,15 @@ def _describe(layers: Mapping[str, FusedBoraLinear]) -> AdapterDescription:
         common = common or options
         if options != common:
             raise ValueError(f"model must have the same options in all layers, got {common} and in {name} {options}")
+    alphas = {name: contents.alpha_of(layer) for name, layer in layers.items()}
     rank = Counter(layer.r for layer in layers.values()).most_common(1)[0][0]
-    alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
     return AdapterDescription(
         **common,
         rank=rank,
         alpha=alpha,
         rank_pattern={exact_pattern(name): m.r for name, m in layers.items() if m.r != rank},
-        alpha_pattern={exact_pattern(name): m.alpha for name, m in layers.items() if m.alpha != alpha},
+        alpha_pattern={exact_pattern(name): own for name, own in alphas.items() if own != alpha},
     )
 
 
@@ -217,7 +227,7 @@ def _by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor
     for name, tensor in tensors.items():
         parameter = next((p for p, suffix in SUFFIXES.items() if name.endswith(f".{suffix}")), None)
         if parameter is None:
-            others[name] = tensor
+            others[name.replace(f".{contents.INSIDE}", ".")] = tensor
         else:
             layers.setdefault(name.removesuffix(f".{SUFFIXES[parameter]}"), {})[parameter] = tensor
     return layers, others
@@ -253,7 +263,7 @@ def _layer_problems(
     if isinstance(module, FusedBoraLinear):
         targets = adapter_parameters(module)
         ours, theirs = (
-            (_method(module), module.r, module.alpha, module.rslora, module.norm_order),
+            (_method(module), module.r, contents.alpha_of(module), module.rslora, module.norm_order),
             (description.method, rank, description.alpha_of(name), description.rslora, description.norm_order),
         )
         if ours != theirs:
