@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import quantized
-from .contract import EPS, Backend, Members, NormOrder, Options
+from .contract import EPS, Adapter, Backend, Members, NormOrder, Options
 from .functional import bora_linear
 from .merging import Mergeable
-from .ops import adapted_weight, elsewhere, reuse, validation, watch
+from .ops import adapted_weight, elsewhere, loaded_base, reuse, validation, watch
 from .quantized.module import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -221,10 +221,18 @@ class FusedBoraLinear(Mergeable):
                 raise ValueError(f"weight must stay [{N}, {K}], got {got}: resize embeddings before adapting")
         super().register_parameter(name, param)
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
         self.unmerge()  # a merged weight would be that of the parameters before
         reuse.forget()  # and so would be scales, where a sharding engine hides the change from autograd's versions
-        super()._load_from_state_dict(*args, **kwargs)
+        adapter = Adapter(self.lora_A, self.lora_B, self.magnitude_row, self.magnitude_col)
+        alone = not any(f"{prefix}{name}" in state_dict for name in Adapter._fields)
+        other = alone and loaded_base.is_replaced(self.weight, state_dict.get(f"{prefix}weight"))
+        untrained = other and loaded_base.is_untrained(self._dense_weight(), adapter, self.scaling)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if untrained:
+            loaded_base.start_anew(self._dense_weight(), adapter, self.scaling)
+        elif other:
+            loaded_base.warn()
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

@@ -17,7 +17,7 @@ from ...ops import adapted_weight, watch
 from ...serving import batches
 from . import mixed, through
 from .config import STARTS_FROM_BASE, BoraConfig
-from .merging import MergingLayer, check_single, keep_unmerged
+from .merging import MergingLayer, check_single, keep_unmerged, start_anew
 
 
 class Magnitude(nn.Module):
@@ -60,6 +60,7 @@ class BoraLayer(MergingLayer):
             self.base_class = type(self.base_layer)
             watch.watch(self)
             self.register_state_dict_post_hook(keep_unmerged)
+            self.register_load_state_dict_post_hook(start_anew)
             self.register_buffer("unmerged_weight", None, persistent=False)  # W0 while the base layer holds W'
         with through.whole(self):  # PEFT puts new parameters where the base layer's weight is
             super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...contract import Adapter, Options, accumulation_dtype
-from ...ops import adapted_weight
+from ...ops import adapted_weight, loaded_base
 from ...rounding import round_weight
 
 if TYPE_CHECKING:
@@ -93,13 +93,38 @@ class MergingLayer(_PeftLayer):
         inside = ("base_layer.weight", *(f"lora_B.{n}.weight" for n in self.merged_adapters))
         if self.merged and any(f"{prefix}{name}" in state_dict for name in inside):
             self.unmerge()  # W' would be that of the parameters before
+        self._look_at_loaded_base(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _look_at_loaded_base(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Note whose magnitudes are to start anew once the base layer, which comes after, has its weight."""
+        if not loaded_base.is_replaced(self._base_weight(), state_dict.get(f"{prefix}base_layer.weight")):
+            return
+        own = [name for name in state_dict if name.startswith(prefix) and ".lora_" in f".{name[len(prefix) :]}"]
+        for adapter_name in self.norm_order:
+            if any(adapter_name in name.split(".") for name in own):
+                continue
+            weight, adapter, scaling = self._started_from(adapter_name)
+            if not self.moved_base and loaded_base.is_untrained(weight, adapter, scaling, self._taps()):
+                self.__dict__.setdefault("starting_anew", []).append(adapter_name)
+            else:
+                loaded_base.warn()
+
+    def _started_from(self, adapter_name: str) -> tuple[Tensor, Adapter, float]:
+        weight, A, B = self._matrices(adapter_name)
+        return weight, Adapter(A, B, *self._magnitudes(adapter_name)), self.full_scaling[adapter_name]
 
 
 def keep_unmerged(layer: MergingLayer, state: dict[str, Tensor], prefix: str, local_metadata: dict) -> None:
     """A state dict holds W0, merged or not: were it W', the adapter would be applied twice when it is loaded."""
     if layer.merged:
         layer._restore_state(state, f"{prefix}base_layer.")
+
+
+def start_anew(layer: MergingLayer, keys: object) -> None:
+    """After a state dict was loaded: magnitudes that were untrained over another weight."""
+    for adapter_name in layer.__dict__.pop("starting_anew", ()):
+        loaded_base.start_anew(*layer._started_from(adapter_name), layer._taps())
 
 
 def check_single(argument: str, names: str | list[str] | None) -> None:
