@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -85,9 +86,26 @@ def convert(
     if unknown := options.keys() - LayerOptions.__annotations__.keys():
         expected = ", ".join(("r", "alpha", "target_modules", "exclude", "method", *LayerOptions.__annotations__))
         raise TypeError(f"keywords must be among {expected}, got {', '.join(sorted(unknown))}")
+    check_unwrapped(model)
     chosen = _choose(model, _names("target_modules", target_modules), _names("exclude", exclude))
     adapt(model, dict.fromkeys(chosen, partial(METHODS[method].from_linear, r=r, alpha=alpha, **options)))
     return model
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise ValueError for a model that is adapted by PEFT, or whose wrapper would not know new parameters."""
+    tuners = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", ())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "model must be adapted before it is wrapped, got DistributedDataParallel, which sends the gradients of "
+                "the parameters that it has known from its start"
+            )
+        if isinstance(module, tuners):
+            raise ValueError(
+                f"model must have no adapters of PEFT, got a {type(module).__name__} as {name}: merge_and_unload() "
+                "them first, or adapt it with BoraConfig of bora_kernels.integrations.peft"
+            )
 
 
 def adapted_layers(model: nn.Module) -> dict[str, FusedBoraLinear]:
@@ -193,8 +211,12 @@ def _choose(model: nn.Module, targets: str | tuple[str, ...], exclude: str | tup
                 message = f"target_modules must name torch.nn.Linear layers ({ends}), got {target!r}{tensors}"
                 raise ValueError(message)
         chosen = {m: name for name, m in places if m not in left_out and matches(targets, name)}
+    others = coverage.other_weights(model)
     if not chosen:
-        raise ValueError(f"target_modules must leave a layer to convert, got {targets!r} with exclude={exclude!r}")
+        why = ": its layers are adapted already" if adapted_layers(model) else ""
+        if "Conv1D" in others.values():
+            why = ": its layers are Conv1D of transformers, which BoraConfig of bora_kernels.integrations.peft adapts"
+        raise ValueError(f"target_modules must leave a layer to convert, got {targets!r} with exclude={exclude!r}{why}")
     for module, name in chosen.items():
         if module in uncalled:
             raise ValueError(f"target_modules must not name {name}: {uncalled[module]}")
@@ -204,6 +226,8 @@ def _choose(model: nn.Module, targets: str | tuple[str, ...], exclude: str | tup
             raise ValueError(f"target_modules must not name {name}: {problem}")
     if targets == _ALL_LINEAR or any(matches(targets, name) for name in experts):
         coverage.warn_of_experts(experts, model)
+    if targets == _ALL_LINEAR:
+        coverage.warn_of_other_weights(others)
     return list(chosen)
 
 

@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Mapping
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 # The output projection of torch.nn.MultiheadAttention has a class of its own.
 _ATTENTION_OUT_PROJ = nn.modules.linear.NonDynamicallyQuantizableLinear
 _CONVOLUTION = nn.modules.conv._ConvNd
 _BATCH_NORM = nn.modules.batchnorm._NormBase
+_CONV1D = "transformers.pytorch_utils.Conv1D"
 _BATCHES = "_batches_when_adapted"  # attribute of a norm
 # Children whose weight a module hands to a fused operator or a product of its own, on some devices or on all, by the
 # module's class in transformers 5.23 and mamba_ssm.
@@ -65,8 +67,34 @@ def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def other_weights(model: nn.Module) -> dict[str, str]:
+    """Weights that attention, recurrent layers and transformers' ``Conv1D`` hold themselves, with their class."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            own = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+            held = [key for key in own if module._parameters.get(key) is not None]
+        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            held = [key for key in module._parameters if key.startswith("weight")]
+        else:
+            held = ["weight"] if any(f"{c.__module__}.{c.__name__}" == _CONV1D for c in type(module).__mro__) else []
+        found |= {f"{name}.{key}" if name else key: type(module).__name__ for key in held}
+    return found
+
+
+def warn_of_other_weights(weights: Mapping[str, str]) -> None:
+    """Say which of these "all-linear" does not mean, if there are any."""
+    if weights:
+        names = ", ".join(list(weights)[:_LISTED]) + (f" and {len(weights) - _LISTED} more" * (len(weights) > _LISTED))
+        kinds = ", ".join(dict.fromkeys(weights.values()))
+        hint = ". BoraConfig of bora_kernels.integrations.peft adapts Conv1D" * ("Conv1D" in weights.values())
+        warnings.warn(f'"all-linear" leaves out {names}: {kinds} holds them, no linear layer{hint}.', stacklevel=4)
+
+
 def own_forward(linear: nn.Linear) -> str | None:
     """Why a subclass of ``nn.Linear`` is no linear layer with another name, or None where it is."""
+    if is_lazy(linear.weight):
+        return "its weight is made in its first call: call the model once and adapt it then"
     kind = type(linear)
     if kind.forward is nn.Linear.forward or kind.__name__ in _LINEAR or kind.__module__.startswith("bitsandbytes."):
         return None

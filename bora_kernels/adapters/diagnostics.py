@@ -47,6 +47,7 @@ class Explanation:
     experts_held: str = ""  # how many weights these are
     fused: tuple[FusedPart, ...] = ()  # what ``fuse`` made run as one
     not_fused: tuple[tuple[str, str], ...] = ()  # what it left as it was, with the reason
+    others: tuple[tuple[str, str], ...] = ()  # weights that no linear layer holds, with the class that does
 
     def __str__(self) -> str:
         rows = Counter(
@@ -74,6 +75,8 @@ class Explanation:
         if self.experts:
             names = dict.fromkeys(re.sub(r"\d+", "*", name) for name in self.experts)
             lines.append(f"experts without an adapter: {', '.join(names)}: {self.experts_held}")
+        others = Counter((re.sub(r"\d+", "*", name), kind) for name, kind in self.others)
+        lines += [f"without an adapter: {name}  {count}×, of {kind}" for (name, kind), count in others.items()]
         parts = Counter((re.sub(r"\d+", "*", part.name), part.kind, part.problem) for part in self.fused)
         for (name, kind, problem), count in parts.items():
             lines.append(f"fused: {name}  {count}× {kind}" + (f", but not in a call now: {problem}" if problem else ""))
@@ -101,6 +104,7 @@ def explain(model: nn.Module) -> Explanation:
         elif isinstance(module, nn.Linear) and module not in inside:
             frozen.append(name)
     experts = coverage.expert_weights(model)
+    adapted = {f"{name}.weight" for name, module in model.named_modules() if module in inside}
     held = coverage.describe_experts(experts, model) if experts else ""
     return Explanation(
         tuple(layers),
@@ -109,6 +113,7 @@ def explain(model: nn.Module) -> Explanation:
         held,
         tuple(replace(part, name=plain_name(part.name)) for part in fused_parts(model)),
         tuple((plain_name(name), reason) for name, reason in left_out(model).items()),
+        tuple((plain_name(name), kind) for name, kind in coverage.other_weights(model).items() if name not in adapted),
     )
 
 

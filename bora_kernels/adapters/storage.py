@@ -21,6 +21,7 @@ from .conversion import (
     adapt,
     adapted_layers,
     adapter_parameters,
+    check_unwrapped,
     named_modules,
     plain_name,
     replace,
@@ -110,8 +111,8 @@ def load_adapter(model: Model, path: str | PathLike[str]) -> Model:
 
     Raises:
         FileNotFoundError: where there is no such file.
-        ValueError: for a newer format, and for layers, shapes, dtypes and options that do not fit, by name; before
-            the model changes.
+        ValueError: for a newer format, and for layers, shapes, dtypes and options that do not fit, by name; for a model
+            of PEFT, or a base model inside DistributedDataParallel; before the model changes.
     """
     base, _ = contents.unwrapped(model)
     description, tensors = read_adapter(Path(path))
@@ -141,6 +142,7 @@ def load_adapter(model: Model, path: str | PathLike[str]) -> Model:
         if isinstance(linear := modules[name], nn.Linear)
     }
     if new:
+        check_unwrapped(model)
         adapt(base, new)
         for name in others:
             if isinstance(state[name], nn.Parameter):

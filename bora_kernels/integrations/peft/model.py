@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...adapters import coverage, unquantized
 from ...adapters.files import present_name
+from ...modules import FusedBoraLinear
 from ...serving.batches import MixedBatches
 from . import mixed, through
 from .config import BoraConfig
@@ -40,6 +41,10 @@ class BoraModel(LoraModel):
             raise ValueError(
                 f"ensure_weight_tying cannot tie the adapters of {names} to the embedding's: BoRA normalizes rows and "
                 "columns in an order, which a transposed weight turns around"
+            )
+        if converted := next((name for name, m in model.named_modules() if isinstance(m, FusedBoraLinear)), None):
+            raise ValueError(
+                f"model must have no layers of bora_kernels.convert, got one as {converted}: merge them first"
             )
         choose_targets(peft_config, model)
         uncalled = coverage.never_called(model)

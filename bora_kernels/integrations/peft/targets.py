@@ -41,6 +41,8 @@ def choose_targets(config: BoraConfig, model: nn.Module) -> None:
         left_out = {n: reasons[m] for n, m in model.named_modules() if m in reasons and n in config.target_modules}
         config.target_modules = set(config.target_modules) - left_out.keys()
         coverage.warn_of_left_out(left_out)
+        others = coverage.other_weights(model).items()
+        coverage.warn_of_other_weights({name: kind for name, kind in others if kind != Conv1D.__name__})
         coverage.warn_of_experts(experts, model)
     elif experts and config.target_modules:
         targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
