@@ -16,6 +16,7 @@ from triton import knobs
 
 from .tiles import Part, parts_of_product
 
+H100_MEMORY_RATE = 3.35  # TB/s; what the numbers were measured with
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -28,6 +29,15 @@ def target(device_index: int) -> tuple[int | str, int]:
     if torch.version.hip is not None:
         return properties.gcnArchName.split(":")[0], properties.multi_processor_count
     return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+@lru_cache
+def memory_rate(device_index: int) -> float:
+    """TB/s of the device's memory by its clock and width: 3.35 for an H100, 4.9 for an H200; an H100's if unknown."""
+    if device_index < 0 or knobs.runtime.interpret:
+        return H100_MEMORY_RATE
+    properties = torch.cuda.get_device_properties(device_index)
+    return properties.memory_clock_rate * properties.memory_bus_width * 2 / 8e9 or H100_MEMORY_RATE
 
 
 def cdiv(a: int, b: int) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..replay.recording import empty, launch
 from .common import dot_split, load_matrix, load_vector, sum_parts, sum_vectors, two_terms
-from .config import TRITON_DTYPES, cdiv, is_aligned, is_packed, target
+from .config import TRITON_DTYPES, cdiv, is_aligned, is_packed, memory_rate, target
 from .moments_config import moments_config
 from .overlap import overlapping, wait_for_last
 
@@ -215,7 +215,9 @@ def moments(
     (I, J), R = W.shape, Z.shape[1]
     transposed = W.stride(0) == 1 and W.stride(1) != 1
     arch, processors = target(W.get_device())
-    splits, config = moments_config(arch, processors, I, J, R, W.dtype, is_aligned(W), transposed, squares_needed)
+    splits, config = moments_config(
+        arch, processors, I, J, R, W.dtype, is_aligned(W), transposed, squares_needed, memory_rate(W.get_device())
+    )
     block_i, block_j, block_r = config["BLOCK_SIZE_I"], config["BLOCK_SIZE_J"], config["BLOCK_SIZE_R"]
     products = empty((splits, I + R, R), torch.float32, W.device)
     squares = empty((splits, I), torch.float32, W.device) if squares_needed else None

@@ -6,13 +6,13 @@ from functools import lru_cache
 
 import torch
 
-from .config import cdiv, has_room, is_half, rank_block
+from .config import H100_MEMORY_RATE, cdiv, has_room, is_half, rank_block
 
 
 @lru_cache
 def moments_config(
     arch: int | str, processors: int, I: int, J: int, R: int, dtype: torch.dtype, aligned: bool, transposed: bool,
-    squares: bool,
+    squares: bool, rate: float = H100_MEMORY_RATE,
 ) -> tuple[int, dict]:  # fmt: skip
     """Splits of the axis summed over, and the configuration."""
     # Triton knows of a size whether it is a multiple of 16: if not, a row's end masks single elements
@@ -26,7 +26,7 @@ def moments_config(
             block_i, block_j = 128, 64
             if R > 64:
                 block_r, warps = 128, 8
-        elif I * J < 5 * processors * 128 * 128:  # not enough for five of the larger tiles each
+        elif I * J < (5 if transposed and squares else 1.5) * processors * 128 * 128:  # not enough tiles of the larger
             block_i, block_j, resident, filling = 64, 64, 3, 1.6
         elif transposed and block_r == 16 and squares:
             block_i, block_j, filling = 128, 128, 0.8
@@ -41,9 +41,8 @@ def moments_config(
     blocks = (cdiv(R, block_g) + cdiv(I, block_i)) * cdiv(R, block_r)
     vector = 16 // dtype.itemsize
     added = 1 if not aligned else block_i * block_j // (32 * warps * vector) if transposed else vector
-    splits = moments_splits(
-        processors, resident, filling, blocks, cdiv(J, block_j), block_i * block_j * dtype.itemsize, 2 * 4 * I * R
-    )
+    faster, tile = max(1.0, rate / H100_MEMORY_RATE), block_i * block_j * dtype.itemsize
+    splits = moments_splits(processors, resident, filling, blocks, cdiv(J, block_j), tile, 2 * 4 * I * R, faster)
     return splits, {
         "BLOCK_SIZE_I": block_i, "BLOCK_SIZE_J": block_j, "BLOCK_SIZE_R": block_r, "BLOCK_SIZE_G": block_g,
         "STAGES": stages, "ADDED": added, "num_warps": warps, "num_stages": stages,
@@ -51,14 +50,16 @@ def moments_config(
 
 
 def moments_splits(
-    processors: int, resident: int, filling: float, blocks: int, steps: int, tile: int, part: int
+    processors: int, resident: int, filling: float, blocks: int, steps: int, tile: int, part: int, faster: float = 1.0
 ) -> int:
     """Into how many programs the steps of each of these blocks are split: the least time by a model of what they load.
 
     Programs run in waves of ``resident`` a multiprocessor and take ``steps`` tiles each, all at the rate of memory. A
     last wave of fewer than ``filling`` programs a multiprocessor does not reach that rate, and one that gives some
     multiprocessors a program more than others loses a third of what the others lack. A wave begins in the time of
-    42 KB a multiprocessor, and each split writes a part that is read again. (Measured: ``benchmarks/NOTES.md``.)
+    42 KB a multiprocessor, and each split writes a part that is read again. Memory that is so many times
+    ``faster`` than an H100's takes so many times the programs, and an idle one loses as much more. (Measured:
+    ``benchmarks/NOTES.md``.)
     """
 
     def time(splits: int) -> float:
@@ -66,7 +67,7 @@ def moments_splits(
         waves, last = divmod(blocks * cdiv(steps, size), resident * processors)
         programs = float(waves * resident * processors)
         if last:
-            programs += max(filling * processors, last + 0.35 * (-last % processors))
+            programs += max(filling * faster * processors, last + 0.35 * faster * (-last % processors))
         return size * tile * programs + 42e3 * processors * (waves + (last > 0)) + splits * part
 
     best = min(range(1, min(16, cdiv(steps, 4)) + 1), key=time)  # four tiles at least: loads run ahead

@@ -226,7 +226,9 @@ def test_range_of_float16(word, lines, scale, device):
 @dtypes
 @lines
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
-def test_large_layers(dtype, lines, channels_last, device):
+def test_large_layers(dtype, lines, channels_last, device, monkeypatch):
+    """In float32 without cuDNN: of its algorithms some err by 1e-6 to 2.6e-6 here, PyTorch's own by 2 to 5e-7."""
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", dtype != torch.float32)
     conv = nn.Conv2d(320, 256, 3, padding=1).to(device, dtype).requires_grad_(False)
     x = torch.randn(2, 320, 24, 24, device=device).to(dtype)
     if channels_last:
