@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,9 @@ from .contract import Adapter, Backend, NormOrder, Options, accumulation_dtype
 from .ops import autograd, transforms, validation
 from .ops.axis_scales import axis_scales
 from .ops.convolution import adapted_convolution
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import Placement
 
 
 def bora_linear(
@@ -31,6 +35,7 @@ def bora_linear(
     training: bool = False,
     eps: float = 1e-12,
     backend: Backend | None = None,
+    placements: tuple[Placement, Placement] | None = None,
 ) -> Tensor:
     """A linear layer whose frozen weight is adapted by BoRA, DoRA or LoRA.
 
@@ -43,7 +48,8 @@ def bora_linear(
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64. Over a sharded weight (``distributed.sharded``) a DTensor,
-            as all tensors and the result are. A nested tensor with layout ``torch.jagged`` is taken row by row.
+            as all tensors and the result are, or this rank's part of one (``placements``). A nested tensor with layout
+            ``torch.jagged`` is taken row by row.
         weight: [N, K], frozen, x's dtype (any of these dtypes under ``torch.autocast``); or what
             ``quantized.read(linear)`` makes of a quantized layer, which is dense in x's dtype only while it is used.
         lora_A: [R, K], any floating dtype; float32 keeps small updates.
@@ -58,6 +64,7 @@ def bora_linear(
         training: whether dropout is active.
         eps: norms are clamped from below at eps, as in ``torch.nn.functional.normalize``.
         backend: "triton", "torch", "reference", or None to pick by device.
+        placements: over a sharded weight, of a plain x and of the plain y that is made of it.
 
     Returns:
         y: [..., N] in x's dtype (the autocast dtype under ``torch.autocast``).
@@ -78,7 +85,7 @@ def bora_linear(
         from .ops.sharded.linear import bora_linear_sharded  # torch.distributed is imported only when it is used
 
         validation.check_options(options)
-        return bora_linear_sharded(x, weight, adapter, bias, options)  # type: ignore[arg-type] # it asks for DTensors
+        return bora_linear_sharded(x, weight, adapter, bias, options, placements)  # type: ignore[arg-type] # a DTensor
     return autograd.adapted_linear(x, weight, adapter, bias, options)
 
 

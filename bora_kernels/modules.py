@@ -17,6 +17,7 @@ from .ops import adapted_weight, elsewhere, loaded_base, reuse, validation, watc
 from .quantized.module import QuantizedWeight
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import Placement
     from typing_extensions import Self
 
 
@@ -52,6 +53,7 @@ class FusedBoraLinear(Mergeable):
     compute_dtype: torch.dtype | None = None  # over a quantized weight: what inputs are cast to; None leaves them
     adapter_dtype = torch.float32
     place: str | None = None  # its name in the model that was converted, for messages
+    placements: tuple[Placement, Placement] | None = None  # of plain x and y over a sharded weight
     members = Members(row=True, col=True)
 
     weight: Tensor | QuantizedWeight  # W0, frozen
@@ -211,6 +213,7 @@ class FusedBoraLinear(Mergeable):
             training=self.training,
             eps=EPS,
             backend=self.backend,
+            placements=self.placements,
         )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

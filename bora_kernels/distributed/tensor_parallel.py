@@ -8,13 +8,14 @@ The names are PyTorch's: "colwise" splits the columns of Wᵀ, which are the out
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from ..modules import FusedBoraLinear
-from ..ops.sharded.layout import BY_COLUMNS, BY_ROWS, as_dtensor, shard_bounds
+from ..ops.sharded.layout import BY_COLUMNS, BY_ROWS, as_dtensor, positive, whole_shape
 
 
 class _BoraParallel(ParallelStyle):
@@ -44,6 +45,7 @@ class _BoraParallel(ParallelStyle):
             raise ValueError(
                 "module must not be merged when it is parallelized, got a merged one: call unmerge() first"
             )
+        module.placements = self.input_layouts, self.output_layouts
         # PyTorch types the hooks as without a result, for any module
         hooks = self._prepare_input, self._prepare_output
         return distribute_module(module, device_mesh, self._distribute, *hooks)  # type: ignore[arg-type]
@@ -55,30 +57,22 @@ class _BoraParallel(ParallelStyle):
             )
             module.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
 
-    def _prepare_input(self, module: FusedBoraLinear, inputs: tuple, device_mesh: DeviceMesh) -> DTensor:
+    def _prepare_input(self, module: FusedBoraLinear, inputs: tuple, device_mesh: DeviceMesh) -> Tensor:
         x = inputs[0]
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
         if not isinstance(x, DTensor):
-            x = self._annotate(x, module.in_features, device_mesh)
+            if type(x) is Tensor and self.use_local_output and not (module.merged or torch.compiler.is_compiling()):
+                return x  # without DTensors on both ends: they are a third of the layer's host time
+            placement = positive(self.input_layouts, x.ndim)
+            shape = whole_shape(x, placement, module.in_features, device_mesh)
+            x = as_dtensor(x.contiguous(), device_mesh, placement, shape)
         # the layer brings x to where it needs it, beside its norms; a merged layer is PyTorch's linear
         return x.redistribute(placements=[self._input_layout], async_op=True) if module.merged else x
 
-    def _annotate(self, x: Tensor, in_features: int, device_mesh: DeviceMesh) -> DTensor:
-        """A plain tensor as the DTensor that ``input_layouts`` says it is part of; features may divide unevenly."""
-        placement = self.input_layouts
-        last = isinstance(placement, Shard) and placement.dim in (-1, x.ndim - 1)
-        start, end = shard_bounds(in_features, device_mesh) if last else (0, in_features)
-        expected = end - start
-        if x.ndim == 0 or x.shape[-1] != expected:
-            raise ValueError(
-                f"x must be [..., {expected}] for {placement} of {in_features} in_features, got {list(x.shape)}"
-            )
-        if not last:
-            return DTensor.from_local(x, device_mesh, [placement], run_check=False)
-        return as_dtensor(x, device_mesh, placement, (*x.shape[:-1], in_features))
-
-    def _prepare_output(self, module: FusedBoraLinear, y: DTensor, device_mesh: DeviceMesh) -> Tensor:
+    def _prepare_output(self, module: FusedBoraLinear, y: Tensor, device_mesh: DeviceMesh) -> Tensor:
+        if not isinstance(y, DTensor):
+            return y
         if tuple(y.placements) != (self.output_layouts,):
             y = y.redistribute(placements=[self.output_layouts], async_op=True)
         return y.to_local() if self.use_local_output else y

@@ -129,8 +129,12 @@ def check_tensors(
     bias: Tensor | None,
     *,
     sharded: bool = False,
+    part_of_x: bool = False,
 ) -> None:
-    """Raise TypeError or ValueError that names the argument, what was expected and what came."""
+    """Raise TypeError or ValueError that names the argument, what was expected and what came.
+
+    ``part_of_x``: x is a rank's part of one, whose shape was looked at.
+    """
     is_quantized = isinstance(weight, Quantized)
     if not is_quantized:  # a quantized weight was checked when it was read
         check_weight(weight, sharded=sharded)
@@ -139,7 +143,7 @@ def check_tensors(
     N, K = weight.shape
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
-    if x.ndim == 0 or x.shape[-1] != K:
+    if not part_of_x and (x.ndim == 0 or x.shape[-1] != K):
         raise ValueError(f"x must be [..., {K}] for weight [{N}, {K}], got {list(x.shape)}")
     if x.dtype not in _FLOAT_DTYPES:
         raise TypeError(f"x must be {_FLOAT_NAMES}, got {x.dtype}")

@@ -35,17 +35,20 @@ BY_COLUMNS = {
 
 
 class Layout(NamedTuple):
-    """How the weight lies on its mesh, and how x does."""
+    """How the weight lies on its mesh, and how x and y do."""
 
     mesh: DeviceMesh
+    group: dist.ProcessGroup
     by_rows: bool
+    out_features: int
     x_placement: Placement
-    x_shape: torch.Size
+    x_shape: Sequence[int]  # of the whole x
+    y_placement: Placement | None = None  # None: y stays as the product leaves it
 
     def all_reduce(self, tensor: Tensor, between: Callable[[], None] = lambda: None) -> Tensor:
         """The sum over the shards, in place where it can be; ``between`` runs while it is under way."""
         tensor = tensor.contiguous()
-        work = dist.all_reduce(tensor, group=self.mesh.get_group(), async_op=True)
+        work = dist.all_reduce(tensor, group=self.group, async_op=True)
         between()
         work.wait()
         return tensor
@@ -70,27 +73,58 @@ class Layout(NamedTuple):
 
     def gather(self, x: Tensor) -> Tensor:
         """Start to bring x from its own placement to where the product takes it."""
-        return self._start(x, self.x_placement, self._inner)
+        return self._start(x, self.x_placement, self._inner, self.x_shape)
 
     def scatter(self, dx: Tensor) -> Tensor | _UnderWay:
         """Start to bring dx, a partial sum for a weight sharded by rows, to the placement of x. It is overwritten."""
         if self.by_rows and self.dx_placement.is_replicate():  # the usual case, at a third of the host time
-            return _UnderWay(dx, dist.all_reduce(dx, group=self.mesh.get_group(), async_op=True))
-        return self._start(dx, Partial() if self.by_rows else self._inner, self.dx_placement)
+            return _UnderWay(dx, dist.all_reduce(dx, group=self.group, async_op=True))
+        return self._start(dx, Partial() if self.by_rows else self._inner, self.dx_placement, self.x_shape)
+
+    def send(self, y: Tensor, kept: bool) -> Tensor:
+        """y in its placement, from how the product leaves it. It is overwritten unless it is ``kept`` for backward."""
+        if self.y_placement is None or self.y_placement == self.product_placement:
+            return y
+        if not self.by_rows and self.y_placement.is_replicate():  # as in ``scatter``
+            return self.all_reduce(y.clone() if kept else y)
+        shape = (*y.shape[:-1], self.out_features)
+        return finish(self._start(y, self.product_placement, self.y_placement, shape))
+
+    def receive(self, dy: Tensor) -> Tensor:
+        """The gradient of what the product leaves, from that of what ``send`` made of it."""
+        dy = finish(dy)
+        source, target = _of_gradient(self.y_placement or self.product_placement), _of_gradient(self.product_placement)
+        if source == target:
+            return dy
+        return finish(self._start(dy.contiguous(), source, target, (*self.x_shape[:-1], self.out_features)))
 
     @property
     def dx_placement(self) -> Placement:
-        return Replicate() if self.x_placement.is_partial() else self.x_placement
+        return _of_gradient(self.x_placement)
+
+    @property
+    def product_placement(self) -> Placement:
+        """How the product leaves y."""
+        return Shard(len(self.x_shape) - 1) if self.by_rows else Partial()
 
     @property
     def _inner(self) -> Placement:
         return Replicate() if self.by_rows else Shard(len(self.x_shape) - 1)
 
-    def _start(self, tensor: Tensor, source: Placement, target: Placement) -> Tensor:
+    def _start(self, tensor: Tensor, source: Placement, target: Placement, shape: Sequence[int]) -> Tensor:
         if source == target:
             return tensor
-        whole = as_dtensor(tensor, self.mesh, source, self.x_shape)
+        whole = as_dtensor(tensor, self.mesh, source, shape)
         return whole.redistribute(placements=[target], async_op=True).to_local()
+
+
+def positive(placement: Placement, dims: int) -> Placement:
+    """The placement of a tensor of so many dimensions, without a negative one."""
+    return Shard(placement.dim + dims) if isinstance(placement, Shard) and placement.dim < 0 else placement
+
+
+def _of_gradient(placement: Placement) -> Placement:
+    return Replicate() if placement.is_partial() else placement
 
 
 class _UnderWay(NamedTuple):
@@ -162,6 +196,21 @@ def _placed_like(part: Tensor, spec: Any, stride: tuple[int, ...]) -> DTensor:
         part = part.new_empty_strided(part.shape, stride).copy_(part)
     # as FSDP2 does: what ``from_local`` adds are checks and a step of autograd
     return DTensor(part, copy.copy(spec), requires_grad=False)
+
+
+def whole_shape(x: Tensor, placement: Placement, in_features: int, mesh: DeviceMesh) -> list[int]:
+    """The shape of the tensor [..., in_features] that x is this rank's part of.
+
+    Features may divide unevenly, other dimensions may not. Raises ValueError for a part of another size.
+    """
+    shape = list(x.shape)
+    last = isinstance(placement, Shard) and placement.dim == x.ndim - 1
+    start, end = shard_bounds(in_features, mesh) if last else (0, in_features)
+    if x.ndim == 0 or shape[-1] != end - start:
+        raise ValueError(f"x must be [..., {end - start}] for {placement} of {in_features} in_features, got {shape}")
+    if isinstance(placement, Shard) and not last:
+        shape[placement.dim] *= mesh.size()
+    return [*shape[:-1], in_features]
 
 
 def finish(tensor: Tensor | _UnderWay) -> Tensor:

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from ...contract import (
     Adapter,
@@ -41,7 +42,16 @@ from ...contract import (
     split_scales,
 )
 from .. import adapted_weight, autograd, balance, operators, reuse, transforms, validation
-from .layout import Layout, as_dtensor, check_placements, finish, to_local, to_local_together
+from .layout import (
+    Layout,
+    as_dtensor,
+    check_placements,
+    finish,
+    positive,
+    to_local,
+    to_local_together,
+    whole_shape,
+)
 from .norms import add_norm_paths, norms_and_scales
 
 
@@ -134,13 +144,13 @@ class ShardedBoraLinearFunction(torch.autograd.Function):
             power,
         )
         ctx.needs, ctx.layout, ctx.options = needs, layout, options
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return layout.send(y.view(*x.shape[:-1], weight.shape[0]), kept=needs_S and product is y)
 
     @staticmethod
     @transforms.once_differentiable
     def backward(ctx, dy: Tensor):
         dx = dA = dB = dm_row = dm_col = d_bias = None
-        dy = finish(dy)
+        dy = ctx.layout.receive(dy)
         tokens = dy.shape[:-1]
         dy = dy.reshape(math.prod(tokens), dy.shape[-1])
         if any(ctx.needs):
@@ -223,7 +233,7 @@ def _backward(
 def _draw_dropout(x: Tensor, layout: Layout, options: Options) -> Tensor:
     """``draw_dropout`` from a seed that the ranks share, plus their number where each has columns of its own."""
     seed = torch.randint(0, 2**31 - 1, (1,), device=x.device)
-    dist.broadcast(seed, group=layout.mesh.get_group(), group_src=0)
+    dist.broadcast(seed, group=layout.group, group_src=0)
     if not layout.by_rows:
         seed += layout.mesh.get_local_rank()
     if options.backend == "triton":
@@ -233,8 +243,13 @@ def _draw_dropout(x: Tensor, layout: Layout, options: Options) -> Tensor:
 
 
 def bora_linear_sharded(
-    x: DTensor, weight: DTensor, adapter: Adapter, bias: Tensor | None, options: Options
-) -> DTensor:
+    x: Any,
+    weight: DTensor,
+    adapter: Adapter,
+    bias: Tensor | None,
+    options: Options,
+    placements: tuple[Placement, Placement] | None = None,
+) -> Tensor:
     """``bora_linear`` over a weight that is sharded on a mesh of one dimension; ``bora_linear`` calls it for a DTensor.
 
     Args:
@@ -242,38 +257,51 @@ def bora_linear_sharded(
             weight sharded by rows, sharded over K for one sharded by columns), and its gradient back.
         weight, adapter, bias: placed as in ``BY_ROWS`` or ``BY_COLUMNS``.
         options: as in ``bora_linear``, the same on every rank; ``backend`` is "triton", "torch" or None.
+        placements: of x and of y where these are plain tensors, this rank's parts.
 
     Returns:
-        y: [..., N], ``Shard(-1)`` for a weight sharded by rows, ``Partial()`` for one sharded by columns.
+        y: [..., N], ``Shard(-1)`` for a weight sharded by rows, ``Partial()`` for one sharded by columns; for a plain x
+            a plain tensor, this rank's part of y in its placement.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came, before any communication.
     """
-    by_rows = check_placements(weight, adapter, bias, x)
-    validation.check_tensors(x, weight, *adapter, bias, sharded=True)
+    mesh, (N, K) = weight.device_mesh, weight.shape
+    is_part = placements is not None and isinstance(x, Tensor) and not isinstance(x, DTensor)
+    by_rows = check_placements(weight, adapter, bias, None if is_part else x)
+    x_shape: Sequence[int] = x.shape
+    y_placement = None
+    if is_part:
+        x_placement, y_placement = (positive(placement, x.ndim) for placement in given(placements))
+        x_shape = whole_shape(x, x_placement, K, mesh)
+    else:
+        (x_placement,) = x.placements
+    validation.check_tensors(x, weight, *adapter, bias, sharded=True, part_of_x=is_part)
     if options.backend == "reference":
         raise ValueError('backend must be "triton", "torch" or None for a sharded weight, got "reference"')
     weight_part, *adapter_parts, local_bias = to_local_together(weight, *adapter, bias)
     local, local_adapter = given(weight_part), Adapter(*adapter_parts)  # type: ignore[arg-type]  # factors are there
-    if weight.device_mesh.size() == 1:
-        y = autograd.adapted_linear(x.to_local(), local, local_adapter, local_bias, options)
+    layout = Layout(mesh, mesh.get_group(), by_rows, N, x_placement, x_shape, y_placement)
+    x_local = x if is_part else x.to_local(grad_placements=[layout.dx_placement])
+    if mesh.size() == 1:
+        y = autograd.adapted_linear(x_local, local, local_adapter, local_bias, options)
     else:
         dtype = validation.autocast_dtype(x) or x.dtype
         backend: Evaluation | None = "torch" if 0 in local.shape else options.backend  # more ranks than rows or columns
         backend = validation.choose_backend(backend, x.device, dtype, adapter.lora_A.shape[0])
-        layout = Layout(weight.device_mesh, by_rows, x.placements[0], x.shape)
         options = options._replace(backend=evaluation(backend, local.shape))
         compute_scales = functools.partial(_compute_scales, weight, adapter, layout, options)
-        x_local = x.to_local(grad_placements=[layout.dx_placement]).to(dtype)
-        y = ShardedBoraLinearFunction.apply(x_local, local, *local_adapter, local_bias, compute_scales, layout, options)
-    placement = Shard(x.ndim - 1) if by_rows else Partial()
-    return as_dtensor(y, weight.device_mesh, placement, (*x.shape[:-1], weight.shape[0]))
+        y = ShardedBoraLinearFunction.apply(
+            x_local.to(dtype), local, *local_adapter, local_bias, compute_scales, layout, options
+        )
+    return y if is_part else as_dtensor(y, mesh, layout.product_placement, (*x_shape[:-1], N))
 
 
 def effective_weight_sharded(weight: DTensor, adapter: Adapter, options: Options) -> DTensor:
     """W' [N, K] as a DTensor that is sharded as ``weight`` is; see ``adapted_weight.effective_weight``."""
     by_rows = check_placements(weight, adapter)
-    layout = Layout(weight.device_mesh, by_rows, Replicate(), torch.Size())
+    mesh = weight.device_mesh
+    layout = Layout(mesh, mesh.get_group(), by_rows, weight.shape[0], Replicate(), ())
     merged = adapted_weight.effective_weight(
         to_local(weight), adapter.map(to_local), options,
         complete=layout.completion(), offset=layout.offset(weight.shape),

@@ -1,4 +1,6 @@
-"""A layer over a sharded weight merged, saved and misused."""
+"""A layer over a sharded weight on plain tensors, merged, saved and misused."""
+
+import itertools
 
 import pytest
 import torch
@@ -6,12 +8,84 @@ import torch.distributed as dist
 from helpers.distributed import launch
 from helpers.sharded import STYLES, assert_same, styles, whole_and_sharded, x_and_dy
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from benchmarks.collectives import Collectives
 from bora_kernels import FusedBoraLinear, FusedDoraLinear, bora_linear
 from bora_kernels.distributed import BoraColwiseParallel, BoraRowwiseParallel
+
+# ---- plain tensors ----
+
+
+def part_of(tensor: torch.Tensor, placement) -> torch.Tensor:
+    """This rank's part of a tensor that all have, or of a sum over the ranks."""
+    if placement == Partial():
+        return tensor / dist.get_world_size()
+    if placement == Replicate():
+        return tensor.clone()
+    return tensor.tensor_split(uneven(tensor.shape[placement.dim]), placement.dim)[dist.get_rank()].clone()
+
+
+def uneven(size: int) -> list[int]:
+    """Where ``torch.chunk`` splits a dimension."""
+    step = -(-size // dist.get_world_size())
+    return [min(size, step * rank) for rank in range(1, dist.get_world_size())]
+
+
+def check_parts(style: str) -> None:
+    """Parts come in and go out, of any placement, of features that divide unevenly; so do their gradients."""
+    x, dy = x_and_dy()
+    outer_of = {"colwise": (Replicate(), Shard(0), Shard(1), Shard(-1))}
+    outer_of["rowwise"] = (*outer_of["colwise"], Partial())  # y is a sum as it is made
+    tokens = [Shard(dim) for dim in (0, 1) if x.shape[dim] % dist.get_world_size() == 0]
+    inner_of = (Replicate(), *tokens, Shard(-1), Partial())
+    for (inner, outer), transposed in zip(
+        itertools.product(inner_of, outer_of[style]), itertools.cycle((False, True)), strict=False
+    ):
+        layouts = {"input_layouts": inner, "output_layouts": outer}
+        options = {"bias": not transposed, "norm_order": "col_row" if transposed else "row_col"}
+        whole_layer, sharded = whole_and_sharded(type(STYLES[style])(**layouts), **options)
+        leaf = x.clone().requires_grad_()
+        y = whole_layer(leaf)
+        y.backward(dy)
+        part = part_of(x, inner)
+        if transposed:  # in memory
+            part = part.transpose(0, 1).contiguous().transpose(0, 1)
+        given = part.clone()
+        y_part = sharded(part.requires_grad_())
+        assert not isinstance(y_part, DTensor)
+        gradient = part_of(dy, Replicate() if outer == Partial() else outer)
+        y_part.backward(gradient.transpose(0, 1).contiguous().transpose(0, 1) if transposed else gradient)
+        assert torch.equal(part, given)  # no message overwrites what came in
+        if outer == Partial():
+            dist.all_reduce(y_part := y_part.detach().clone())
+        expected_y = y.detach() if outer == Partial() else part_of(y.detach(), outer)
+        dx = leaf.grad if inner == Partial() else part_of(leaf.grad, inner)
+        actual = {name: p.grad.full_tensor() for name, p in sharded.named_parameters() if p.requires_grad}
+        expected = {name: p.grad for name, p in whole_layer.named_parameters() if p.requires_grad}
+        assert_same(actual | {"x": part.grad, "y": y_part}, expected | {"x": dx, "y": expected_y})
+
+
+@styles
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_plain_parts_of_any_placement(style, ranks):
+    launch(check_parts, ranks, style)
+
+
+def check_nodes(style: str) -> None:
+    _, layer = whole_and_sharded(STYLES[style], 40, 28)
+    x = torch.randn(2, 5, 28, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    parents = [node for node, _ in y.grad_fn.next_functions if node is not None]
+    assert y.grad_fn.name() == "ShardedBoraLinearFunctionBackward"
+    assert sorted({node.name() for node in parents}) == ["_LocalPartsBackward", "torch::autograd::AccumulateGrad"]
+
+
+@styles
+def test_layer_is_one_step_of_autograd_from_plain_x_to_plain_y(style):
+    launch(check_nodes, 2, style)
+
 
 # ---- merge, checkpoints ----
 
