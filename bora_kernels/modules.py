@@ -182,6 +182,8 @@ class FusedBoraLinear(Mergeable):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x·W'ᵀ + bias for x [..., in_features]; returns [..., out_features] in x's dtype."""
+        if self.training and self.merged:
+            watch.note_merged(self)
         if isinstance(weight := self.weight, Tensor):
             merged = self.merged_weight
             return self._adapted_linear(x, weight) if merged is None else nn.functional.linear(x, merged, self.bias)

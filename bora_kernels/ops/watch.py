@@ -1,4 +1,4 @@
-"""Warnings about training: adapted layers that no gradient reaches, and magnitudes in a dtype too narrow for it."""
+"""Warnings about training: layers that no gradient reaches or no optimizer has, magnitudes too narrow or decayed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 _LISTED = 5  # layers that a warning spells out
+_USUAL_DECAY = 0.01  # what torch.optim.AdamW has unless it is told otherwise
 _layers: WeakSet[nn.Module] = WeakSet()
 _judged: WeakSet[torch.optim.Optimizer] = WeakSet()  # those whose first step with gradients was looked at
+_doubted: WeakSet[torch.optim.Optimizer] = WeakSet()  # those that hold layers without their adapters
+_served: WeakSet[nn.Module] = WeakSet()  # layers whose adapters were in an optimizer that stepped
+_merged: WeakSet[nn.Module] = WeakSet()  # layers that were called in training while they were merged
 _said: set[str] = set()
 _hook: Any = None
 
@@ -38,8 +42,16 @@ def warn_of_narrow_magnitudes(*magnitudes: Tensor | None) -> None:
             return _warn_of_narrowed([layer])
 
 
+def note_merged(layer: nn.Module) -> None:
+    """Note that a merged layer is called in training mode, for the next step of an optimizer that has its adapter."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _merged.add(layer)
+
+
 def _on_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    """Before the first step of an optimizer for which there are gradients."""
+    """Before the first step of an optimizer for which there are gradients; merged layers at any step."""
+    if _merged:
+        _warn_of_merged(optimizer)
     if optimizer in _judged:
         return
     if type(optimizer).__name__ == "LoraFAOptimizer" and any(map(_is_magnitude, _parameter_names(optimizer))):
@@ -48,15 +60,28 @@ def _on_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> Non
             "BoRA has magnitudes beside them"
         )
     stepped = {id(p): p.grad is not None for group in optimizer.param_groups for p in group["params"]}
+    lacking = [layer for layer in _layers if _is_lacking(layer, stepped)]
+    if lacking and optimizer not in _doubted:
+        _doubted.add(optimizer)  # another optimizer may have the adapters
+        return
+    if lacking := [layer for layer in lacking if layer not in _served]:
+        _judged.add(optimizer)
+        warnings.warn(
+            f"an optimizer holds weights of {_names(lacking)}, which are frozen, and no optimizer that stepped holds "
+            "their adapters, which do not learn: make the optimizer after the model was adapted",
+            stacklevel=4,
+        )
     if not any(stepped.values()):
         return
     _judged.add(optimizer)
+    _warn_of_decay(optimizer)
     idle, narrowed, count = [], [], 0
     for layer in _layers:
         trained = [p for p in _adapter(layer) if p.requires_grad and id(p) in stepped]
         if trained:
+            _served.add(layer)
             count += 1
-            idle += [] if any(stepped[id(p)] for p in trained) else [layer]
+            idle += [] if any(stepped[id(p)] for p in trained) or getattr(layer, "merged", False) else [layer]
             narrowed += [layer] if any(id(p) in stepped for p in _adapter(layer, "magnitude")) else []
     narrowed = [layer for layer in narrowed if _is_narrowed(layer)]
     if narrowed and "narrow" not in _said:
@@ -68,6 +93,44 @@ def _on_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> Non
             "kernel, a loss that takes the head's weight), an adapter has no effect: leave it out of the targets, or "
             "turn that code off. Layers that only some batches use, such as experts, are no problem.",
             stacklevel=4,
+        )
+
+
+def _warn_of_merged(optimizer: torch.optim.Optimizer) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    layers = [m for m in _merged if getattr(m, "merged", False) and any(id(p) in held for p in _adapter(m))]
+    _merged.clear()
+    if layers and "merged" not in _said:
+        _said.add("merged")
+        warnings.warn(
+            f"{_names(layers)} were called in training while they are merged: their adapters get no gradient and do "
+            "not learn until they are unmerged (unmerge() of the layers, or PEFT's unmerge_adapter())",
+            stacklevel=5,
+        )
+
+
+def _is_lacking(layer: nn.Module, stepped: dict[int, bool]) -> bool:
+    """Whether an optimizer has weights of a layer, and none of its adapter's, which is trained."""
+    own = {id(p): p.requires_grad for p in _adapter(layer)}
+    if not any(own.values()) or not stepped.keys().isdisjoint(own):
+        return False
+    return any(id(p) in stepped and not p.requires_grad for p in layer.parameters())
+
+
+def _warn_of_decay(optimizer: torch.optim.Optimizer) -> None:
+    magnitudes = {id(p) for layer in _layers for p in _adapter(layer, "magnitude")}
+    decays = [
+        group["weight_decay"]
+        for group in optimizer.param_groups
+        if not isinstance(decay := group.get("weight_decay", 0.0), Tensor)
+        and decay > _USUAL_DECAY
+        and any(id(p) in magnitudes for p in group["params"])
+    ]
+    if decays:
+        warnings.warn(
+            f"weight decay of {max(decays)} pulls magnitudes towards zero, and with them the adapted weights: "
+            "give them a group without it, as bora_kernels.parameter_groups(model, lr, weight_decay=...) does",
+            stacklevel=5,
         )
 
 

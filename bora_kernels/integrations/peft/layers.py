@@ -182,6 +182,8 @@ class BoraLayer(MergingLayer):
             for name in self.active_adapters:  # at most one, see ``set_adapter``
                 if name in self.norm_order:
                     return self._with_share(x, name, *args, **kwargs)
+        elif self.training:
+            watch.note_merged(self)
         return self.base_layer(x, *args, **kwargs)
 
     def _with_share(self, x: Tensor, name: str, *args, **kwargs) -> Tensor:
