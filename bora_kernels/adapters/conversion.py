@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from ..contract import NormOrder
+from ..fusion.fuse import LEFT_OUT
+from ..fusion.install import installed, uninstall
 from ..modules import FusedBoraLinear, FusedColumnLinear, FusedDoraLinear
 from ..ops import elsewhere
 from . import coverage
@@ -152,7 +155,7 @@ def adapt(model: nn.Module, layers: Mapping[nn.Linear, Callable[[nn.Linear], Fus
         elsewhere.hand_over_hooks(linear, layer)
     replace(model, built)
     if callable(getattr(model, "save_pretrained", None)) and "save_pretrained" not in model.__dict__:
-        model.__dict__["save_pretrained"] = partial(_save_pretrained, model)
+        model.__dict__["save_pretrained"] = _SavePretrained(model)
     for name, layer in adapted_layers(model).items():
         layer.place = name
     coverage.leave_inference_path(model, FusedBoraLinear)
@@ -163,16 +166,38 @@ def adapt(model: nn.Module, layers: Mapping[nn.Linear, Callable[[nn.Linear], Fus
             parameter.requires_grad_(False)
 
 
-def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """transformers' method, with a warning where it does not do what its name says."""
-    if adapted_layers(model):
-        warnings.warn(
-            "save_pretrained of a converted model writes tensors that from_pretrained does not know, and gives "
-            "the base model back. bora_kernels.save_adapter(model, folder) writes what was trained; for a plain model "
-            "call bora_kernels.merge_adapter(model) first",
-            stacklevel=2,
-        )
-    return type(model).save_pretrained(model, *args, **kwargs)
+class _SavePretrained:
+    """transformers' method of a model, with a warning where it does not do what its name says.
+
+    It holds the model weakly: a model that held itself would keep its memory after ``del model``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.model(),)  # of a copy's own model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model()
+        if adapted_layers(model):
+            warnings.warn(
+                "save_pretrained of a converted model writes tensors that from_pretrained does not know, and gives "
+                "the base model back. bora_kernels.save_adapter(model, folder) writes what was trained; for a plain "
+                "model call bora_kernels.merge_adapter(model) first",
+                stacklevel=2,
+            )
+        return type(model).save_pretrained(model, *args, **kwargs)
+
+
+def leave_no_trace(model: nn.Module) -> None:
+    """Take out of a model whose adapters were merged what needs this package: it can be pickled without."""
+    if any(installed(module) is not None for module in model.modules()):
+        model.__dict__.setdefault(LEFT_OUT, {})  # ``unfuse`` is for whoever called ``fuse``
+    for module in model.modules():
+        uninstall(module)
+        if type(module.__dict__.get("save_pretrained")) is _SavePretrained:
+            del module.__dict__["save_pretrained"]
 
 
 def replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:

@@ -22,6 +22,7 @@ from .conversion import (
     adapted_layers,
     adapter_parameters,
     check_unwrapped,
+    leave_no_trace,
     named_modules,
     plain_name,
     replace,
@@ -163,8 +164,8 @@ def merge_adapter(model: Model) -> Model:
 
     W' is computed in float32 and rounded once to the weight's dtype, in half precision with dither (see
     ``FusedBoraLinear.effective_weight``); over quantized weights to the dtype that the model runs in, and what marks
-    the model as quantized is taken off it. The model then needs this package no more. To go back and forth instead,
-    call ``merge()`` and ``unmerge()`` of the layers, which keep W0.
+    the model as quantized is taken off it. The model then needs this package no more: fused parts have forwards of
+    their classes again. To go back and forth instead, call ``merge()`` and ``unmerge()`` of the layers, which keep W0.
 
     Returns:
         The same model.
@@ -187,6 +188,7 @@ def merge_adapter(model: Model) -> Model:
                 stacklevel=2,
             )
         replace(model, {layer: layer.to_linear(None if isinstance(layer.weight, Tensor) else dtype)})
+    leave_no_trace(model)
     if any_quantized:
         unquantized.unmark(model)
     return model

@@ -24,6 +24,8 @@ class Ready(NamedTuple):
     x: Tensor
     state: tuple
     outputs: dict[int, Tensor]
+    members: list[Projection]
+    moments: list[tuple]  # of each layer
 
 
 class Group:
@@ -56,6 +58,8 @@ class Group:
         ready = self.ready
         if ready is None or ready.x is not x or index not in ready.outputs or ready.state != _state(ready.x):
             return None
+        if ready.moments[index] != _moment(self.layers[index], ready.members[index]):
+            return None
         y = ready.outputs.pop(index)
         if not ready.outputs:
             self.ready = None
@@ -71,7 +75,8 @@ class Group:
             return None
         outputs = dict(enumerate(shared_input(x, members, normed.origin(x))))
         y = outputs.pop(index)
-        self.ready = Ready(x, _state(x), outputs)
+        moments = [_moment(layer, projection) for layer, projection in zip(self.layers, members, strict=True)]
+        self.ready = Ready(x, _state(x), outputs, members, moments)
         return y
 
 
@@ -81,6 +86,20 @@ def _state(x: Tensor) -> tuple:
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return version, torch.is_grad_enabled(), autocast
+
+
+def _moment(layer: Any, projection: Projection) -> tuple:
+    """What tells that an adapter was changed or switched since: an output that nobody took may be asked for later."""
+    if torch.compiler.is_compiling():
+        return ()
+    own, adapter = layer.__dict__, projection.adapter
+    scaling = own.get("scaling")
+    return (
+        own.get("_disable_adapters"),
+        own.get("_active_adapter"),
+        tuple(scaling.values()) if type(scaling) is dict else scaling,
+        *[0 if t is None or t.is_inference() else t._version for t in adapter or ()],
+    )
 
 
 def _problem(layer: nn.Module, group: Group, index: int) -> str | None:

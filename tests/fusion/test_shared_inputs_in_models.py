@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.fused_models import blocks_that_run, converted, twins
+from helpers.fused_models import blocks_that_run, converted, peft_model, twins
 from torch import nn
 
 from bora_kernels import fuse, unfuse
@@ -122,3 +122,38 @@ def test_nothing_is_left_ready_and_copies_begin_anew():
     assert group.ready is not None and not group.ready.outputs.keys() - {1, 2}
     twin = copy.deepcopy(fused)
     assert twin.q.forward.args[1].layers[1] is twin.k and twin.q.forward.args[1].ready is None
+
+
+@pytest.mark.parametrize("kind", ["converted", "lora", "dora"])
+def test_an_output_that_nobody_took_is_not_given_after_a_change(kind):
+    """q is called by itself, an adapter is changed or switched, and k is asked for the same x."""
+
+    def changed(model):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.add_(0.3)
+
+    def scaled(model):
+        for module in model.modules():
+            if isinstance(scaling := getattr(module, "scaling", None), dict):
+                scaling["default"] *= 3
+            elif scaling is not None:
+                module.scaling = 3 * scaling
+
+    def disabled(model):
+        model.base_model.disable_adapter_layers()
+
+    for change in (changed, scaled) if kind == "converted" else (changed, scaled, disabled):
+        model, plain = twins(converted() if kind == "converted" else peft_model(kind))
+        blocks = [
+            next(m for n, m in each.named_modules() if n.endswith("layers.0.self_attn")) for each in (model, plain)
+        ]
+        x = torch.randn(2, 3, blocks[0].q_proj.in_features)
+        outputs = [block.v_proj(x) for block in blocks]
+        for each, block in zip((model, plain), blocks, strict=True):
+            block.q_proj(x)
+            change(each)
+        found, expected = (block.k_proj(x) for block in blocks)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)

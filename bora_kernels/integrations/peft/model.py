@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ...adapters import coverage, unquantized
+from ...adapters.conversion import leave_no_trace
 from ...adapters.files import present_name
 from ...modules import FusedBoraLinear
 from ...serving.batches import MixedBatches
@@ -130,6 +131,7 @@ class BoraModel(LoraModel):
                 setattr(parent, name, child.get_base_layer())
         if any(layer.merged for layer in quantized):
             unquantized.unmark(model)
+        leave_no_trace(model)
         return model
 
     def add_weighted_adapter(self, *args, **kwargs) -> None:
