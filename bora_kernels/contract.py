@@ -103,8 +103,8 @@ class Scales(NamedTuple):
 
 def _sections(
     shape: Sequence[int], R: int, members: Members, products: bool
-) -> list[tuple[int, tuple[int, ...] | None]]:
-    """Start and shape of each field of ``Scales`` in the flat tensor (None for an absent one), and the end.
+) -> tuple[list[tuple[int, ...] | None], list[int]]:
+    """Shapes of the fields of ``Scales`` in the flat tensor (None for an absent one), and what each takes there.
 
     A recorded forward reads scales with and without products alike, so products come last.
     """
@@ -112,17 +112,14 @@ def _sections(
     shapes: list[tuple[int, ...] | None]
     shapes = [(N,) if row else None, (N,) if row else None, (K,) if col else None, (K,) if col else None]
     shapes += [(4,) if row or col else None]
-    shapes += [(N, R) if products and row else None, (K, R) if products and col else None, None]
-    starts, start = [], 0
-    for field in shapes:
-        starts.append(start)
-        start += 0 if field is None else -(-math.prod(field) // 4) * 4  # kernels load 16 bytes at a time
-    return list(zip(starts, shapes, strict=True))
+    shapes += [(N, R) if products and row else None, (K, R) if products and col else None]
+    sizes = [0 if field is None else math.prod(field) for field in shapes]
+    return shapes, [-(-size // 4) * 4 for size in sizes]  # kernels load 16 bytes at a time
 
 
 def scales_size(shape: Sequence[int], R: int, members: Members, products: bool) -> int:
     """Elements of the flat tensor for a weight of shape [N, K]."""
-    return _sections(shape, R, members, products)[-1][0]
+    return sum(_sections(shape, R, members, products)[1])
 
 
 def split_scales(flat: Tensor | None, shape: Sequence[int], R: int, members: Members) -> Scales:
@@ -130,24 +127,29 @@ def split_scales(flat: Tensor | None, shape: Sequence[int], R: int, members: Mem
     if flat is None:
         return Scales()
     products = flat.numel() > scales_size(shape, R, members, False)
-    return Scales(
-        *(
-            None if field is None else flat[start : start + math.prod(field)].view(field)
-            for start, field in _sections(shape, R, members, products)[:-1]
-        )
-    )
+    shapes, sizes = _sections(shape, R, members, products)
+    fields = zip(shapes, flat.split_with_sizes(sizes), strict=True)
+    return Scales(*[None if shape is None else _field(part, shape) for shape, part in fields])
+
+
+def _field(part: Tensor, shape: tuple[int, ...]) -> Tensor:
+    size = math.prod(shape)
+    part = part if part.numel() == size else part[:size]
+    return part if len(shape) == 1 else part.view(shape)
 
 
 def flatten_scales(scales: Scales, shape: Sequence[int], R: int) -> Tensor:
     """One flat tensor that holds these scales, of which there is one at least."""
     products = scales.row_product is not None or scales.col_product is not None
-    sections = _sections(shape, R, scales.members, products)
     present = next(value for value in scales if value is not None)
-    flat = present.new_zeros(sections[-1][0])
-    for (start, field), value in zip(sections, scales, strict=False):
-        if field is not None and value is not None:
-            flat[start : start + math.prod(field)] = value.flatten()
-    return flat
+    parts = []
+    for value, size in zip(scales, _sections(shape, R, scales.members, products)[1], strict=True):
+        if value is not None and size:
+            parts.append(value.reshape(-1))
+            size -= value.numel()
+        if size:
+            parts.append(present.new_zeros(size))
+    return torch.cat(parts)
 
 
 class Slots(NamedTuple):

@@ -45,12 +45,15 @@ class Layout(NamedTuple):
     x_shape: Sequence[int]  # of the whole x
     y_placement: Placement | None = None  # None: y stays as the product leaves it
 
-    def all_reduce(self, tensor: Tensor, between: Callable[[], None] = lambda: None) -> Tensor:
+    def all_reduce(self, tensor: Tensor, between: Callable[[], None] | None = None) -> Tensor:
         """The sum over the shards, in place where it can be; ``between`` runs while it is under way."""
         tensor = tensor.contiguous()
-        work = dist.all_reduce(tensor, group=self.group, async_op=True)
-        between()
-        work.wait()
+        if between is None:
+            dist.all_reduce(tensor, group=self.group)
+        else:
+            work = dist.all_reduce(tensor, group=self.group, async_op=True)
+            between()
+            work.wait()
         return tensor
 
     def all_reduce_together(self, *tensors: Tensor | None, between: Callable[[], None]) -> list[Tensor | None]:
@@ -161,13 +164,21 @@ def to_local_together(*tensors: Any) -> list[Tensor | None]:
     """``to_local`` of those that there are, as one step of autograd: a step for each costs the host twice as much."""
     if torch.compiler.is_compiling():
         return [None if t is None else to_local(t) for t in tensors]
-    trained = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors]
+    recording = torch.is_grad_enabled()
+    trained = [recording and t is not None and t.requires_grad for t in tensors]
     parts = iter(_LocalParts.apply(*itertools.compress(tensors, trained)) if any(trained) else ())
+    return [
+        next(parts) if through else None if t is None else _part(t) for t, through in zip(tensors, trained, strict=True)
+    ]
+
+
+def _part(tensor: Any) -> Tensor:
+    """This rank's part, which autograd does not follow."""
+    part = getattr(tensor, "_local_tensor", None)  # private; ``to_local`` adds a view of a parameter's
+    if type(part) is Tensor:
+        return part
     with torch.no_grad():
-        return [
-            next(parts) if through else None if t is None else t.to_local()
-            for t, through in zip(tensors, trained, strict=True)
-        ]
+        return tensor.to_local()
 
 
 class _LocalParts(torch.autograd.Function):
@@ -175,7 +186,7 @@ class _LocalParts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *tensors: DTensor) -> tuple[Tensor, ...]:
-        parts = tuple(t.to_local() for t in tensors)
+        parts = tuple(map(_part, tensors))
         ctx.like = [(t._spec, part.stride()) for t, part in zip(tensors, parts, strict=True)]
         ctx.set_materialize_grads(False)
         return tuple(part.view_as(part) for part in parts)  # autograd writes on what is returned

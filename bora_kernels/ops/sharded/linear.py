@@ -67,7 +67,7 @@ def _compute_scales(
     """The flat scales of this rank's shard, whose norms are those of the whole weight, and the power of ``balance``."""
     if not any(adapter.members):
         return None, None
-    with torch.autocast(local.device.type, enabled=False):
+    with transforms.without_autocast(local.device):
         local_adapter, power = balance.balanced(x, local, local_adapter, options, layout.completion())
 
     def state() -> tuple:  # the same on every rank: addresses are not, and a rank alone must not leave out a message
@@ -78,7 +78,7 @@ def _compute_scales(
     products = trained and not options.detach_norm and options.backend == "triton"
     flat, remember = reuse.find(adapter.lora_B, state, products)
     if flat is None:
-        with torch.autocast(local.device.type, enabled=False):
+        with transforms.without_autocast(local.device):
             scales = norms_and_scales(local, local_adapter, options, layout.completion())
         if not products:
             scales = scales._replace(row_product=None, col_product=None)
@@ -114,7 +114,7 @@ class ShardedBoraLinearFunction(torch.autograd.Function):
         x = finish(x)
         flat = x.reshape(math.prod(x.shape[:-1]), weight.shape[1])
         dropout = _draw_dropout(flat, layout, options) if options.dropout_p > 0.0 else None
-        if not layout.by_rows and layout.mesh.get_local_rank() != 0:
+        if bias is not None and not layout.by_rows and layout.mesh.get_local_rank() != 0:
             bias = None  # y is a sum over the ranks
         needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
         needs_S, needs_D = needs.sums(adapter.members, needs.norm_paths(adapter.members, options))
@@ -154,7 +154,7 @@ class ShardedBoraLinearFunction(torch.autograd.Function):
         tokens = dy.shape[:-1]
         dy = dy.reshape(math.prod(tokens), dy.shape[-1])
         if any(ctx.needs):
-            with torch.autocast(dy.device.type, enabled=False):
+            with transforms.without_autocast(dy.device):
                 x, weight, *tensors, scales, product, u, dropout, power = ctx.saved_tensors
                 adapter = Adapter(*tensors)
                 gradients = _backward(

@@ -84,20 +84,25 @@ def add_norm_paths(
     *_, dm_second = second
     W, P, Q = first_second(weight, adapter, rows_first)
     first_ratio = first_scale / first_norm
-    if dm_second is not None:
+    if dm_second is not None:  # of κ and λ, and what is made of them, the negative
         second_norm, second_scale, second_product, dm_second = map(given, second)
-        kappa = torch.where(second_norm > eps, dm_second * (second_scale / second_norm), 0.0).neg_()
+        kappa = _unless_clamped(dm_second * (second_scale / second_norm), second_norm, eps)
         squares, products, _ = weighted_sums(W, P, Q, kappa, scales.cancelled, scaling=scaling, signed=True)
-        dm_first = torch.addcmul(dm_first, first_ratio, squares)  # (8)
+        dm_first = torch.addcmul(dm_first, first_ratio, squares, value=-1.0)  # (8)
     if complete_first is not None:
         dm_first = complete_first(dm_first)
-    lam = torch.where(first_norm > eps, dm_first * first_ratio, 0.0).neg_()  # (9)
+    lam = _unless_clamped(dm_first * first_ratio, first_norm, eps)  # (9)
     dP = lam[:, None] * first_product  # (10)
     _, dQ, _ = weighted_sums(W.T, Q, P, lam, scales.cancelled, scaling=scaling, signed=True)
     if dm_second is not None:
         dP.addcmul_(first_scale.square()[:, None], products)
         dQ.addcmul_(kappa[:, None], second_product)  # (11)
     dA_norm, dB_norm = (dQ.T, dP) if rows_first else (dP.T, dQ)
-    dA = None if dA is None else dA.add_(dA_norm, alpha=scaling)
-    dB = None if dB is None else dB.add_(dB_norm, alpha=scaling)
+    dA = None if dA is None else dA.sub_(dA_norm, alpha=scaling)
+    dB = None if dB is None else dB.sub_(dB_norm, alpha=scaling)
     return (dm_first, dm_second, dA, dB) if rows_first else (dm_second, dm_first, dA, dB)
+
+
+def _unless_clamped(coefficient: Tensor, norm: Tensor, eps: float) -> Tensor:
+    """The coefficient, in place, 0 where the norm is constant."""
+    return coefficient.masked_fill_(norm <= eps, 0.0)
