@@ -86,7 +86,8 @@ class Mergeable(nn.Module):
             raise ValueError(f"requantize must be False over a dense weight of {self.weight.dtype}, got True")
         if self.merged:
             return
-        merged = self.effective_weight()
+        with torch.inference_mode(False):  # a layer may be merged there, and run where gradients are recorded
+            merged = self.effective_weight()
         if requantize and isinstance(self.weight, QuantizedWeight):
             self.merged_quantized = StoredWeight(quantized.quantize_like(merged, *self.weight.stored()))
         else:

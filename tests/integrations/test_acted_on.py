@@ -11,6 +11,7 @@ from helpers.accuracy import assert_equal
 from helpers.four_kinds import IDS, Model, adapted, trained  # noqa: E402
 
 from bora_kernels import convert  # noqa: E402
+from bora_kernels.integrations.peft import through  # noqa: E402
 
 # ---- hooks ----
 
@@ -35,6 +36,21 @@ def test_hooks_of_a_base_layer_see_inputs_and_adapted_outputs(name, when):
     )
     assert torch.equal(model(IDS), expected(IDS))
     assert len(seen) == 2 and all(torch.equal(a, b) for a, b in zip(seen, outputs, strict=True))
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_hook_on_a_factor_which_is_never_called_is_warned_of_once(register, factor, monkeypatch):
+    monkeypatch.setattr(through, "_warned_of_hooks", set())
+    model = trained(adapted(Model()))
+    expected = model(IDS)
+    for name in ("up", "down"):
+        layer = model.base_model.model.get_submodule(name)
+        getattr(getattr(layer, factor).default, register)(lambda *arguments: torch.zeros(()))
+    with pytest.warns(UserWarning, match="hooks on lora_A or lora_B of up are not called") as caught:
+        assert torch.equal(model(IDS), expected)
+        model(IDS)
+    assert len(caught) == 1
 
 
 def test_hooks_go_with_a_converted_layer_and_their_handles_stay_good():

@@ -20,6 +20,7 @@ from torch import nn
 peft = pytest.importorskip("peft")
 from peft import PeftModel  # noqa: E402
 
+from bora_kernels import convert  # noqa: E402
 from bora_kernels.integrations.peft import BoraConfig  # noqa: E402
 from bora_kernels.reference import bora_weight_ref  # noqa: E402
 
@@ -192,9 +193,42 @@ def test_merging_does_not_change_a_weight_that_is_shared():
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(base.model.embed_tokens.weight, embeddings)
     model.unmerge_adapter()
-    shared = (base.lm_head.base_layer.weight, base.model.embed_tokens.weight)
-    assert shared[0].data_ptr() == shared[1].data_ptr()
+    assert base.lm_head.base_layer.weight is base.model.embed_tokens.weight
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_a_copy_of_a_merged_model_is_tied_to_nothing_of_the_original(dtype):
+    base = make_base(tie_word_embeddings=True)
+    model = make_peft(base, target_modules=["lm_head"])
+    expected = logits(model)
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        model.merge_adapter()
+    twin = copy.deepcopy(model).to(dtype)
+    twin.unmerge_adapter()
+    inside = twin.get_base_model()
+    assert inside.lm_head.base_layer.weight is not base.model.embed_tokens.weight
+    assert inside.lm_head.base_layer.weight.dtype == inside.model.embed_tokens.weight.dtype
+    with torch.no_grad():
+        inside.lm_head.base_layer.weight.zero_()
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("way", ["convert", "peft"])
+def test_what_was_merged_in_inference_mode_runs_where_gradients_are_recorded(way):
+    base = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6))
+    model = convert(base, r=2) if way == "convert" else make_peft(base, target_modules=["0", "2"])
+    layer = base[2]
+    with torch.inference_mode():
+        layer.merge()
+    x = torch.randn(3, 6)
+    model(x).sum().backward()
+    assert base[0].lora_B.grad.any() if way == "convert" else base[0].lora_B.default.weight.grad.any()
+    with torch.inference_mode():
+        layer.unmerge()
+    model(x).sum().backward()
+    assert not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
 
 
 def test_a_module_that_is_used_twice_is_adapted_once():

@@ -54,6 +54,7 @@ UNFIT = {
     "transposed convolution": lambda: nn.ConvTranspose2d(4, 4, 3),
     "groups": lambda: nn.Conv2d(4, 4, 3, groups=2),
     "max_norm": lambda: nn.Embedding(4, 4, max_norm=1.0),
+    "scale_grad_by_freq": lambda: nn.Embedding(4, 4, scale_grad_by_freq=True),
     "own forward": lambda: Doubled(4, 4),
     "parametrized": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
     "float8 weight": lambda: nn.Linear(4, 4).to(torch.float8_e4m3fn),

@@ -157,6 +157,7 @@ class BoraLayer(MergingLayer):
         base = self._modules["base_layer"]
         factor = self._modules["lora_B"]._modules.get(adapter_name) or self._modules["lora_embedding_B"]
         acted_on = self._acted_on()
+        through.look_for_hooks(self, factor, self._modules["lora_A"]._modules.get(adapter_name))
         if not acted_on and "forward" not in factor.__dict__:
             return self._product(x, adapter_name)
         dicts = [self._modules.get(name) for name in self.adapter_layer_names]
@@ -250,8 +251,7 @@ class BoraLinear(BoraLayer, lora.Linear):
         return weight.T if self.fan_in_fan_out else weight  # [N, K]
 
     def _matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
-        A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        return self._weight(), A, B
+        return self._weight(), self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
 
     def _like_base(self, matrix: Tensor) -> Tensor:
         return matrix.T.contiguous() if self.fan_in_fan_out else matrix.contiguous()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +62,8 @@ class MergingLayer(_PeftLayer):
         if not names:
             return
         check_single("adapter_names", [*self.merged_adapters, *names])
-        merged = self.effective_weight(names[0])
+        with torch.inference_mode(False):  # a layer may be merged there, and run where gradients are recorded
+            merged = self.effective_weight(names[0])
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
         self._swap_in(merged)
@@ -78,11 +81,15 @@ class MergingLayer(_PeftLayer):
         """Let the base layer compute with W'."""
         base = self.base_layer
         self.unmerged_weight = base.weight.detach()
+        self.__dict__["unmerged_parameter"] = _Weakly(base.weight)
         base.weight = nn.Parameter(merged, requires_grad=False)
 
     def _swap_out(self) -> None:
-        """Let the base layer compute with W0 again."""
-        self.base_layer.weight = nn.Parameter(self.unmerged_weight, requires_grad=False)
+        """Let the base layer compute with W0 again, by the parameter that it had where another layer is tied to it."""
+        weight, parameter = self.unmerged_weight, self.__dict__.pop("unmerged_parameter", _Weakly()).get()
+        if parameter is None or (parameter.device, parameter.dtype) != (weight.device, weight.dtype):
+            parameter = nn.Parameter(weight, requires_grad=False)
+        self.base_layer.weight = parameter
         self.unmerged_weight = None
 
     def _restore_state(self, state: dict[str, Tensor], prefix: str) -> None:
@@ -113,6 +120,20 @@ class MergingLayer(_PeftLayer):
     def _started_from(self, adapter_name: str) -> tuple[Tensor, Adapter, float]:
         weight, A, B = self._matrices(adapter_name)
         return weight, Adapter(A, B, *self._magnitudes(adapter_name)), self.full_scaling[adapter_name]
+
+
+class _Weakly:
+    """A parameter as long as another module has it. A copy has none: it would be the original's."""
+
+    def __init__(self, parameter: nn.Parameter | None = None) -> None:
+        self.get: Callable[[], nn.Parameter | None] = _nothing if parameter is None else weakref.ref(parameter)
+
+    def __reduce__(self) -> tuple:
+        return _Weakly, ()
+
+
+def _nothing() -> None:
+    return None
 
 
 def keep_unmerged(layer: MergingLayer, state: dict[str, Tensor], prefix: str, local_metadata: dict) -> None:

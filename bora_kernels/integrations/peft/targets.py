@@ -116,6 +116,8 @@ def _problem(base: Any, kind: type[nn.Module], quantized: bool, config: BoraConf
     elif kind is nn.Embedding:
         if base.max_norm is not None:
             return "max_norm changes the weight in each call"
+        if base.scale_grad_by_freq:
+            return "scale_grad_by_freq has no meaning for norms, which depend on all tokens"
     elif base.groups != 1:
         return f"groups must be 1, got {base.groups}: lora_A mixes all channels"
     return None

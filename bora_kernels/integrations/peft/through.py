@@ -7,6 +7,7 @@ product that the base layer makes with its weight. So hooks see the input and th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +36,26 @@ def is_acted_on(base: nn.Module) -> bool:
     if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or attributes["_backward_hooks"]:
         return True
     return elsewhere.is_offloaded(base)
+
+
+def look_for_hooks(layer: Any, *factors: nn.Module | None) -> None:
+    """Warn, once, where a hook waits for the call of a factor, which the layer reads and does not call."""
+    for factor in factors:
+        if factor is not None and (factor.__dict__["_forward_hooks"] or factor.__dict__["_forward_pre_hooks"]):
+            _warn_of_hooks(layer.place or type(layer).__name__)
+
+
+_warned_of_hooks: set[str] = set()
+
+
+def _warn_of_hooks(place: str) -> None:
+    if not _warned_of_hooks:
+        _warned_of_hooks.add(place)
+        warnings.warn(
+            f"hooks on lora_A or lora_B of {place} are not called: the layer reads their weights in one function. "
+            "Hooks on the layer itself, on its base_layer and on its parameters are.",
+            stacklevel=5,
+        )
 
 
 def call(base: Any, x: Tensor, product: Callable[[Tensor], Tensor], own_product: bool = False) -> Tensor:
