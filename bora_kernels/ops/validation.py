@@ -18,6 +18,7 @@ _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT_DTYPES = (*_TRITON_DTYPES, torch.float64)
 _FLOAT_NAMES = "float32, bfloat16, float16 or float64"
 _MAX_RANK = 512
+USE_FSDP2 = "shard by FSDP2 (torch.distributed.fsdp.fully_shard; fsdp_version: 2 of accelerate)"
 
 
 # --- the choice of backend -------------------------------------------------------------------------------------------
@@ -139,6 +140,11 @@ def check_tensors(
     if not is_quantized:  # a quantized weight was checked when it was read
         check_weight(weight, sharded=sharded)
     if weight.requires_grad and torch.is_grad_enabled():
+        if isinstance(weight, Tensor) and getattr(weight._base, "_is_flat_param", False):
+            raise ValueError(
+                "weight must be a parameter of its own, got a part of FullyShardedDataParallel's flat one, which "
+                f"requires a gradient: {USE_FSDP2}"
+            )
         raise ValueError("weight must be frozen (requires_grad=False): the fused layer computes no gradient for it")
     N, K = weight.shape
     if not isinstance(x, Tensor):
