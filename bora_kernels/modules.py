@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import quantized
-from .contract import EPS, Adapter, Backend, Members, NormOrder, Options
+from .contract import EPS, Adapter, Backend, Members, NormOrder, Options, given
 from .functional import bora_linear
 from .merging import Mergeable
 from .ops import adapted_weight, elsewhere, loaded_base, reuse, validation, watch
@@ -182,11 +182,13 @@ class FusedBoraLinear(Mergeable):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x·W'ᵀ + bias for x [..., in_features]; returns [..., out_features] in x's dtype."""
+        weight, merged = self.weight, self.merged_weight
+        if isinstance(weight, Tensor) and merged is None:
+            return self._adapted_linear(x, weight)
         if self.training and self.merged:
             watch.note_merged(self)
-        if isinstance(weight := self.weight, Tensor):
-            merged = self.merged_weight
-            return self._adapted_linear(x, weight) if merged is None else nn.functional.linear(x, merged, self.bias)
+        if isinstance(weight, Tensor):
+            return nn.functional.linear(x, given(merged), self.bias)
         dtype = self.compute_dtype
         wide = x if dtype is None else x.to(dtype)
         merged = (

@@ -116,7 +116,7 @@ def find_scales(
     x: Tensor, weight: Tensor, adapter: Adapter, options: Options, stored: Sequence[Tensor], products: bool
 ) -> tuple[Tensor | None, Callable[[Tensor], None] | None]:
     """Scales that the layer had before, and what to hand new ones to, as ``reuse.find`` does."""
-    if not any(adapter.members):
+    if not reuse.may_find() or not any(adapter.members):
         return None, None
 
     def state() -> tuple | None:

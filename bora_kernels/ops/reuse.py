@@ -59,6 +59,8 @@ def forget() -> None:
 
 def may_find() -> bool:
     """Whether anything is reused now, or kept for later."""
+    if torch.compiler.is_compiling():
+        return False
     return bool(_scopes) or torch._C._current_graph_task_id() != -1 or _in_checkpoint()
 
 
@@ -69,7 +71,7 @@ def find(
 
     Either is None where there is none; both where nothing is reused.
     """
-    if torch.compiler.is_compiling() or not may_find():
+    if not may_find():
         return None, None
     in_backward = torch._C._current_graph_task_id() != -1
     if _scopes:
