@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,23 +31,21 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from ...contract import (
     Adapter,
-    Evaluation,
     Needs,
     Options,
     accumulation_dtype,
-    evaluation,
     flatten_scales,
     given,
     separate_product,
     split_scales,
 )
-from .. import adapted_weight, autograd, balance, operators, reuse, transforms, validation
+from .. import adapted_weight, autograd, balance, operators, reuse, transforms
+from . import calls
 from .layout import (
     Layout,
     as_dtensor,
     check_placements,
     finish,
-    positive,
     to_local,
     to_local_together,
     whole_shape,
@@ -267,34 +265,21 @@ def bora_linear_sharded(
         ValueError, TypeError: naming the argument, what was expected and what came, before any communication.
     """
     mesh, (N, K) = weight.device_mesh, weight.shape
-    is_part = placements is not None and isinstance(x, Tensor) and not isinstance(x, DTensor)
-    by_rows = check_placements(weight, adapter, bias, None if is_part else x)
-    x_shape: Sequence[int] = x.shape
-    y_placement = None
-    if is_part:
-        x_placement, y_placement = (positive(placement, x.ndim) for placement in given(placements))
-        x_shape = whole_shape(x, x_placement, K, mesh)
-    else:
-        (x_placement,) = x.placements
-    validation.check_tensors(x, weight, *adapter, bias, sharded=True, part_of_x=is_part)
-    if options.backend == "reference":
-        raise ValueError('backend must be "triton", "torch" or None for a sharded weight, got "reference"')
+    ends = placements if isinstance(x, Tensor) and not isinstance(x, DTensor) else None
+    call = calls.prepare(x, weight, adapter, bias, options, ends)
+    x_shape = x.shape if ends is None else whole_shape(x, call.x_placement, K, mesh)
+    layout = Layout(mesh, mesh.get_group(), call.by_rows, N, call.x_placement, x_shape, call.y_placement)
     weight_part, *adapter_parts, local_bias = to_local_together(weight, *adapter, bias)
     local, local_adapter = given(weight_part), Adapter(*adapter_parts)  # type: ignore[arg-type]  # factors are there
-    layout = Layout(mesh, mesh.get_group(), by_rows, N, x_placement, x_shape, y_placement)
-    x_local = x if is_part else x.to_local(grad_placements=[layout.dx_placement])
+    x_local = x.to_local(grad_placements=[layout.dx_placement]) if ends is None else x
     if mesh.size() == 1:
         y = autograd.adapted_linear(x_local, local, local_adapter, local_bias, options)
     else:
-        dtype = validation.autocast_dtype(x) or x.dtype
-        backend: Evaluation | None = "torch" if 0 in local.shape else options.backend  # more ranks than rows or columns
-        backend = validation.choose_backend(backend, x.device, dtype, adapter.lora_A.shape[0])
-        options = options._replace(backend=evaluation(backend, local.shape))
-        compute_scales = functools.partial(_compute_scales, weight, adapter, layout, options)
+        compute_scales = functools.partial(_compute_scales, weight, adapter, layout, call.options)
         y = ShardedBoraLinearFunction.apply(
-            x_local.to(dtype), local, *local_adapter, local_bias, compute_scales, layout, options
+            x_local.to(call.dtype), local, *local_adapter, local_bias, compute_scales, layout, call.options
         )
-    return y if is_part else as_dtensor(y, mesh, layout.product_placement, (*x_shape[:-1], N))
+    return as_dtensor(y, mesh, layout.product_placement, (*x_shape[:-1], N)) if ends is None else y
 
 
 def effective_weight_sharded(weight: DTensor, adapter: Adapter, options: Options) -> DTensor:

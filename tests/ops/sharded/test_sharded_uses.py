@@ -200,3 +200,35 @@ def check_errors() -> None:
 
 def test_misuse_is_refused_by_name():
     launch(check_errors, 2)
+
+
+def check_errors_of_known_calls() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    layer = parallelize_module(FusedBoraLinear(8, 6, 2), mesh, BoraColwiseParallel())
+    x = torch.randn(3, 8)
+    y = layer(x)  # a good call, after which others that differ in one thing are to be looked at anew
+    names = ("weight", "lora_A", "lora_B", "magnitude_row", "magnitude_col", "bias")
+    arguments = {"x": x} | {name: getattr(layer, name) for name in names} | {"scaling": layer.scaling}
+    arguments |= {"placements": (Replicate(), Shard(-1))}
+    assert torch.equal(bora_linear(**arguments), y)
+    trained = torch.nn.Parameter(layer.weight.detach().clone())
+    for name, wrong, kind, message in (
+        ("x", x[:, 1:], ValueError, r"x must be \[..., 8\] for R.* of 8 in_features, got \[3, 7\]"),
+        ("x", x.double(), TypeError, "x must have weight's dtype torch.float32"),
+        ("x", None, TypeError, "x must be a Tensor, got NoneType"),
+        ("weight", trained, ValueError, "weight must be frozen"),
+        ("lora_B", distribute_tensor(torch.randn(6, 2), mesh, [Replicate()]), TypeError, "lora_B must be Shard"),
+        ("lora_B", layer.lora_B.to_local(), TypeError, "lora_B must be .* got a plain tensor"),
+        ("magnitude_col", distribute_tensor(torch.ones(7), mesh, [Replicate()]), ValueError, "magnitude_col must be"),
+        ("backend", "reference", ValueError, 'backend must be "triton", "torch" or None'),
+        ("placements", (Replicate(), "shard"), TypeError, "placements must be two, of x and of y"),
+        ("placements", (Replicate(),), TypeError, "placements must be two, of x and of y"),
+    ):
+        with Collectives() as collectives, pytest.raises(kind, match=message):
+            bora_linear(**(arguments | {name: wrong}))
+        assert not collectives.seen
+    assert torch.equal(bora_linear(**arguments | {"placements": [Replicate(), Shard(1)]}), y)
+
+
+def test_calls_that_differ_from_a_known_one_are_checked():
+    launch(check_errors_of_known_calls, 2)
