@@ -11,7 +11,6 @@ On Triton e, f and dh are read once for all that is made of them, where ``mlp_ke
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from ..contract import Activation, Adapter, Needs, flat, given
 from ..ops import autograd, calls, operators, transforms
-from . import joined, projection
+from . import compiled, joined, projection
 from .norms import NormOrigin
 from .projection import Kept, Part, Projection
 
@@ -113,10 +112,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Kept, ...], tuple[Needs, ...], joined.Recipe | None]:
     """y, e, f, what each layer leaves for backward, the gradients it has to produce; and how they are one stage."""
     own = of_gate, of_up, of_down = projection.split(parts, tensors)
+    if compiled.is_traced():
+        made = compiled.forward(_BLOCK, x, parts, tensors, requested, needs_dx, activation)
+        (e, kept_e), (f, kept_f), (y, kept_y) = made
+        return y, e, f, (kept_e, kept_f, kept_y), projection.needs(parts, requested, needs_dx, is_mlp=True), None
     called = projection.prepare(parts[:2], x, own[:2])
     if calls.may_join(called) and parts[2].options is not None:
-        stand_in = _stand_in(x.shape[:-1] + (of_gate[-1].shape[0],), x.dtype, x.device)
-        every = called + projection.prepare(parts[2:], stand_in, own[2:])
+        h_like = projection.stand_in(x.shape[:-1] + (of_gate[-1].shape[0],), x.dtype, x.device)
+        every = called + projection.prepare(parts[2:], h_like, own[2:])
         recipe = joined.recipe(x, every, own, parts, requested, needs_dx, is_mlp=True)
         if recipe is not None:
             (e, kept_e), (f, kept_f), (y, kept_y) = joined.forward(x, every, own, recipe, activation)
@@ -130,13 +133,10 @@ def _forward(
     return y, e, f, (kept_e, kept_f, kept_y), needs, None
 
 
-@functools.lru_cache(maxsize=64)
-def _stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of h's shape that takes no memory, to look at before there is one."""
-    return torch.empty((), dtype=dtype, device=device).expand(shape)
-
-
 def _backward(ctx, dy: Tensor) -> tuple[Any, ...]:
+    if compiled.is_traced():
+        dx, *gradients = compiled.backward(_BLOCK, ctx, (dy,), ctx.activation)
+        return dx, *[None] * (_ARGUMENTS - 1), *gradients
     x, origin_x, origin_weight, e, f, *rest = autograd.saved_tensors(
         ctx, (_DOWN_PRODUCT,) if ctx.output_is_saved else (), x_is_saved=True
     )
@@ -164,6 +164,27 @@ def _backward(ctx, dy: Tensor) -> tuple[Any, ...]:
             dx_gate, of_e = projection.backward(de, x, of_gate, gate, kept[0], needs_e, wanted_e)
             dx = dx if dx_gate is None else dx_gate if dx is None else dx.add_(dx_gate)
     return dx, *[None] * (_ARGUMENTS - 1), *of_e, *of_f, *of_y
+
+
+def _forward_in_operator(
+    x: Tensor, parts: tuple[Part, ...], tensors: Sequence[Any], requested: tuple[bool, ...], needs_dx: bool, activation
+) -> compiled.Outputs:
+    y, e, f, kept, *_ = _forward(x, activation, parts, tensors, requested, needs_dx)
+    return list(zip((e, f, y), kept, strict=True))
+
+
+def _backward_in_operator(saved: compiled.Saved, dys: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    parts, own, (dy,) = saved.parts, saved.own(), dys
+    I, K = parts[0].shape(own[0])
+    x_like, h_like = (projection.stand_in(dy.shape[:-1] + (size,), dy.dtype, dy.device) for size in (K, I))
+    saved.calls = projection.prepare(parts[:2], x_like, own[:2]) + projection.prepare(parts[2:], h_like, own[2:])
+    saved.needs = projection.needs(parts, saved.requested, saved.needs_dx, is_mlp=True)
+    saved.recipe = joined.recipe(x_like, saved.calls, own, parts, saved.requested, saved.needs_dx, is_mlp=True)
+    dx, *rest = _backward(saved, dy)
+    return dx, *rest[_ARGUMENTS - 1 :]
+
+
+_BLOCK = compiled.define_block("gated_mlp", _forward_in_operator, _backward_in_operator)
 
 
 def _gate(kernels: ModuleType | None, e: Tensor, f: Tensor, activation: Activation) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -49,6 +50,10 @@ class Part(NamedTuple):
     def needs(self, x: bool, requested: Sequence[bool]) -> Needs:
         """Which gradients it has to produce: that of x, and those requested of its tensors."""
         return Needs(x, *requested[:4])
+
+    def shape(self, tensors: Sequence[Any]) -> tuple[int, int]:
+        """Of its weight [N, K]."""
+        return tensors[_STORED].shape if self.layout is None else self.layout.shape
 
 
 class Kept(NamedTuple):
@@ -117,6 +122,12 @@ def prepare(parts: Sequence[Part], x: Tensor, own: Sequence[Tensors]) -> list[ca
     for number, call in zip(adapted, made, strict=True):
         found[number] = call
     return found
+
+
+@functools.lru_cache(maxsize=64)
+def stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of this shape that takes no memory, to look at where there is none."""
+    return torch.empty((), dtype=dtype, device=device).expand(shape)
 
 
 def forward(part: Part, call: calls.Call | None, x: Tensor, tensors: Tensors, needs: Needs) -> tuple[Tensor, Kept]:

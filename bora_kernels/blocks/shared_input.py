@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ops import autograd, overwritten, transforms
-from . import joined, projection
+from . import compiled, joined, projection
 from .norms import NormOrigin
 from .projection import Kept, Part, Projection
 
@@ -79,6 +79,10 @@ def _forward(
     x: Tensor, parts: tuple[Part, ...], tensors: Sequence[Tensor | None], requested: tuple[bool, ...], needs_dx: bool
 ) -> tuple[tuple[Tensor, ...], list[Kept], tuple[Any, ...], joined.Recipe | None]:
     """The outputs, what each layer leaves for backward, the gradients it has to produce; and how they are one stage."""
+    if compiled.is_traced():
+        traced = compiled.forward(_BLOCK, x, parts, tensors, requested, needs_dx)
+        needs = projection.needs(parts, requested, needs_dx)
+        return tuple([y for y, _ in traced]), [kept for _, kept in traced], needs, None
     own = projection.split(parts, tensors)
     called = projection.prepare(parts, x, own)
     recipe = joined.recipe(x, called, own, parts, requested, needs_dx)
@@ -92,6 +96,9 @@ def _forward(
 
 
 def _backward(ctx, *dys: Tensor) -> tuple[Any, ...]:
+    if compiled.is_traced():
+        dx, *of_layers = compiled.backward(_BLOCK, ctx, dys)
+        return dx, *[None] * (_ARGUMENTS - 1), *of_layers
     x, origin_x, origin_weight, *rest = autograd.saved_tensors(ctx, ctx.saved_outputs, x_is_saved=True)
     origin = None if origin_x is None else NormOrigin(origin_x, origin_weight, ctx.offset, ctx.eps)
     count = len(ctx.parts)
@@ -110,3 +117,25 @@ def _backward(ctx, *dys: Tensor) -> tuple[Any, ...]:
             gradients += of_layer
             dx = dx if dx_i is None else dx_i if dx is None else dx.add_(dx_i)
     return dx, *[None] * (_ARGUMENTS - 1), *gradients
+
+
+def _forward_in_operator(
+    x: Tensor, parts: tuple[Part, ...], tensors: Sequence[Any], requested: tuple[bool, ...], needs_dx: bool, activation
+) -> compiled.Outputs:
+    outputs, kept, *_ = _forward(x, parts, tensors, requested, needs_dx)
+    return list(zip(outputs, kept, strict=True))
+
+
+def _backward_in_operator(saved: compiled.Saved, dys: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    parts, own, dy = saved.parts, saved.own(), dys[0]
+    x_like = projection.stand_in(dy.shape[:-1] + (parts[0].shape(own[0])[1],), dy.dtype, dy.device)
+    saved.calls, saved.needs = (
+        projection.prepare(parts, x_like, own),
+        projection.needs(parts, saved.requested, saved.needs_dx),
+    )
+    saved.recipe = joined.recipe(x_like, saved.calls, own, parts, saved.requested, saved.needs_dx)
+    dx, *rest = _backward(saved, *dys)
+    return dx, *rest[_ARGUMENTS - 1 :]
+
+
+_BLOCK = compiled.define_block("shared_input", _forward_in_operator, _backward_in_operator)

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as modes
 
 from ..contract import Members, Needs, Options
 
@@ -54,7 +54,7 @@ def teach_counters() -> None:
     new = [operator for operator in formulas if operator not in module.flop_registry]
     for operator in new:
         module.register_flop_formula(operator)(formulas[operator])
-    for mode in _get_current_dispatch_mode_stack():
+    for mode in modes():
         counter = getattr(mode, "counter", None)
         if isinstance(counter, module.FlopCounterMode):
             for operator in formulas:

@@ -93,7 +93,8 @@ def _forward(x, weight, adapter, flat_scales, bias, dropout, options, products, 
         )  # fmt: skip
 
 
-def _forward_fake(x, weight, adapter, flat_scales, bias, dropout, options, products, save_product):
+def forward_fake(x, weight, adapter, flat_scales, bias, dropout, options, products, save_product):
+    """What ``_forward`` gives, without values."""
     y = x.new_empty(x.shape[0], weight.shape[0])
     rank, triton, dense = adapter.lora_A.shape[0], options.backend == "triton", options.backend == "dense"
     transforms.refuse_onnx("torch" if dense else options.backend)  # the names that users know
@@ -165,17 +166,18 @@ def _without_autocast(operator: Callable, device_type: str) -> Callable:
     return call
 
 
-def _register(name: str, body: Callable, fake: Callable) -> Callable:
-    _library.impl(name, body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"bora_kernels::{name}", fake, lib=_library)
+def register(library: torch.library.Library, name: str, body: Callable, fake: Callable) -> Callable:
+    """The operator of this name, which autocast leaves alone, with its body on all devices and its shapes."""
+    library.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"bora_kernels::{name}", fake, lib=library)
     operator = getattr(torch.ops.bora_kernels, name).default
     for device_type in ("cuda", "cpu"):
-        _library.impl(name, _without_autocast(operator, device_type), f"Autocast{device_type.upper()}")
+        library.impl(name, _without_autocast(operator, device_type), f"Autocast{device_type.upper()}")
     return operator
 
 
-_forward_operator = _register("forward", _of_forward(_forward), _of_forward(_forward_fake))
-_backward_operator = _register("backward", _of_backward(_backward), _of_backward(_backward_fake))
+_forward_operator = register(_library, "forward", _of_forward(_forward), _of_forward(forward_fake))
+_backward_operator = register(_library, "backward", _of_backward(_backward), _of_backward(_backward_fake))
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -231,7 +233,7 @@ def is_direct(prepared: object, *tensors: Any) -> bool:
             return False
         if tensors[0].is_meta or any(t is not None and t.is_neg() for t in tensors):
             return False
-    if is_in_torch_dispatch_mode():
+    if is_in_torch_dispatch_mode() and flops.modes():  # the first alone is also true while none is on any more
         flops.teach_counters()
         return False
     return True

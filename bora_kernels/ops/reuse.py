@@ -8,6 +8,7 @@ relies on versions anyway: in the recomputation, during backward, of a non-reent
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 T = TypeVar("T")
 _Entry = tuple[tuple, bool, Tensor]  # what the scales were computed from, whether with products, the flat scales
 _scopes: list[WeakIdKeyDictionary] = []  # lora_B -> _Entry, and what ``keep`` keeps, a dictionary for each open scope
+_here = threading.local()  # ``nothing`` where nothing is reused in this thread
 _checkpointed = WeakIdKeyDictionary()  # the same, from forwards that a backward is going to repeat
 
 
@@ -57,9 +59,19 @@ def forget() -> None:
         entries.clear()
 
 
+@contextmanager
+def nothing() -> Iterator[None]:
+    """Where nothing is reused nor kept for later in this thread: in compiled regions, which own what is made there."""
+    before, _here.nothing = getattr(_here, "nothing", False), True
+    try:
+        yield
+    finally:
+        _here.nothing = before
+
+
 def may_find() -> bool:
     """Whether anything is reused now, or kept for later."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or getattr(_here, "nothing", False):
         return False
     return bool(_scopes) or torch._C._current_graph_task_id() != -1 or _in_checkpoint()
 
