@@ -8,6 +8,8 @@
                 d_factor = tᵀ·projection    total = Σ_m t⊙other
                 t = dy gives dB and S, t = x gives dA and D: (5) and (6)
                 in parts for each split of the tokens, which ``combine`` adds
+
+At larger ranks they are the passes of ``wide`` where the hardware has what those need.
 """
 
 import torch
@@ -33,7 +35,10 @@ from .config import (
     reduce_config,
     target,
 )
+from .gemm import fits_descriptor
 from .overlap import overlapping, wait_for_last
+from .wide import project_wide, reduce_wide
+from .wide_config import has_wide, project_wide_config, reduce_wide_config
 
 
 @triton.jit
@@ -172,9 +177,12 @@ def project(
     Kept elements are scaled by 1 / (1 − p), which ``scaling`` takes along.
     """
     (M, C), R = t.shape, factor.shape[0]
-    scaled = empty((M, C), t.dtype, t.device) if scale is not None else t
     arch, processors = target(t.get_device())
+    if has_wide(arch, R, t.dtype, fits_descriptor(t), seed is not None):
+        parts, config = project_wide_config(arch, processors, M, C, R)
+        return project_wide(t, factor, scale, word, scaling=scaling, precision=precision, parts=parts, config=config)
     parts, config = project_config(arch, processors, M, C, R, t.dtype, is_aligned(t), seed is not None)
+    scaled = empty((M, C), t.dtype, t.device) if scale is not None else t
     shape = (parts, M, R) if parts > 1 else (M, R)
     projection = empty(shape, torch.float32, t.device)
     differs = word is not None and scale is not None and is_half(t.dtype)
@@ -211,6 +219,10 @@ def reduce(
     M, C = t.shape
     R = 1 if projection is None else projection.shape[1]
     arch, processors = target(t.get_device())
+    if projection is not None and has_wide(arch, R, t.dtype, fits_descriptor(t), seed is not None):
+        wide = reduce_wide_config(arch, processors, M, C, R)
+        if wide is not None:
+            return reduce_wide(t, other, projection, word, splits=wide[0], config=wide[1])
     splits, config = reduce_config(arch, processors, M, C, R, t.dtype, is_aligned(t), seed is not None)
     factor_parts = None if projection is None else empty((splits, C, R), torch.float32, t.device)
     total_parts = None if other is None else empty((splits, C), torch.float32, t.device)

@@ -49,6 +49,7 @@ TOLERATED_SPILL_BYTES = 32 if tuple(map(int, triton.__version__.split(".")[:2]))
 # of launches that may begin while the one before runs: these read a stage's inputs before they wait for its end
 READ_INPUTS_EARLY = {"_linear_few_kernel", "_parts_kernel", "_add_parts_kernel"}
 ONLY_ON_90 = {"_parts_kernel", "_add_parts_kernel"}  # a product over few tokens in parts
+ONLY_ON_90 |= {"_project_wide_kernel", "_reduce_wide_kernel", "_terms_kernel"}  # passes at larger ranks
 PROCESSORS = {80: 108, 90: 132, 100: 148, "gfx942": 304}
 
 
@@ -56,6 +57,8 @@ CASES = (
     Case(torch.bfloat16, 16),
     Case(torch.bfloat16, 64, order="col_row", bias=True),
     Case(torch.bfloat16, 512, N=1024),
+    Case(torch.bfloat16, 128, M=2048),
+    Case(torch.float16, 200, M=1001, N=4112, K=3600),
     Case(torch.bfloat16, 8, M=8),
     Case(torch.bfloat16, 64, M=512, dropout=True),
     Case(torch.bfloat16, 16, M=1500),  # from here on every tile of ``tiles``, alone and as a part of a larger one

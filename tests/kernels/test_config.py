@@ -1,5 +1,7 @@
 """Launch grids by a model of the device: nothing is left idle that more splits would use."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ pytest.importorskip("triton", reason="needs triton")
 
 from bora_kernels.kernels.config import cdiv, project_config, reduce_config
 from bora_kernels.kernels.mixed_config import mixed_apart_config, mixed_few_config, mixed_project_config
+from bora_kernels.kernels.wide_config import project_wide_config, reduce_wide_config
 
 SIZES = (64, 512, 1024, 1536, 2304, 3072, 3584, 4096, 8192, 11008, 14336, 18944, 28672)
 TOKENS = (1, 16, 100, 512, 777, 1000, 1024, 1500, 2048, 3000, 4096, 5000, 6144, 7001, 8192, 9000, 12_288, 16_384)
@@ -36,6 +39,22 @@ def test_passes_over_tokens_leave_no_third_of_the_device_idle(arch, dtype, align
             if 3 * blocks * splits < 2 * processors:
                 shorter = [s for s in range(splits + 1, min(16, steps) + 1) if cdiv(steps, s) < cdiv(steps, splits)]
                 assert not shorter, f"{blocks * splits} programs for {processors} multiprocessors: {M, C, R, config}"
+
+
+@pytest.mark.parametrize("processors", [78, 114, 132])
+@pytest.mark.parametrize("R", [40, 64, 100, 128, 200, 256, 300, 512])
+def test_passes_at_larger_ranks_give_no_multiprocessor_much_more_than_its_share(R, processors):
+    for M, C in itertools.product(TOKENS, SIZES):
+        options = [(project_wide_config(90, processors, M, C, R), ("M", M), ("C", C))]
+        if sums := reduce_wide_config(90, processors, M, C, R):
+            options.append((sums, ("C", C), ("M", M)))
+        for (splits, config), lines, length in options:
+            blocks = cdiv(lines[1], config[f"BLOCK_SIZE_{lines[0]}"]) * cdiv(R, config["BLOCK_SIZE_R"])
+            steps = cdiv(length[1], config[f"BLOCK_SIZE_{length[0]}"])
+            assert 1 <= splits <= min(16, steps)
+            assert (splits - 1) * cdiv(steps, splits) < steps, "a split has nothing to do"
+            longest = cdiv(blocks * splits, processors) * cdiv(steps, splits)
+            assert splits == 16 or longest <= 8 + 1.75 * blocks * steps / processors, (M, C, splits, config)
 
 
 @pytest.mark.parametrize("tokens", [512, 1000, 1500, 2048, 3000, 5000])

@@ -23,6 +23,7 @@ CASES = [
     (Case(70, 40, 88, 3), {"detach_norm": True}),  # rows of 16 bytes: tensor descriptors
     (Case(1, 37, 53, 1, member="dora", bias=False), {}),
     (Case(3, 37, 300, 70), {}),  # more ranks than one tile has
+    (Case(17, 40, 72, 70, dtype=BF16), {}),  # and in half precision, aligned
     (Case(17, 140, 20, 3, member="lora", dtype=BF16), {"dropout_p": 0.25, "training": True}),
 ]
 
