@@ -77,7 +77,7 @@ def bora_linear(
     """
     if not training and 0.0 <= dropout_p < 1.0:  # any other is refused with the rest
         dropout_p = 0.0
-    options = Options(float(scaling), norm_order, detach_norm, dropout_p, eps, backend)
+    options = Options(_constant(scaling), norm_order, detach_norm, dropout_p, eps, backend)
     adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
     if isinstance(x, Tensor) and x.is_nested:
         return transforms.over_nested(x, lambda rows: autograd.adapted_linear(rows, weight, adapter, bias, options))
@@ -87,6 +87,13 @@ def bora_linear(
         validation.check_options(options)
         return bora_linear_sharded(x, weight, adapter, bias, options, placements)  # type: ignore[arg-type] # a DTensor
     return autograd.adapted_linear(x, weight, adapter, bias, options)
+
+
+def _constant(scaling: float) -> float:
+    """A scaling as a number. One that is trained would get no gradient, or half of one."""
+    if isinstance(scaling, Tensor) and scaling.requires_grad:
+        raise TypeError("scaling must be a number, got a tensor that requires a gradient: there is none for it")
+    return float(scaling)
 
 
 def bora_embedding(
@@ -111,7 +118,9 @@ def bora_embedding(
     """
     with transforms.without_autocast(ids.device):
         adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
-        row_scale, col_scale, _ = axis_scales(weight.T, adapter, Options(scaling, norm_order, detach_norm, eps=eps))
+        row_scale, col_scale, _ = axis_scales(
+            weight.T, adapter, Options(_constant(scaling), norm_order, detach_norm, eps=eps)
+        )
         acc = accumulation_dtype(weight.dtype)
         low_rank = F.embedding(ids, lora_A.T, padding_idx=padding_idx).to(acc) @ lora_B.T.to(acc)
         y = F.embedding(ids, weight).to(acc) + scaling * low_rank
@@ -154,5 +163,5 @@ def bora_conv(
         dropout_p = 0.0
     with transforms.without_autocast(x.device):
         adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
-        options = Options(scaling, norm_order, detach_norm, dropout_p, eps)
+        options = Options(_constant(scaling), norm_order, detach_norm, dropout_p, eps)
         return adapted_convolution(x, weight, adapter, bias, convolve, options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,8 +130,11 @@ class FusedBoraLinear(Mergeable):
         rslora: bool,
         adapter_dtype: torch.dtype,
     ) -> None:
-        if not isinstance(r, int) or r < 1:
+        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
             raise ValueError(f"r must be an integer of at least 1, got {r!r}")
+        for name, number in (("alpha", alpha), ("dropout", dropout)):
+            if not isinstance(number, Real):
+                raise TypeError(f"{name} must be a number, got {number!r}")
         if not (isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point):
             raise TypeError(f"adapter_dtype must be a floating-point dtype, got {adapter_dtype!r}")
         scaling = alpha / (math.sqrt(r) if rslora else r)

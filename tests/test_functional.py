@@ -9,7 +9,7 @@ from helpers.convolutions import dense_conv_weight, double, run
 from torch import nn
 
 from bora_kernels.contract import Adapter, Options
-from bora_kernels.functional import bora_conv, bora_embedding
+from bora_kernels.functional import bora_conv, bora_embedding, bora_linear
 from bora_kernels.ops import adapted_weight
 from bora_kernels.reference import bora_weight_ref
 
@@ -245,6 +245,23 @@ def test_options_are_checked(options, message):
     weight = torch.randn(6, 5)
     with pytest.raises(ValueError, match=message):
         bora_embedding(torch.tensor([0]), weight.T, *trained_factors(weight), **{"scaling": 1.0, **options})
+
+
+def test_a_scaling_that_is_trained_is_refused():
+    """It is an option, of which there is no gradient, or one of a part of its effects."""
+    weight, x = torch.randn(6, 5), torch.randn(2, 5)
+    factors = trained_factors(weight)
+    calls = {
+        "linear": lambda s: bora_linear(x, weight, *factors, scaling=s),
+        "embedding": lambda s: bora_embedding(torch.tensor([0]), weight.T, *factors, scaling=s),
+        "convolution": lambda s: bora_conv(
+            x[..., None], weight[..., None], factors[0][..., None], *factors[1:], None, F.conv1d, scaling=s
+        ),
+    }
+    for call in calls.values():
+        with pytest.raises(TypeError, match="scaling must be a number, got a tensor that requires a gradient"):
+            call(torch.tensor(0.5, requires_grad=True))
+        assert torch.equal(call(torch.tensor(0.5)), call(0.5))
 
 
 def test_a_weight_that_requires_a_gradient_is_refused():

@@ -28,6 +28,8 @@ def test_the_type_is_its_own():
     assert BoraConfig().peft_type == PEFT_TYPE and BoraConfig().peft_type.value == PEFT_TYPE
     assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] is BoraModel
     assert "BORA" not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING  # left to another method of that name
+    model = peft.get_peft_model(make_base(), BoraConfig(target_modules=["q_proj"]))
+    assert peft.get_model_status(model).peft_types == {"default": PEFT_TYPE}
 
 
 FOREIGN_ENTRIES = f"""

@@ -146,6 +146,9 @@ def linear_with(weight):
 MODULE_ERRORS = {
     "r-0": (nn.Linear(K, N), {"r": 0}, ValueError, "r must be an integer of at least 1, got 0"),
     "r-float": (nn.Linear(K, N), {"r": 2.0}, ValueError, "r must be an integer of at least 1, got 2.0"),
+    "r-bool": (nn.Linear(K, N), {"r": True}, ValueError, "r must be an integer of at least 1, got True"),
+    "alpha-string": (nn.Linear(K, N), {"alpha": "8"}, TypeError, "alpha must be a number, got '8'"),
+    "dropout-none": (nn.Linear(K, N), {"dropout": None}, TypeError, "dropout must be a number, got None"),
     "alpha": (nn.Linear(K, N), {"alpha": float("nan")}, ValueError, "scaling must be finite, got nan"),
     "dropout": (nn.Linear(K, N), {"dropout": 1.5}, ValueError, r"dropout_p must be in \[0, 1\), got 1.5"),
     "norm_order": (

@@ -18,7 +18,10 @@ class _PeftType(str):
 
     @property
     def value(self) -> str:
-        return str(self)
+        return str.__str__(self)
+
+    def __str__(self) -> str:  # a member's, which PEFT takes apart at the dot
+        return f"PeftType.{self.value}"
 
 
 _IMPORT = "from bora_kernels.integrations.peft import BoraConfig"
