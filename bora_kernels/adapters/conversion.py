@@ -70,7 +70,7 @@ def convert(
         target_modules: ends of layer names (``["q_proj", "mlp.up_proj"]``) or a regular expression for whole names, as
             in PEFT, or "all-linear": all but the output head (``get_output_embeddings()``, else a child of the model
             called lm_head, embed_out, score, classifier or head) and ``MultiheadAttention.out_proj``.
-        exclude: layers to leave out, named in the same two ways.
+        exclude: layers to leave out, named in the same two ways; what means none is warned of.
         method: "bora", "dora", or "columns" (``FusedColumnLinear``).
         options: the other keyword arguments of ``FusedBoraLinear.from_linear``.
 
@@ -221,6 +221,7 @@ def _choose(model: nn.Module, targets: str | tuple[str, ...], exclude: str | tup
     """The linear layers that the arguments mean, each once."""
     places = [(name, m) for name, m in named_modules(model, every_place=True) if isinstance(m, nn.Linear) and name]
     left_out: set[nn.Module] = {module for name, module in places if matches(exclude, name)}
+    _check_excluded(model, exclude)
     uncalled, experts = coverage.never_called(model), coverage.expert_weights(model)
     if targets == _ALL_LINEAR:
         left_out |= _output_head(model)
@@ -254,6 +255,19 @@ def _choose(model: nn.Module, targets: str | tuple[str, ...], exclude: str | tup
     if targets == _ALL_LINEAR:
         coverage.warn_of_other_weights(others)
     return list(chosen)
+
+
+def _check_excluded(model: nn.Module, exclude: str | tuple[str, ...]) -> None:
+    """Warn of what means no layer that could be left out."""
+    kinds = (nn.Linear, FusedBoraLinear)
+    layers = [name for name, module in named_modules(model, every_place=True) if isinstance(module, kinds)]
+    for each in [exclude] if isinstance(exclude, str) else [(end,) for end in exclude]:
+        if not any(matches(each, name) for name in layers):
+            warnings.warn(
+                f"exclude leaves out no linear layer by {each if isinstance(each, str) else each[0]!r}: it takes ends "
+                "of their names or, as a string, a regular expression for whole names",
+                stacklevel=4,
+            )
 
 
 def _output_head(model: nn.Module) -> set[nn.Module]:

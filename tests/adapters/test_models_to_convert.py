@@ -130,3 +130,19 @@ def test_why_no_layer_is_left_to_convert():
         convert(convert(network(), r=2), r=2)
     with pytest.raises(ValueError, match=r"got 'all-linear' with exclude=\(\)$"):
         convert(nn.Sequential(nn.ReLU()), r=2)
+
+
+@pytest.mark.parametrize("exclude, named", [(["inner", "0"], "inner"), (r"inner\..*", "inner"), (["ner.0"], "ner.0")])
+def test_what_excludes_nothing_is_warned_of(exclude, named):
+    model = nn.ModuleDict({"inside": network(), "last": nn.Linear(4, 4)})
+    with pytest.warns(UserWarning, match=f"exclude leaves out no linear layer by '{named}") as caught:
+        convert(model, r=2, exclude=exclude)
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_what_is_excluded_may_be_adapted_already():
+    model = convert(network(), r=2, target_modules=["0"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(model, r=3, exclude=["0"])
+    assert (model[0].r, model[2].r) == (2, 3)

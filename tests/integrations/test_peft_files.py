@@ -150,3 +150,16 @@ def test_transformers_loads_switches_and_saves_adapters(tmp_path):
     base.set_adapter("default")
     base.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(PeftModel.from_pretrained(make_base(), tmp_path / "again")), expected)
+
+
+@pytest.mark.parametrize("option, value", [("norm_order", "col_row"), ("detach_norm", True)])
+@pytest.mark.parametrize("where", ["layer", "configuration"])
+def test_options_that_the_file_would_not_tell_are_refused(option, value, where, tmp_path):
+    model = make_peft(make_base(), target_modules=["q_proj"])
+    if where == "layer":
+        getattr(list(bora_layers(model).values())[1], option)["default"] = value
+    else:
+        setattr(model.peft_config["default"], option, value)
+    with pytest.raises(ValueError, match=f"{option} of .*q_proj must be as in the configuration that is saved"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))

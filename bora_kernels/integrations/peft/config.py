@@ -23,6 +23,9 @@ class _PeftType(str):
     def __str__(self) -> str:  # a member's, which PEFT takes apart at the dot
         return f"PeftType.{self.value}"
 
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec)
+
 
 _IMPORT = "from bora_kernels.integrations.peft import BoraConfig"
 _CARD = f"""

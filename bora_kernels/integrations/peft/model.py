@@ -156,6 +156,14 @@ class BoraModel(LoraModel):
                 "and hand the state dict of the whole model to save_pretrained(state_dict=...)",
                 stacklevel=3,
             )
+        for module in model.modules():
+            for option in ("norm_order", "detach_norm") if isinstance(module, BoraLayer) else ():
+                own = getattr(module, option).get(adapter_name, getattr(config, option))
+                if own != getattr(config, option):
+                    raise ValueError(
+                        f"{option} of {module.place} must be as in the configuration that is saved, "
+                        f"{getattr(config, option)!r}, got {own!r}"
+                    )
         if any(kind.__module__.partition(".")[0] == "diffusers" for kind in type(model).__mro__):
             return {name.replace(".lora_magnitude_", ".bora_magnitude_"): t for name, t in tensors.items()}
         return tensors
