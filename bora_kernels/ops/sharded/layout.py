@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -205,8 +204,8 @@ def _placed_like(part: Tensor, spec: Any, stride: tuple[int, ...]) -> DTensor:
         return as_dtensor(part, spec.mesh, spec.placements[0], spec.shape)
     if part.stride() != stride:
         part = part.new_empty_strided(part.shape, stride).copy_(part)
-    # as FSDP2 does: what ``from_local`` adds are checks and a step of autograd
-    return DTensor(part, copy.copy(spec), requires_grad=False)
+    # as FSDP2 does, with the parameter's own spec: what ``from_local`` adds are checks and a step of autograd
+    return DTensor(part, spec, requires_grad=False)
 
 
 def whole_shape(x: Tensor, placement: Placement, in_features: int, mesh: DeviceMesh) -> list[int]:
