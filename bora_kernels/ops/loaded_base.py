@@ -49,7 +49,7 @@ def warn() -> None:
     """Of trained magnitudes over a weight that is loaded without them."""
     warnings.warn(
         "a base weight was loaded into an adapted layer without its adapter, whose magnitudes belong to the weight "
-        "that was there before: load the adapter with it, or adapt the model after its weights are loaded, or start "
-        "the adapter anew (reset_parameters() of a converted layer)",
+        "that was there before unless they were loaded for this one: load the adapter with it, or adapt the model "
+        "after its weights are loaded, or start the adapter anew (reset_parameters() of a converted layer)",
         stacklevel=2,
     )
