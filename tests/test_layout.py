@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up: a module imports from its own line and those below, never from above.
 LEVELS = {
     "bora_kernels": (
+        ("_private",),
         ("_library", "_version", "contract", "reference", "rounding"),
         ("replay",),
         ("kernels",),

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .. import _private
 from .._version import __version__
 from ..contract import EPS, NORM_ORDERS, NormOrder
 
@@ -88,7 +88,7 @@ def write_adapter(
     folder: Path, tensors: Mapping[str, Tensor], description: AdapterDescription, config: Mapping[str, Any]
 ) -> None:
     """Write both files of an adapter of this package; ``config`` adds to the configuration."""
-    sharded = [name for name, tensor in tensors.items() if is_traceable_wrapper_subclass(tensor)]
+    sharded = [name for name, tensor in tensors.items() if _private.is_wrapper(tensor)]
     if sharded:
         kind = type(tensors[sharded[0]]).__name__
         raise ValueError(f"state_dict must hold whole tensors, got a {kind} for {sharded[0]}")

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .. import _private
 from .contents import also_trained, auto_mapping, exact_targets, trained_inside, unwrapped
 from .conversion import adapted_layers, adapter_parameters, named_modules
 from .files import PREFIX, copies, exact_pattern, write_files
@@ -125,7 +125,7 @@ def save_as_lora(
             raise ValueError(f"model must have each adapted layer in one place, got {places[module]} as {name} too")
     for name, layer in layers.items():
         for parameter, tensor in adapter_parameters(layer).items():
-            if is_traceable_wrapper_subclass(tensor):
+            if _private.is_wrapper(tensor):
                 kind = type(tensor).__name__
                 raise ValueError(
                     f"model must hold whole tensors, got a {kind} in {name}.{parameter}: save_adapter(state_dict=…) "

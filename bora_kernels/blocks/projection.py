@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import quantized
+from .. import _private, quantized
 from ..contract import Adapter, Needs, Options, given, separate_product
 from ..ops import autograd, calls, transforms, validation
 
@@ -117,7 +117,7 @@ def prepare(parts: Sequence[Part], x: Tensor, own: Sequence[Tensors]) -> list[ca
     found: list[calls.Call | None] = [None] * len(parts)
     made = calls.prepare_all(x, layers)
     prepared = any([call.prepared is not None for call in made])
-    if prepared and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if prepared and _private.saved_tensors_hooks(True) is not None:
         made = [call._replace(prepared=None) for call in made]  # what hooks hand back may lie in memory otherwise
     for number, call in zip(adapted, made, strict=True):
         found[number] = call

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+from .. import _private
 from ..ops import elsewhere, transforms
 
 _PLACES = ("_old_forward", "forward")
@@ -109,7 +110,7 @@ def is_any_waited_for(module: nn.Module) -> bool:
 
 def must_be_plain() -> bool:
     """Whether modules are to be called one by one: hooks on all modules, a tracer or a transform around the call."""
-    if torch.nn.modules.module._has_any_global_hook():
+    if _private.has_global_hooks():
         return True
     if torch.compiler.is_compiling():
         return False

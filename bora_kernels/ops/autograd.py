@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import quantized, reference
+from .. import _private, quantized, reference
 from ..contract import Adapter, Needs, Options, flat, given, separate_product, unflat
 from . import balance, calls, operators, overwritten, reuse, transforms
 
@@ -53,7 +53,7 @@ class BoraLinearFunction(torch.autograd.Function):
             overwritten.protect()
             ctx.output_versions = (version_of(y),)
         # what hooks hand back for a saved tensor may lie in memory otherwise
-        if call.prepared is not None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if call.prepared is not None and _private.saved_tensors_hooks(True) is not None:
             ctx.call = call._replace(prepared=None)
         return y
 
@@ -138,8 +138,8 @@ def saved_tensors(ctx, outputs: tuple[int, ...], *, x_is_saved: bool = False) ->
     try:
         saved = ctx.saved_tensors
     except RuntimeError as error:
-        raw = ctx._raw_saved_tensors  # which raises for a graph that was freed
-        if not hasattr(raw[outputs[0]], "unpack"):  # an older torch
+        raw = _private.raw_saved_tensors(ctx)
+        if raw is None:
             raise RuntimeError(f"{_CHANGED}: {_INSTEAD}") from error
         others = [_unpacked(each, place in outputs) for place, each in enumerate(raw)]
         if others[0] is None and not x_is_saved:

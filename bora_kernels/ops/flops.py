@@ -11,8 +11,8 @@ import sys
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as modes
 
+from .. import _private
 from ..contract import Members, Needs, Options
 
 
@@ -54,7 +54,7 @@ def teach_counters() -> None:
     new = [operator for operator in formulas if operator not in module.flop_registry]
     for operator in new:
         module.register_flop_formula(operator)(formulas[operator])
-    for mode in modes():
+    for mode in _private.modes():
         counter = getattr(mode, "counter", None)
         if isinstance(counter, module.FlopCounterMode):
             for operator in formulas:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .. import _private
 from .._library import define
 from ..contract import (
     Adapter,
@@ -233,7 +233,7 @@ def is_direct(prepared: object, *tensors: Any) -> bool:
             return False
         if tensors[0].is_meta or any(t is not None and t.is_neg() for t in tensors):
             return False
-    if is_in_torch_dispatch_mode() and flops.modes():  # the first alone is also true while none is on any more
+    if _private.is_watched():
         flops.teach_counters()
         return False
     return True

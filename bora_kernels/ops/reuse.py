@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .. import _private
+
 T = TypeVar("T")
 _Entry = tuple[tuple, bool, Tensor]  # what the scales were computed from, whether with products, the flat scales
 _scopes: list[WeakIdKeyDictionary] = []  # lora_B -> _Entry, and what ``keep`` keeps, a dictionary for each open scope
@@ -73,7 +75,7 @@ def may_find() -> bool:
     """Whether anything is reused now, or kept for later."""
     if torch.compiler.is_compiling() or getattr(_here, "nothing", False):
         return False
-    return bool(_scopes) or torch._C._current_graph_task_id() != -1 or _in_checkpoint()
+    return bool(_scopes) or _private.backward_task() != -1 or _in_checkpoint()
 
 
 def find(
@@ -85,7 +87,7 @@ def find(
     """
     if not may_find():
         return None, None
-    in_backward = torch._C._current_graph_task_id() != -1
+    in_backward = _private.backward_task() != -1
     if _scopes:
         entries, look, remembers = _scopes[-1], True, True
     elif in_backward or _in_checkpoint():
@@ -124,6 +126,6 @@ def state_of(tensors: tuple[Tensor | None, ...], options: tuple) -> tuple | None
 
 def _in_checkpoint() -> bool:
     """Whether a non-reentrant checkpoint surrounds this forward: it packs what is saved for backward."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = _private.saved_tensors_hooks(True)
     # a hook may be any callable, and not all have a module
     return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"

@@ -15,19 +15,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import _private
+
 _MERGE = "or the adapter merged first (layer.merge(), bora_kernels.merge_adapter(model))"
 # Whether a transform of torch.func surrounds the call: its tensors have no memory of their own.
-transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
+transforming, exporting = _private.transforming, _private.exporting
 
 
 def plainly_eager() -> bool:
     """Whether no compiler, no transform and no tracer looks on: tensors have memory, and what is seen once holds."""
     return not (torch.compiler.is_compiling() or transforming() or torch.jit.is_tracing())
-
-
-def exporting() -> bool:
-    """As ``torch.compiler.is_exporting``, which the compiler of older versions takes for True always."""
-    return torch.compiler._is_exporting_flag
 
 
 def refuse(what: str, way_out: str, *tensors: Tensor | None) -> None:

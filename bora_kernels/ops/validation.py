@@ -9,8 +9,8 @@ import warnings
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .. import _private
 from ..contract import BACKENDS, NORM_ORDERS, Backend, Evaluation, Options
 from ..quantized import Quantized
 
@@ -106,7 +106,7 @@ def check_weight(weight: object, name: str = "weight", *, sharded: bool = False)
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(weight).__name__}")
     if not sharded and not torch.compiler.is_compiling() and type(weight) not in (Tensor, torch.nn.Parameter):
-        if is_traceable_wrapper_subclass(weight):
+        if _private.is_wrapper(weight):
             kind = type(weight).__name__
             raise TypeError(f"{name} must be a plain dense tensor, got a {kind} (sharded or quantized)")
     if weight.dtype not in _FLOAT_DTYPES:

@@ -20,6 +20,7 @@ except ModuleNotFoundError as error:
         name="peft",
     ) from error
 
+from . import needed  # noqa: F401 # before what would fail without it, or be passed over
 from .config import PEFT_TYPE, BoraConfig
 from .layers import BoraLayer, BoraLinear
 from .lora_files import convert_to_lora, save_as_lora

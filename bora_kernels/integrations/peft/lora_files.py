@@ -12,8 +12,8 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ... import _private
 from ...adapters.contents import exact_targets
 from ...adapters.files import PREFIX, copies, write_files
 from ...adapters.lora_files import LoraReport, check_bounds, ranks, truncate
@@ -61,7 +61,7 @@ def convert_to_lora(
             f"init_lora_weights must leave the base weight as it was, got {config.init_lora_weights!r} in {moved[0]}"
         )
     for name, layer in layers.items():
-        if is_traceable_wrapper_subclass(next(p for n, p in layer.named_parameters() if f".{adapter_name}" in n)):
+        if _private.is_wrapper(next(p for n, p in layer.named_parameters() if f".{adapter_name}" in n)):
             raise ValueError(f"model must hold whole tensors, got sharded ones in {name}")
 
     prefix = PREFIX if isinstance(model, PeftModel) else ""

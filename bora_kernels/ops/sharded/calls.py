@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement
 
+from ... import _private
 from ...contract import Adapter, Evaluation, Options, evaluation
 from .. import validation
 from .layout import check_placements, positive, shard_bounds
@@ -43,7 +44,7 @@ def prepare(
     key = None
     ends = ends if ends is None else tuple(ends)  # type: ignore[assignment] # it may have come as a list
     if ends is not None and not weight.requires_grad and not torch.compiler.is_compiling():
-        kinds = [None if t is None else (getattr(t, "_spec", None), t.device) for t in (weight, *adapter, bias)]
+        kinds = [None if t is None else (_private.of_dtensor(t, "_spec"), t.device) for t in (weight, *adapter, bias)]
         if all(kind is None or kind[0] is not None for kind in kinds):
             key = (x.shape[-1:], x.ndim, x.dtype, x.device, validation.autocast_dtype(x), options, ends, *kinds)
             known = _calls.get(key)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from ... import _private
 from ...contract import Adapter, Completion
 
 BY_ROWS = {
@@ -173,7 +174,7 @@ def to_local_together(*tensors: Any) -> list[Tensor | None]:
 
 def _part(tensor: Any) -> Tensor:
     """This rank's part, which autograd does not follow."""
-    part = getattr(tensor, "_local_tensor", None)  # private; ``to_local`` adds a view of a parameter's
+    part = _private.of_dtensor(tensor, "_local_tensor")  # ``to_local`` adds a view of a parameter's
     if type(part) is Tensor:
         return part
     with torch.no_grad():
@@ -186,7 +187,7 @@ class _LocalParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *tensors: DTensor) -> tuple[Tensor, ...]:
         parts = tuple(map(_part, tensors))
-        ctx.like = [(t._spec, part.stride()) for t, part in zip(tensors, parts, strict=True)]
+        ctx.like = [(_Placed.of(t), part.stride()) for t, part in zip(tensors, parts, strict=True)]
         ctx.set_materialize_grads(False)
         return tuple(part.view_as(part) for part in parts)  # autograd writes on what is returned
 
@@ -198,12 +199,29 @@ class _LocalParts(torch.autograd.Function):
         )
 
 
+class _Placed(NamedTuple):
+    """How a DTensor lies on its mesh, where PyTorch keeps it elsewhere than in ``_spec``, which is private."""
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    @staticmethod
+    def of(t: DTensor) -> Any:
+        spec = _private.of_dtensor(t, "_spec")
+        return _Placed(t.device_mesh, t.placements, t.shape, t.stride()) if spec is None else spec
+
+
 def _placed_like(part: Tensor, spec: Any, stride: tuple[int, ...]) -> DTensor:
     """A DTensor of this part, placed as the one with that ``_spec``, whose part has that stride."""
     if torch.is_grad_enabled():  # with create_graph
         return as_dtensor(part, spec.mesh, spec.placements[0], spec.shape)
     if part.stride() != stride:
         part = part.new_empty_strided(part.shape, stride).copy_(part)
+    if type(spec) is _Placed:
+        mesh, placements, shape, whole_stride = spec
+        return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=whole_stride)
     # as FSDP2 does, with the parameter's own spec: what ``from_local`` adds are checks and a step of autograd
     return DTensor(part, spec, requires_grad=False)
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import parallelize_module
 
 from benchmarks.collectives import Collectives
-from bora_kernels import FusedBoraLinear, FusedDoraLinear, bora_linear
+from bora_kernels import FusedBoraLinear, FusedDoraLinear, _private, bora_linear
 from bora_kernels.distributed import BoraColwiseParallel, BoraRowwiseParallel
 
 # ---- plain tensors ----
@@ -130,7 +130,9 @@ def test_merged_weight_is_rounded_on_shards_as_in_the_whole(style, ranks):
 # ---- gradients ----
 
 
-def check_gradients(style: str) -> None:
+def check_gradients(style: str, lacks: bool) -> None:
+    if lacks:  # a version whose DTensors keep their parts elsewhere
+        _private.of_dtensor = lambda *_: None
     x, _ = x_and_dy()  # 41 outputs and 27 inputs: no number of ranks divides them
     _, layer = whole_and_sharded(STYLES[style])
     trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
@@ -153,8 +155,9 @@ def check_gradients(style: str) -> None:
 
 
 @styles
-def test_gradients_are_placed_and_laid_out_as_parameters(style):
-    launch(check_gradients, 2, style)
+@pytest.mark.parametrize("lacks", [False, True], ids=["", "without private parts of DTensor"])
+def test_gradients_are_placed_and_laid_out_as_parameters(style, lacks):
+    launch(check_gradients, 2, style, lacks)
 
 
 # ---- errors ----
