@@ -25,12 +25,10 @@ def _add_gram_kernel(
     tl.store(ptr + offs, gram, mask=offs < R * R)
 
 
-def add_gram(products: Tensor | None, I: int) -> int:
+def add_gram(products: Tensor, I: int) -> int:
     """Add the parts of G that ``moments`` leaves below X [I, R], where that pays; returns how many are left."""
-    if products is None:
-        return 0
     splits, _, R = products.shape
-    if splits == 1 or R <= 64:  # few bytes, of which an L1 cache holds all
+    if splits == 1 or R <= 32:  # few bytes, of which an L1 cache holds all
         return splits
     config = gram_config() | overlapping(products.get_device())
     launch(_add_gram_kernel, (cdiv(R * R, config["BLOCK_SIZE"]),), (products,), splits=splits, I=I, R=R, **config)

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from .config import H100_MEMORY_RATE, cdiv, has_room, is_half, rank_block
+from .config import H100_MEMORY_RATE, cdiv, has_room, is_half, rank_block, splits_that_fill
 
 
 @lru_cache
@@ -72,3 +72,46 @@ def moments_splits(
 
     best = min(range(1, min(16, cdiv(steps, 4)) + 1), key=time)  # four tiles at least: loads run ahead
     return cdiv(steps, cdiv(steps, best))  # so that none has nothing to do
+
+
+def factor_terms_config() -> dict:
+    return {"BLOCK_SIZE_J": 32, "BLOCK_SIZE_R": 64, "num_warps": 4}
+
+
+@lru_cache
+def gram_of_terms_config(arch: int | str, processors: int, J: int, R: int) -> tuple[int, dict]:
+    """Splits of the Gram matrix, and the configuration: sums over 512 at most, of which tensor cores lose little."""
+    blocks, steps = cdiv(R, 64), cdiv(J, 64)
+    splits = max(cdiv(steps, 8), min(cdiv(steps, 2), 16, processors // (blocks * (blocks + 1) // 2)))
+    return cdiv(steps, cdiv(steps, splits)), {
+        "BLOCK_SIZE_J": 64, "BLOCK_SIZE_R": 64, "USE_DESCRIPTORS": arch != 0, "num_warps": 4, "num_stages": 4,
+    }  # fmt: skip
+
+
+@lru_cache
+def moments_of_terms_config(
+    arch: int | str, processors: int, I: int, J: int, R: int, transposed: bool
+) -> tuple[int, dict]:
+    """Splits of the axis summed over, and the configuration: W0 is read once for up to 256 ranks.
+
+    Both terms stand side by side where an accumulator has room for them. A wave begins and ends in the time of five
+    steps. (Measured: ``benchmarks/NOTES.md``.)
+    """
+    joined, block_r = R <= 128, 128 if R <= 128 else 256
+    block_i, block_j, warps = 128, 64, 8
+    blocks, steps = cdiv(I, block_i) * cdiv(R, block_r), cdiv(J, block_j)
+    splits = splits_that_fill(blocks, steps, processors, 5, 16)
+    square_columns = block_j if joined else block_j // 2  # of a step
+    return cdiv(steps, cdiv(steps, splits)), {
+        "BLOCK_SIZE_I": block_i, "BLOCK_SIZE_J": block_j, "BLOCK_SIZE_R": block_r, "JOINED": joined,
+        "ADDED": square_columns * block_i // (256 * warps) if transposed else 8,
+        "USE_DESCRIPTORS": arch != 0, "num_warps": warps, "num_stages": 4,
+    }  # fmt: skip
+
+
+def products_config(R: int) -> dict:
+    """Tiles of P·G: rows that are not aligned are loaded in single elements, which takes more registers."""
+    return {
+        "BLOCK_SIZE_I": 64, "BLOCK_SIZE_R": 64, "BLOCK_SIZE_Q": 64,
+        "num_warps": 4 if R % 4 == 0 else 8, "num_stages": 1,
+    }  # fmt: skip

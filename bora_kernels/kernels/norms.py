@@ -21,17 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..replay.recording import empty, launch
-from .common import any_set, live_magnitude, load_matrix, load_vector, store_matrix
+from .common import any_set, live_magnitude, load_matrix, load_vector, store_matrix, sum_vectors
 from .config import cdiv, finish_config, target
-from .gram import add_gram
-from .moments import load_products, load_squares, moments, sums_of_v
+from .moments import load_products, load_squares, sums_of_v
 from .overlap import overlapping, wait_for_last
+from .products import NO_SUMS, sums_over
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["gram_parts", "groups"])
 def _finish_norm_kernel(
     products_ptr,  # [splits, I + R, R]
-    squares_ptr,  # [splits, I]
+    squares_ptr,  # [splits + groups, I]
     w_ptr,  # [I, J]
     p_ptr,  # [I, R]
     z_ptr,  # [J, R]
@@ -43,14 +43,12 @@ def _finish_norm_kernel(
     kept_ptr,  # [I, R]: products
     word_ptr,  # [FLAGS]: not 0 where lines of the axes before were cancelled
     cancelled_ptr,  # []: set to 1 where one of these lines is
-    splits, gram_parts, I, J,
+    splits, gram_parts, groups, I, J,
     stride_wi, stride_wj, stride_pi, stride_pr, stride_zj, stride_zr,
     scaling, eps,
-    R: tl.constexpr,
-    BLOCK_SIZE_I: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
-    HAS_COEFFICIENT: tl.constexpr, HAS_MAGNITUDE: tl.constexpr, HAS_KEPT: tl.constexpr,
-    SIGNED: tl.constexpr, FLAGS: tl.constexpr,
-    OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, BLOCK_SIZE_I: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
+    HAS_COEFFICIENT: tl.constexpr, HAS_MAGNITUDE: tl.constexpr, HAS_KEPT: tl.constexpr, APART: tl.constexpr,
+    SIGNED: tl.constexpr, FLAGS: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     wait_for_last(OVERLAP)
     offs_i = tl.program_id(0) * BLOCK_SIZE_I + tl.arange(0, BLOCK_SIZE_I)
@@ -58,7 +56,9 @@ def _finish_norm_kernel(
     word = any_set(word_ptr, FLAGS)  # early: nobody waits for it
     of_w = load_squares(squares_ptr, offs_i, splits, I)
     squares = of_w
-    for r in range(0, R, BLOCK_SIZE_R):
+    if APART:  # products are made, and (b)
+        squares += sum_vectors(squares_ptr + splits * I, I, groups, offs_i, I)
+    for r in range(0, 0 if APART else R, BLOCK_SIZE_R):
         offs_r = r + tl.arange(0, BLOCK_SIZE_R)
         x, products = load_products(
             products_ptr, p_ptr, offs_i, offs_r, splits, gram_parts, I, stride_pi, stride_pr, scaling,
@@ -95,7 +95,7 @@ def _finish_norm_kernel(
         tl.store(coefficient_ptr + offs_i, squares, mask=mask_i)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["gram_parts", "groups"])
 def _finish_path_kernel(
     products_ptr,  # [splits, I + R, R]; overwritten
     squares_ptr,  # [splits, I]
@@ -111,13 +111,12 @@ def _finish_path_kernel(
     kept_ptr,  # [I, R]: V·Q, or Vᵀ·(first_scale²⊙P)
     d_magnitude_ptr,  # [I], added to
     d_factor_ptr,  # [I, R], added to
-    splits, gram_parts, I, J,
+    splits, gram_parts, groups, I, J,
     stride_wi, stride_wj, stride_pi, stride_pr, stride_zj, stride_zr, stride_di, stride_dr,
     scaling, eps, stand_in,
-    R: tl.constexpr,
-    BLOCK_SIZE_I: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
+    R: tl.constexpr, BLOCK_SIZE_I: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
     FIRST: tl.constexpr, HAS_PRODUCTS: tl.constexpr, HAS_KEPT: tl.constexpr, HAS_FACTOR: tl.constexpr,
-    OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
+    APART: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     wait_for_last(OVERLAP)
     offs_i = tl.program_id(0) * BLOCK_SIZE_I + tl.arange(0, BLOCK_SIZE_I)
@@ -133,8 +132,8 @@ def _finish_path_kernel(
     if HAS_PRODUCTS:
         from_v = any_set(word_ptr, 2)
         if FIRST:
-            squares = load_squares(squares_ptr, offs_i, splits, I)
-            for r in range(0, R, BLOCK_SIZE_R):
+            squares = load_squares(squares_ptr, offs_i, splits + groups, I)
+            for r in range(0, 0 if APART else R, BLOCK_SIZE_R):
                 offs_r = r + tl.arange(0, BLOCK_SIZE_R)
                 x, products = load_products(
                     products_ptr, p_ptr, offs_i, offs_r, splits, gram_parts, I, stride_pi, stride_pr, scaling,
@@ -166,7 +165,9 @@ def _finish_path_kernel(
             if HAS_KEPT:
                 kept = load_matrix(kept_ptr, offs_i, offs_r, I, R, R, 1)
             if HAS_PRODUCTS:
-                if from_v | (FIRST and R > BLOCK_SIZE_R):
+                if APART:
+                    products = load_matrix(products_ptr, offs_i, offs_r, I, R, R, 1)
+                elif from_v | (FIRST and R > BLOCK_SIZE_R):
                     products = load_matrix(products_ptr, offs_i, offs_r, I, R, R, 1)
                 elif not FIRST:  # else they are at hand
                     _, products = load_products(
@@ -201,10 +202,12 @@ def norm_and_scale(
     Of ``cancelled`` [4] it writes the first without a coefficient, and the second with one, which then is that of the
     other axis.
     """
-    word, written = (None, cancelled) if coefficient is None else (cancelled[:1], cancelled[1:2])
+    first = coefficient is None  # of a layer's
+    word, written = (None, cancelled) if first else (cancelled[:1], cancelled[1:2])
     return _finish_norm(
-        W, P, Z, magnitude, coefficient, norm, scale, kept, word, written, scaling=scaling, eps=eps, precision=precision
-    )
+        W, P, Z, magnitude, coefficient, norm, scale, kept, word, written,
+        scaling=scaling, eps=eps, precision=precision, clear=first,
+    )  # fmt: skip
 
 
 def weighted_sums(
@@ -234,21 +237,19 @@ def weighted_sums(
 
 def _finish_norm(
     W, P, Z, magnitude, coefficient, norm, scale, kept, word, cancelled, *,
-    scaling, eps, precision, clear=None, signed=False,
+    scaling, eps, precision, clear, signed=False,
 ) -> Tensor:  # fmt: skip
-    clear = coefficient is None if clear is None else clear  # the first of a layer's
-    products, squares = moments(W, Z, coefficient, precision, cleared=cancelled if clear else None)
+    sums = sums_over(W, P, Z, coefficient, scaling, precision, cleared=cancelled if clear else None, out=kept)
     I, R = P.shape
     result = empty((I,), torch.float32, W.device)
     config = finish_config(target(W.get_device())[0], R, W.dtype) | overlapping(W.get_device())
     launch(
         _finish_norm_kernel,
         (cdiv(I, config["BLOCK_SIZE_I"]),),
-        (products, squares, W, P, Z, coefficient, magnitude, norm, scale, result, kept, word, cancelled),
-        splits=len(products), gram_parts=add_gram(products, I), I=I, J=W.shape[1],
+        (sums.products, sums.squares, W, P, Z, coefficient, magnitude, norm, scale, result, kept, word, cancelled),
+        splits=sums.splits, gram_parts=sums.gram_parts, groups=sums.groups, I=I, J=W.shape[1],
         stride_wi=W.stride(0), stride_wj=W.stride(1), stride_pi=P.stride(0), stride_pr=P.stride(1),
-        stride_zj=Z.stride(0), stride_zr=Z.stride(1),
-        scaling=scaling, eps=eps,
+        stride_zj=Z.stride(0), stride_zr=Z.stride(1), scaling=scaling, eps=eps, APART=sums.groups > 0,
         R=R, HAS_COEFFICIENT=coefficient is not None, HAS_MAGNITUDE=magnitude is not None, HAS_KEPT=kept is not None,
         SIGNED=signed, FLAGS=0 if word is None else min(2, len(word)), PRECISION=precision, **config,
     )  # fmt: skip
@@ -279,20 +280,20 @@ def add_norm_path(
     ``word`` is what the norms said of cancelled lines.
     """
     W, P, coefficient, d_factor = axis.W, axis.P, axis.coefficient, axis.d_factor
-    I, R = P.shape
-    products = squares = None
+    (I, R), sums = P.shape, NO_SUMS
     if other.coefficient is not None:
-        products, squares = moments(W, other.P, other.coefficient, precision, squares_needed=first)
+        over_x = d_factor is not None
+        sums = sums_over(W, P, other.P, other.coefficient, scaling, precision, squares_needed=first, in_place=over_x)
     strides = (0, 0) if d_factor is None else d_factor.stride()
     config = finish_config(target(W.get_device())[0], R, W.dtype) | overlapping(W.get_device())
     launch(
         _finish_path_kernel,
         (cdiv(I, config["BLOCK_SIZE_I"]),),
-        (products, squares, W, P, other.P, other.coefficient, word, *axis[2:]),
-        splits=0 if products is None else len(products), gram_parts=add_gram(products, I), I=I, J=W.shape[1],
+        (sums.products, sums.squares, W, P, other.P, other.coefficient, word, *axis[2:]),
+        splits=sums.splits, gram_parts=sums.gram_parts, groups=sums.groups, I=I, J=W.shape[1],
         stride_wi=W.stride(0), stride_wj=W.stride(1), stride_pi=P.stride(0), stride_pr=P.stride(1),
         stride_zj=other.P.stride(0), stride_zr=other.P.stride(1), stride_di=strides[0], stride_dr=strides[1],
         scaling=scaling, eps=eps, stand_in=stand_in,
-        R=R, FIRST=first, HAS_PRODUCTS=products is not None, HAS_KEPT=coefficient is not None,
-        HAS_FACTOR=d_factor is not None, PRECISION=precision, **config,
+        R=R, FIRST=first, HAS_PRODUCTS=sums.products is not None, HAS_KEPT=coefficient is not None,
+        HAS_FACTOR=d_factor is not None, APART=sums.groups > 0, PRECISION=precision, **config,
     )  # fmt: skip

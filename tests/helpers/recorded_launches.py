@@ -11,7 +11,7 @@ import torch
 
 from bora_kernels import kernels
 from bora_kernels.contract import Adapter, Needs, Options, Slots, separate_product
-from bora_kernels.kernels import add, config, gated, moments, nf4, rms, weight_or_v
+from bora_kernels.kernels import add, config, gated, moments, nf4, products, rms, weight_or_v
 from bora_kernels.ops import triton_backend
 
 TYPES = {
@@ -99,6 +99,16 @@ def run_reads(N: int, K: int, R: int) -> None:
     for W, factor in ((weight, torch.empty(R, K).T), (weight.T, torch.empty(N, R))):
         moments.moments(W, factor, None, "tf32", cleared=first)
         moments.moments(W, factor, torch.empty(W.shape[1]), "tf32", squares_needed=False)
+
+
+def run_sums(N: int, K: int, R: int) -> None:
+    """Sums over an adapted bfloat16 weight of many ranks, as norms and norm paths ask for them."""
+    weight, A, B = torch.empty(N, K, dtype=torch.bfloat16), torch.empty(R, K), torch.empty(N, R)
+    for W, P, Z in ((weight, B, A.T), (weight.T, A.T, B)):
+        c = torch.empty(W.shape[1])
+        products.sums_over(W, P, Z, None, 2.0, "tf32x3", cleared=torch.empty(4), out=torch.empty(P.shape))
+        products.sums_over(W, P, Z, c, 2.0, "tf32x3")
+        products.sums_over(W, P, Z, c, 2.0, "tf32x3", squares_needed=False, in_place=True)
 
 
 def run_dequantization(dtype: torch.dtype, block: int, nested: bool) -> None:

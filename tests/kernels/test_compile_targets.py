@@ -37,11 +37,13 @@ from helpers.recorded_launches import (
     run_mixed_batch,
     run_norm,
     run_reads,
+    run_sums,
     run_weight_or_v,
 )
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bora_kernels.kernels import config, gram, mixed_config
+from bora_kernels.replay.compiled import unspecialized
 
 # ptxas spills a register or two to raise occupancy even where a thread has 40 of its 255. Of what Triton 3.6 makes,
 # four finishing kernels for more than 64 ranks spill more, up to 96 bytes on sm_80
@@ -50,6 +52,9 @@ TOLERATED_SPILL_BYTES = 32 if tuple(map(int, triton.__version__.split(".")[:2]))
 READ_INPUTS_EARLY = {"_linear_few_kernel", "_parts_kernel", "_add_parts_kernel"}
 ONLY_ON_90 = {"_parts_kernel", "_add_parts_kernel"}  # a product over few tokens in parts
 ONLY_ON_90 |= {"_project_wide_kernel", "_reduce_wide_kernel", "_terms_kernel"}  # passes at larger ranks
+ONLY_ON_90 |= {  # norms at larger ranks
+    "_factor_terms_kernel", "_gram_of_terms_kernel", "_moments_of_terms_kernel", "_products_kernel",
+}  # fmt: skip
 PROCESSORS = {80: 108, 90: 132, 100: 148, "gfx942": 304}
 
 
@@ -77,12 +82,16 @@ CASES = (
 
 def compile_request(kernel, arguments: dict, arch) -> CompileRequest:
     """What Triton would compile for a launch with these arguments."""
-    parameters = inspect.signature(kernel.fn).parameters
+    parameters, plain = inspect.signature(kernel.fn).parameters, unspecialized(kernel)
     signature, constexprs, align16, options = {}, {}, [], {}
     for name, value in arguments.items():
         if name not in parameters:
             options[name] = value
-        elif parameters[name].annotation is tl.constexpr or value is None or (type(value) is int and value == 1):
+        elif (
+            parameters[name].annotation is tl.constexpr
+            or value is None
+            or (type(value) is int and value == 1 and name not in plain)
+        ):
             constexprs[name] = value
         elif isinstance(value, torch.Tensor):
             signature[name] = f"*{TYPES[value.dtype]}"
@@ -91,7 +100,7 @@ def compile_request(kernel, arguments: dict, arch) -> CompileRequest:
             signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, int):
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            align16 += [name] if value % 16 == 0 else []
+            align16 += [name] if value % 16 == 0 and name not in plain else []
         else:
             signature[name] = "fp32"
     return CompileRequest(kernel, signature, constexprs, arch, align16, options)
@@ -131,6 +140,8 @@ def test_every_launch_compiles_within_the_targets_limits(arch, launches, monkeyp
             run_mixed_batch(dtype, M, 9, N=4093, K=4095)
     for N, K, R in ((17, 96, 2), (123, 264, 16), (4096, 4096, 1), (8192, 6144, 24)):
         run_reads(N, K, R)
+    for R in (65, 128, 200, 300):
+        run_sums(4096, 4096, R)
     gram.add_gram(torch.empty(2, 4096 + 512, 512), 4096)  # which fewer processors leave in one part above
     for dtype, K in ((torch.bfloat16, 128), (torch.bfloat16, 4096), (torch.bfloat16, 16383), (torch.float32, 16384)):
         run_norm(dtype, K)

@@ -10,7 +10,18 @@ from helpers.cases import HALVES, NAMES, SCALING, Case, check_layer, dtypes, ord
 from helpers.graphs import capture
 
 from bora_kernels import bora_linear, replay_disabled
-from bora_kernels.kernels import combine, gemm, gram, low_rank, moments, norms, tail
+from bora_kernels.kernels import (
+    combine,
+    factor_terms,
+    gemm,
+    gram,
+    low_rank,
+    moments,
+    moments_of_terms,
+    norms,
+    products,
+    tail,
+)
 from bora_kernels.reference import bora_linear_ref
 
 pytestmark = pytest.mark.gpu
@@ -206,6 +217,8 @@ OVERLAPPING = [
     Case(5000, 3584, 512, 16, dtype=BF16),  # products in two launches
     Case(64, 256, 192, 8, dtype=FP16),
     Case(100, 384, 640, 24),
+    Case(300, 1024, 2048, 256, dtype=BF16),  # terms of factors, a Gram matrix and products of their own
+    Case(90, 1504, 640, 100, dtype=BF16, order="col_row"),
 ]
 
 
@@ -239,7 +252,9 @@ def test_launches_that_overlap_wait_for_what_they_read(case, options, monkeypatc
         return triton_run(inputs, dy, norm_order=case.order, **options)
 
     with monkeypatch.context() as patch, replay_disabled():
-        for module in (combine, gemm, gram, low_rank, moments, norms, tail):
+        for module in (
+            combine, factor_terms, gemm, gram, low_rank, moments, moments_of_terms, norms, products, tail
+        ):  # fmt: skip
             patch.setattr(module, "overlapping", lambda *_, **__: {"OVERLAP": False})
         expected = [run_of(*each) for each in zip(inputs, dys, strict=True)]
     for disabled in (True, False):
