@@ -117,7 +117,9 @@ def test_a_graph_without_packed_tensors():
         _raw_saved_tensors = (torch.ones(1),)  # as older versions have them
 
     assert _private.raw_saved_tensors(Ctx()) is None and _private.raw_saved_tensors(object()) is None
-    assert len(_private.raw_saved_tensors(FusedBoraLinear(20, 24, 2)(torch.ones(1, 20)).grad_fn)) > 0
+    y = FusedBoraLinear(20, 24, 2)(torch.ones(1, 20))  # which keeps its graph
+    can_unpack = hasattr(y.grad_fn._raw_saved_tensors[0], "unpack")  # PyTorch 2.11 cannot
+    assert (_private.raw_saved_tensors(y.grad_fn) is not None) is can_unpack
 
 
 @pytest.mark.parametrize("name", ["LoraModel._create_new_module", "tuners_utils._maybe_include_all_linear_layers"])
