@@ -14,7 +14,7 @@ from helpers.peft_models import bora_layers, make_peft  # noqa: E402
 @dtypes
 @pytest.mark.parametrize("name", ["1d-circular", "2d", "3d"])
 def test_cancelled_channels(name, dtype, device):
-    made, rank, lines = [make(name, dtype, device) for _ in range(3)], 9, ("row", "col")
+    made, rank, lines = [make(name, dtype, device) for _ in range(9)], 9, ("row", "col")
     layers = [(conv, x, cancelled_factors(conv, lines, 2e-3, rank=rank), dy) for conv, x, dy in made]
 
     def through_peft(conv, **options):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import INTERPRETING
 from helpers.accuracy import assert_accurate, assert_equal
 from helpers.cases import HALVES, NAMES, SCALING, conventions, dtypes, orders, require
 from helpers.convolutions import (
@@ -37,7 +38,8 @@ def word(request, monkeypatch):
 
 
 def layers_of(name, dtype, device, lines, lefts, **options):
-    """A layer for each of what is left of its lines."""
+    """A layer for each of what is left of its lines; three where the numbers that two lines have in common are few."""
+    lefts *= 3 if len(lines) == 2 and dtype in HALVES else 1
     made = [make(name, dtype, device) for _ in lefts]
     factors = [cancelled_factors(conv, lines, left, **options) for (conv, *_), left in zip(made, lefts, strict=True)]
     return [(conv, x, own, dy) for (conv, x, dy), own in zip(made, factors, strict=True)]
@@ -50,6 +52,8 @@ def layers_of(name, dtype, device, lines, lefts, **options):
 def test_cancelled_channels(word, conv, dtype, order, lines, device):
     """The gradients of factors are left out where all but one number of them is small: both lines' only common one."""
     require_kernel(word, dtype)
+    if word == "kernel" and INTERPRETING and conv not in ("1d", "2d"):
+        pytest.skip("which weight is made is seen by two of them, and by test_weight_or_v_of_the_kernel")
     meet = conv == "2d-pointwise" and len(lines) == 2 and dtype in HALVES
     layers = layers_of(conv, dtype, device, lines, (1e-2, 3e-3, 1e-3), rank=11)
     check_together(layers, lines, norm_order=order, leave_out=("d_1", "d_2") if meet else ())
