@@ -15,7 +15,7 @@ from bora_kernels.kernels.products import sums_over
 from bora_kernels.ops import triton_backend
 
 BF16 = torch.bfloat16
-RANKS = (65, 96, 128, 200, 256, 300)
+RANKS = (65, 128, 300) if INTERPRETING else (65, 96, 128, 200, 256, 300)
 VIEWS = {  # what a descriptor addresses: rows of whole 16 bytes, though not each of them is of the weight
     "rows": lambda W: torch.cat([W, W[:, : -W.shape[1] % 8]], dim=1)[:, : W.shape[1]],
     "columns": lambda W: torch.cat([W.T, W.T[:, : -W.shape[0] % 8]], dim=1)[:, : W.shape[0]].T,
