@@ -55,6 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="compile every variant of a kernel for every GPU, not as few as have every tile and value",
     )
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too, a few minutes' worth")
 
 
 def pytest_report_header() -> str:
@@ -65,9 +66,11 @@ def pytest_report_header() -> str:
     return f"torch {torch.__version__}, {triton}, device {device}, {torch.get_num_threads()} threads"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     present = torch.cuda.device_count() if CUDA else 0
     for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
         if marker := item.get_closest_marker("gpu"):
             (needed,) = marker.args or (1,)
             if present < needed:

@@ -202,6 +202,7 @@ def read(tmp_path):
     return json.loads((tmp_path / "runs.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_study_from_start_to_end(tmp_path, fewer, capsys):
     """Stages 1 and 2 over all primary tasks, everything else once; what is done is not done again."""
     primary = ("--methods", "bora", "lora_r1", "dora", "lora")

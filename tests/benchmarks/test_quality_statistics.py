@@ -270,6 +270,7 @@ def recorded(tmp_path_factory):
     return report.write(RESULTS / "runs.json", tmp_path_factory.mktemp("report"))
 
 
+@pytest.mark.slow
 def test_the_recorded_report_is_that_of_the_recorded_runs(recorded):
     assert (RESULTS / "report.md").read_text(encoding="utf-8") == recorded
 

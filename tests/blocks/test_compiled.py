@@ -208,6 +208,7 @@ def test_norms_are_computed_in_every_call():
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="inductor needs a C compiler")
+@pytest.mark.slow
 def test_inductor(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     layers = make_layers(biases=(True, False, True))

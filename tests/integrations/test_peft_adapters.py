@@ -104,6 +104,7 @@ def test_merged_weights_are_those_of_the_reference(kind, order, safe_merge):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=NAMES.get)
+@pytest.mark.slow
 def test_a_thousand_merges_leave_the_base_weights_to_the_bit(dtype, tmp_path):
     base = make_base(num_hidden_layers=1).to(dtype)
     model = make_peft(base, target_modules=["q_proj", "embed_tokens"])

@@ -38,6 +38,7 @@ def test_dequantize_is_bitsandbytes(code, nested, dtype, shape, block, device):
     assert torch.equal(stored.dense(backend="triton"), stored.dense(backend="torch"))
 
 
+@pytest.mark.slow
 def test_largest_block(device):
     stored = quantize((2, 8192), torch.float32, "nf4", True, 4096, device)
     assert torch.equal(stored.dense(backend="triton"), stored.dense(backend="torch"))

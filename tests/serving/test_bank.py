@@ -21,6 +21,7 @@ def weight(device) -> torch.Tensor:
 
 @pytest.mark.parametrize("max_rank", [5, None], ids=["fixed", "grows"])
 @backends
+@pytest.mark.slow
 def test_a_thousand_swaps_leave_no_stale_result_and_take_no_memory(backend, max_rank, weight, device):
     """With what entered, changed or left in each step, an index of the step before is right, or is refused."""
     bank, x = AdapterBank(weight, 4, max_rank=max_rank, backend=backend), torch.randn(4, K, device=device)
