@@ -171,7 +171,7 @@ def gate_sums_config(
     elif has_room(arch, aligned) and block_r == 16:
         block_m, block_c, warps, stages = 16, 64, 4, 3
     elif has_room(arch, aligned):
-        block_m, block_c, stages = 32, 128 if arch == 90 and block_r == 32 else 64, 3
+        block_m, block_c, stages = 32, 64, 3
     else:
         block_m, block_c, stages = 32, 64, 2
     splits = max(1, min(cdiv(M, block_m), cdiv(5 * processors, cdiv(C, block_c)), 32))

@@ -11,7 +11,7 @@ from .config import cdiv, is_half, splits_that_fill
 
 def has_wide(arch: int | str, R: int, dtype: torch.dtype, fits: bool, dropout: bool) -> bool:
     """Whether there are such passes: half precision on Hopper, of a t that ``fits`` a descriptor; 0 stands for it."""
-    return arch in (0, 90) and is_half(dtype) and fits and not dropout and R > 32
+    return arch in (0, 90) and is_half(dtype) and fits and not dropout and R > 16
 
 
 @lru_cache
@@ -19,9 +19,8 @@ def project_wide_config(arch: int | str, processors: int, M: int, C: int, R: int
     """Parts of the columns, and the configuration."""
     steps, options = cdiv(C, 64), []
     # rows, ranks, warps, programs that a multiprocessor holds, and how long a step takes beside one of 128 rows
-    for block_m, block_r, warps, resident, step in (
-        ((64, 64, 4, 2, 1.0),) if R <= 64 else ((128, 128, 8, 1, 1.0), (64, 128, 4, 1, 0.6))
-    ):
+    few = ((64, 32, 4, 3, 1.0),) if R <= 32 else ((64, 64, 4, 2, 1.0),)
+    for block_m, block_r, warps, resident, step in few if R <= 64 else ((128, 128, 8, 1, 1.0), (64, 128, 4, 1, 0.6)):
         blocks, slots = cdiv(M, block_m) * cdiv(R, block_r), resident * processors
         parts = splits_that_fill(blocks, steps, slots, 4, 16)
         time = cdiv(blocks * parts, slots) * (cdiv(steps, parts) + 4) * step
@@ -36,7 +35,7 @@ def project_wide_config(arch: int | str, processors: int, M: int, C: int, R: int
 @lru_cache
 def reduce_wide_config(arch: int | str, processors: int, M: int, C: int, R: int) -> tuple[int, dict] | None:
     """Splits of the tokens, and the configuration; None where the general pass is as fast."""
-    if R <= 64 and M < 2048:
+    if R <= 32 or (R <= 64 and M < 2048):
         return None
     block_c, block_r, warps, stages, resident = 128, 128, 8, 3, 2
     if R <= 64:

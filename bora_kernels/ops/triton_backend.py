@@ -3,8 +3,8 @@
 Launches: ``forward`` 2, and 4 more where it computes scales (2 for DoRA, none for LoRA); ``backward`` 6 with detached
 norms and 10 with exact ones; each one more where the base product takes a tail or the projection was made in parts
 (``kernels.tail``), over a float32 weight (``kernels.gemm_of_v``), for each read of W0 at ranks above 64
-(``kernels.gram``), and for each pass over tokens at ranks above 32 (``kernels.terms``). All sums are made in two
-stages in a fixed order, so results are the same bits from run to run.
+(``kernels.gram``), for each projection at ranks above 16 and each sum over tokens at ranks above 32
+(``kernels.terms``). All sums are made in two stages in a fixed order, so results are the same bits from run to run.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ from bora_kernels.kernels import (
     norms,
     products,
     tail,
+    terms,
+    wide,
 )
 from bora_kernels.reference import bora_linear_ref
 
@@ -217,6 +219,7 @@ OVERLAPPING = [
     Case(5000, 3584, 512, 16, dtype=BF16),  # products in two launches
     Case(64, 256, 192, 8, dtype=FP16),
     Case(100, 384, 640, 24),
+    Case(700, 640, 1536, 32, dtype=BF16),
     Case(300, 1024, 2048, 256, dtype=BF16),  # terms of factors, a Gram matrix and products of their own
     Case(90, 1504, 640, 100, dtype=BF16, order="col_row"),
 ]
@@ -253,7 +256,7 @@ def test_launches_that_overlap_wait_for_what_they_read(case, options, monkeypatc
 
     with monkeypatch.context() as patch, replay_disabled():
         for module in (
-            combine, factor_terms, gemm, gram, low_rank, moments, moments_of_terms, norms, products, tail
+            combine, factor_terms, gemm, gram, low_rank, moments, moments_of_terms, norms, products, tail, terms, wide
         ):  # fmt: skip
             patch.setattr(module, "overlapping", lambda *_, **__: {"OVERLAP": False})
         expected = [run_of(*each) for each in zip(inputs, dys, strict=True)]
