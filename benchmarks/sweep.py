@@ -9,6 +9,7 @@ graphs, which are the device's alone; that of the eager steps stands beside it.
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import statistics
 import time
@@ -119,13 +120,17 @@ def run(harness: Harness, chosen: list[Case], minutes: float | None) -> Iterator
     began = time.monotonic()
     if harness.device.type == "cuda":
         compile_kernels(chosen, harness.device)
-    for case in chosen:
-        if minutes is not None and time.monotonic() - began > 60 * minutes:
-            return
-        for provider in providers(case):
-            with contextlib.suppress(Exception), harness.recording(case, provider.name, provider.title) as record:
-                _measure(harness, case, provider, record)  # an error is in the record; the next case may do
-        yield case
+    gc.freeze()  # or each measurement's collection would look through all that was imported
+    try:
+        for case in chosen:
+            if minutes is not None and time.monotonic() - began > 60 * minutes:
+                return
+            for provider in providers(case):
+                with contextlib.suppress(Exception), harness.recording(case, provider.name, provider.title) as record:
+                    _measure(harness, case, provider, record)  # an error is in the record; the next case may do
+            yield case
+    finally:
+        gc.unfreeze()
 
 
 def left(harness: Harness, chosen: Iterable[Case]) -> list[Case]:

@@ -33,7 +33,6 @@ def test_setups_queue_or_wait(monkeypatch) -> None:
     assert measure.behind_another(lambda: calls.append("step"), torch.device("cpu"))() is None and len(calls) == 4
 
 
-@pytest.mark.slow
 def test_quick_run(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     providers = ["frozen", "fused-bora", "fused-bora-reused"]

@@ -140,7 +140,6 @@ def test_compiled_models_are_measured_on_request() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["frozen-compiled", "fused-bora-fuse-compiled"])
-@pytest.mark.slow
 def test_compiled_models_are_right_and_compiled(name: str) -> None:
     (provider,) = [p for p in COMPILED if p.name == name]
     if problem := provider.problem(CPU, CASE):

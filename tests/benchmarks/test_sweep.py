@@ -134,7 +134,6 @@ def test_another_machine_does_not_go_on():
             sweep.resume(harness, result | {"environment": result["environment"] | {name: other}})
 
 
-@pytest.mark.slow
 def test_run_and_resume(tmp_path):
     """From the command line: nothing in no time, then the rest into the same file, then nothing is left."""
     pytest.importorskip("pytest_benchmark")

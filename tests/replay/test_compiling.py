@@ -263,7 +263,6 @@ print("ready")
 """
 
 
-@pytest.mark.slow
 def test_with_triton(tmp_path):
     """Triton itself compiles for a device that this machine has not, and the launches find what was compiled."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
