@@ -21,6 +21,7 @@ SANITIZED = """
         (Case(65, 72, 136, 17, dtype=torch.float32), 0.0),
         (Case(130, 264, 200, 16, dtype=torch.bfloat16, order="col_row"), 0.25),
         (Case(5, 40, 48, 3, dtype=torch.bfloat16, member="dora"), 0.0),
+        (Case(70, 136, 264, 20, dtype=torch.bfloat16), 0.0),
         (Case(24, 136, 264, 100, dtype=torch.bfloat16), 0.0),
         (Case(24, 200, 136, 130, dtype=torch.bfloat16, order="col_row"), 0.0),
     ):
