@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any, NamedTuple
 
 from .switch import Unsupported
@@ -22,10 +23,19 @@ def hooked() -> bool:
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
+_loading = threading.Lock()
+
+
 def compile_and_load(kernel: Any, grid: tuple[int, ...], tensors: tuple, arguments: dict) -> None:
-    """Make ready what a launch needs, on the current device: the kernel, its launcher, and its place in memory."""
+    """Make ready what a launch needs, on the current device: the kernel, its launcher, and its place in memory.
+
+    Threads compile side by side, but only one loads at a time. Up to Triton 3.6 all launchers are modules of one name,
+    and a file that Python loads once more takes the place of the last module of that name. If another thread has just
+    loaded that one, its kernel would get the wrong launcher.
+    """
     compiled = kernel.warmup(*tensors, grid=grid, **arguments)
-    getattr(compiled, "run", None)  # loads the kernel when it is first looked at
+    with _loading:
+        getattr(compiled, "run", None)  # loads the kernel when it is first looked at
 
 
 def unspecialized(kernel: Any) -> frozenset[str]:

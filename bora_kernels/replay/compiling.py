@@ -3,7 +3,8 @@
 Triton compiles a kernel when it is first launched: those of a step one after the other, in some 15 s. What a stage
 launches depends on nothing but its key, so it is run once without launching, and what it would launch is compiled in
 threads. They do not wait for each other: of a compilation only the first seventh, Triton's reading of the source, holds
-Python's lock, while its passes, LLVM, the assembler and the C compiler for launchers do not.
+Python's lock, while its passes, LLVM and the assembler do not. Launchers, whose C compiler takes a fifth of a second,
+are made one after the other while others compile.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ class Missing:
 
 
 def compile_stage(function: Callable[..., tuple], tensors: tuple, options: dict) -> None:
-    """Compile what a stage launches on these tensors, where that is more than one kernel that was not met before."""
+    """Compile and load what a stage launches on these tensors and was not met before."""
     if torch.cuda.is_current_stream_capturing():
         return  # a capture forbids other threads what loading a kernel may need
     missing = Missing()
     try:
         with planning(missing):
             function(*tensors, **options)
-        if len(missing.launches) > 1:
+        if missing.launches:
             missing.compile()
     except Exception:  # noqa: S110 # an error of the stage, or of a kernel, comes again when it runs
         pass

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,31 @@ def test_all_are_compiled_at_once_before_any_is_launched(log):
     assert [entry[0] for entry in log] == ["compiled"] * 3 + ["launched"] * 4
     assert {entry[1] for entry in log[:3]} == set(kernels)
     assert not any(entry[3] for entry in log[:3]) and all(entry[3] for entry in log[3:])
+
+
+def test_only_one_thread_loads_at_a_time(log):
+    """Though all compile at the same time: Triton 3.6 could give a kernel another one's launcher."""
+    loading, overlapped, barrier = threading.Lock(), [], threading.Barrier(4)
+
+    class Compiled:
+        @property
+        def run(self):
+            alone = loading.acquire(blocking=False)
+            overlapped.append(not alone)
+            time.sleep(0.02)
+            if alone:
+                loading.release()
+
+    class Loadable(Kernel):
+        def warmup(self, *tensors, **arguments):
+            super().warmup(*tensors, **arguments)
+            return Compiled()
+
+    missing = compiling.Missing()
+    for _ in range(4):
+        kernel = Loadable(log, barrier)
+        missing.append(PlannedLaunch(kernel, (1,), (torch.zeros(4), None), {"M": 32, "scale": 0.5, "R": 4}))
+    assert missing.compile() == 4 and overlapped == [False] * 4
 
 
 @pytest.mark.filterwarnings("ignore:bora_kernels runs kernels as usual")
