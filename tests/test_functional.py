@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.accuracy import assert_accurate
+from helpers.accuracy import as_one, assert_accurate, assert_equal
 from helpers.cases import HALVES, MEMBERS, NAMES, SCALING, conventions, orders
 from helpers.convolutions import dense_conv_weight, double, run
 from torch import nn
@@ -96,6 +96,13 @@ def test_embedding_keeps_a_zero_padding_row_and_no_gradient_for_it():
 @conventions
 @members
 def test_convolution(conv, dtype, order, detach_norm, member):
+    results = [beside_dense_convolution(conv, dtype, order, detach_norm, member) for _ in range(4)]
+    actual, plain, exact, _ = as_one((*each, each[-1]) for each in results)  # of six channels alone, chance decides
+    assert_accurate(actual, plain, exact, samples=30 * len(results))
+
+
+def beside_dense_convolution(conv, dtype, order, detach_norm, member):
+    """What a random layer makes, and the dense reference in the same dtypes and in float64."""
     base = conv().to(dtype).requires_grad_(False)
     factors = trained_factors(base.weight, member=member)
     x = torch.randn(3, 6, *([7] * (base.weight.ndim - 2))).to(dtype)
@@ -115,8 +122,32 @@ def test_convolution(conv, dtype, order, detach_norm, member):
 
     actual = run(layer, x, *factors, dy=dy)
     plain = run(dense(base), x, *factors, dy=dy)
-    exact = run(dense(base.double()), *double(x, *factors), dy=dy)
-    assert_accurate(actual, plain, exact, samples=30)
+    return actual, plain, run(dense(base.double()), *double(x, *factors), dy=dy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_convolution_whose_weight_is_stored_otherwise_after_the_call(cancelled, dtype):
+    """As layerwise casting does it, which PyTorch's own convolution does not survive in bfloat16."""
+    base = nn.Conv1d(6, 10, 3).to(dtype).requires_grad_(False)
+    base.weight.data = base.weight.data.to(torch.float8_e4m3fn).to(dtype)
+    factors = trained_factors(base.weight)
+    if cancelled:
+        factors[0][0] = -base.weight[0].float() / SCALING
+        factors[1][0] = F.one_hot(torch.tensor(0), factors[1].shape[1])
+    x, dy = torch.randn(3, 6, 9, dtype=dtype), torch.randn(3, 10, 7, dtype=dtype)
+
+    def layer(stored):
+        def call(x, *factors):
+            weight = nn.Parameter(base.weight.clone(), requires_grad=False)
+            convolve = lambda t, kernel: base._conv_forward(t, kernel, None)  # noqa: E731
+            y = bora_conv(x, weight, *factors, base.bias, convolve, scaling=SCALING)
+            weight.data = weight.data.to(stored)
+            return y
+
+        return run(call, x, *factors, dy=dy)
+
+    assert_equal(layer(torch.float8_e4m3fn), layer(dtype))
 
 
 @pytest.mark.parametrize("space", [(10,), (6, 10), (10, 10), (3, 6, 10)], ids=str)  # sizes of the channels among them

@@ -168,12 +168,10 @@ def gate_sums_config(
     block_r, warps, resident = max(16, 1 << (R - 1).bit_length()), 8, 1
     if not is_half(dtype):
         block_m, block_c, stages = 32, 32, 1
-    elif has_room(arch, aligned) and block_r == 16:
-        block_m, block_c, warps, stages, resident = 16, 64, 4, 3, 3
     elif has_room(arch, aligned) and block_r == 32:
         block_m, block_c, warps, stages, resident = 16, 32, 2, 3, 4
     elif has_room(arch, aligned):
-        block_m, block_c, stages = 32, 64, 3
+        block_m, block_c, warps, stages, resident = 16, 64, 4, 3, 3 if block_r == 16 else 2
     else:
         block_m, block_c, stages = 32, 64, 2
     slots = resident * processors if arch != 0 else 4

@@ -63,6 +63,8 @@ def adapted_convolution(
     else:
         operands = x, (x * (g_of_product - 1)).to(x.dtype)
     call = None if torch.compiler.is_compiling() else _Call()
+    if not weight.requires_grad:
+        weight = weight.detach()  # a parameter may get other memory after the call, where layers are cast for theirs
     if word is None:
         base = weight.to(x.dtype)
         products = tuple(convolve(t, base) for t in operands)

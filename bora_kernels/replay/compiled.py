@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import threading
+import contextlib
 from typing import Any, NamedTuple
+
+from triton.runtime import driver as _driver
 
 from .switch import Unsupported
 
@@ -23,19 +25,23 @@ def hooked() -> bool:
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
-_loading = threading.Lock()
+def compile_kernel(kernel: Any, grid: tuple[int, ...], tensors: tuple, arguments: dict) -> Any:
+    """Compile what a launch needs on the current device: the kernel, which ``load`` takes, and its launcher.
 
-
-def compile_and_load(kernel: Any, grid: tuple[int, ...], tensors: tuple, arguments: dict) -> None:
-    """Make ready what a launch needs, on the current device: the kernel, its launcher, and its place in memory.
-
-    Threads compile side by side, but only one loads at a time. Up to Triton 3.6 all launchers are modules of one name,
-    and a file that Python loads once more takes the place of the last module of that name. If another thread has just
-    loaded that one, its kernel would get the wrong launcher.
+    Threads may do this side by side.
     """
     compiled = kernel.warmup(*tensors, grid=grid, **arguments)
-    with _loading:
-        getattr(compiled, "run", None)  # loads the kernel when it is first looked at
+    # Up to Triton 3.6 a C compiler makes a launcher. This one is made for Triton's cache and not used itself: all are
+    # modules of one name, and a file that Python loads once more takes the place of the last module of that name. If
+    # another thread has just loaded that one, its kernel gets the wrong launcher.
+    with contextlib.suppress(Exception):  # without it, or where Triton makes launchers elsewhere, ``load`` does it
+        _driver.active.launcher_cls(compiled.src, compiled.metadata)
+    return compiled
+
+
+def load(compiled: Any) -> None:
+    """Make a launcher, and put the kernel into the device's memory: one at a time, and while no thread compiles."""
+    getattr(compiled, "run", None)  # both are done when it is first looked at
 
 
 def unspecialized(kernel: Any) -> frozenset[str]:

@@ -3,8 +3,8 @@
 Triton compiles a kernel when it is first launched: those of a step one after the other, in some 15 s. What a stage
 launches depends on nothing but its key, so it is run once without launching, and what it would launch is compiled in
 threads. They do not wait for each other: of a compilation only the first seventh, Triton's reading of the source, holds
-Python's lock, while its passes, LLVM and the assembler do not. Launchers, whose C compiler takes a fifth of a second,
-are made one after the other while others compile.
+Python's lock, while its passes, LLVM, the assembler and the C compiler for launchers do not. Then they are loaded, one
+after the other.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compiled import compile_and_load, share_cache, unspecialized
+from .compiled import compile_kernel, load, share_cache, unspecialized
 from .recording import PlannedLaunch, planning
 
 _known: set[tuple] = set()  # variants of kernels that were compiled here, or are being
+_compiling = threading.Lock()  # held by a thread whose kernels are compiled and loaded
 
 
 class Missing:
@@ -37,16 +39,20 @@ class Missing:
             self.launches[variant] = _without_memory(launch)
 
     def compile(self) -> int:
-        """Compile and load them side by side; returns how many they are.
+        """Compile them side by side, and load them; returns how many they are.
 
         One that does not compile raises when it is launched, as it would have without this.
         """
         _known.update(self.launches)
         for variant, launch in self.launches.items():
             share_cache(launch.kernel, variant[0])
-        with ThreadPoolExecutor(max(1, min(len(self.launches), _usable_cores()))) as pool:
-            for variant, launch in self.launches.items():
-                pool.submit(_compile, launch, variant[0])
+        with _compiling:
+            with ThreadPoolExecutor(max(1, min(len(self.launches), _usable_cores()))) as pool:
+                compilations = {pool.submit(_compile, *item): item[0][0] for item in self.launches.items()}
+            for compilation, device in compilations.items():
+                if compilation.exception() is None:
+                    with torch.cuda.device(device):
+                        load(compilation.result())
         return len(self.launches)
 
 
@@ -64,9 +70,9 @@ def compile_stage(function: Callable[..., tuple], tensors: tuple, options: dict)
         pass
 
 
-def _compile(launch: PlannedLaunch, device: int) -> None:
-    with torch.cuda.device(device):
-        compile_and_load(*launch)
+def _compile(variant: tuple, launch: PlannedLaunch) -> Any:
+    with torch.cuda.device(variant[0]):
+        return compile_kernel(*launch)
 
 
 def _usable_cores() -> int:

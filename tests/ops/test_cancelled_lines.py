@@ -143,14 +143,19 @@ def test_a_row_and_a_column_with_detached_norms(backend, dtype, order, device):
 @orders
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
 def test_a_rank_that_undoes_all_of_its_rows(backend, order, dtype, device):
-    """W0 of rank 2 whose rows are brought down to 1 % of themselves, all of them."""
-    require(backend, dtype)
-    case = Case(25, 37, 58, 3, dtype=dtype, order=order, bias=False, seed=5)
-    inputs = case.inputs(device)
-    A, B = inputs["lora_A"], inputs["lora_B"]
-    inputs["weight"] = (-SCALING * B[:, :2] @ A[:2]).to(dtype)
-    B[:, 2] *= 0.01
-    check_layer(backend, inputs, case.upstream(device), norm_order=order)
+    """W0 of rank 2 whose rows are brought down to 1 % of themselves, all of them.
+
+    A few numbers are most of a gradient of one such layer, so several are held to the rule together.
+    """
+    layers = []
+    for seed in range(4 if backend == "triton" and INTERPRETING else 24):
+        case = Case(25, 37, 58, 3, dtype=dtype, order=order, bias=False, seed=seed)
+        inputs = case.inputs(device)
+        A, B = inputs["lora_A"], inputs["lora_B"]
+        inputs["weight"] = (-SCALING * B[:, :2] @ A[:2]).to(dtype)
+        B[:, 2] *= 0.01
+        layers.append((inputs, case.upstream(device)))
+    check_together(backend, layers, norm_order=order)
 
 
 @pytest.mark.parametrize("axis", ["row", "col"])
