@@ -132,3 +132,17 @@ def test_a_peft_that_lacks_a_part_is_refused_by_name(name, monkeypatch):
     monkeypatch.delattr(peft.LoraModel if owner == "LoraModel" else peft.tuners.tuners_utils, part)
     with pytest.raises(ImportError, match=f"got PEFT {peft.__version__} without .*{name}"):
         needed.check()
+
+
+@pytest.mark.parametrize("part", ["lora_variant", "scaling", "lora_dropout", "lora_A", "lora_B", "base_layer"])
+def test_a_lora_layer_whose_parts_are_kept_elsewhere_runs_by_itself(part):
+    """After ``fuse`` the forward of such a layer is its own, and ``explain`` has the sentence."""
+    peft = pytest.importorskip("peft")
+    from bora_kernels.fusion import members
+
+    config = peft.LoraConfig(r=2, target_modules=["0"], use_dora=True)
+    layer = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 6)), config).base_model.model[0]
+    assert isinstance(members.read(layer), members.Projection)
+    parts = layer._modules if part in layer._modules else layer.__dict__
+    del parts[part]
+    assert re.fullmatch(f"this version of PEFT keeps a part of it elsewhere \\(.*{part}.*\\)", members.read(layer))

@@ -44,6 +44,13 @@ def is_peft_lora(layer: nn.Module) -> bool:
 
 def peft_adapter(layer: Any, name: str) -> Projection | str:
     """What a linear layer of PEFT's own LoRA or DoRA computes with this adapter, which it has."""
+    try:
+        return _peft_adapter(layer, name)
+    except (AttributeError, KeyError) as error:
+        return _elsewhere(error)
+
+
+def _peft_adapter(layer: Any, name: str) -> Projection | str:
     if not getattr(layer, "cast_input_dtype_enabled", True):
         return "PEFT is told not to cast inputs"
     dropout_p, variant = _dropout(layer, name), layer.lora_variant.get(name)
@@ -163,13 +170,21 @@ def _read_peft_lora(layer: Any) -> Projection | str:
 _HOOKED = "a hook or another forward waits for the call of a part of it"
 
 
+def _elsewhere(error: Exception) -> str:
+    return f"this version of PEFT keeps a part of it elsewhere ({error})"
+
+
 def _active_adapter(layer: Any) -> tuple[str, str | None]:
     """The one adapter that is active, or why there is none such."""
-    if layer._disable_adapters:
+    try:
+        disabled, merged = layer._disable_adapters, layer.merged_adapters
+        active, present = layer._active_adapter, layer._modules["lora_A"]._modules
+    except (AttributeError, KeyError) as error:
+        return "", _elsewhere(error)
+    if disabled:
         return "", "its adapters are disabled"
-    if layer.merged_adapters:
+    if merged:
         return "", "it is merged"
-    active, present = layer._active_adapter, layer._modules["lora_A"]._modules
     if type(active) is str:
         return active, None if active in present else "no adapter is active"
     names = [name for name in active if name in present]
