@@ -26,7 +26,7 @@ from .config import TRITON_DTYPES, cdiv, gemm_config, is_aligned, is_half
 from .epilogue import scale_and_store
 from .gemm_of_v import gemm_of_v
 from .overlap import overlapping, wait_for_last
-from .tail import add_parts, split_low_rank
+from .tail import add_parts, split_low_rank, tail_terms
 
 
 @triton.jit(do_not_specialize=["first_tile", "num_tiles"])
@@ -176,7 +176,7 @@ def scaled_gemm(
         projection, t_tail, w_tail = split_low_rank(parts, rounded_parts, factor, word, t.dtype, rows_are_outputs)
     else:
         projection, rounded = add_parts(parts, rounded_parts, word)
-    tail = 0 if t_tail is None else t_tail.shape[1]
+    tail, needed = 0 if t_tail is None else t_tail.shape[1], R * tail_terms(factor, t.dtype)
 
     if wide and word is not None:
         gemm_of_v(
@@ -202,7 +202,7 @@ def scaled_gemm(
             stride_tm=t.stride(0), stride_tc=t.stride(1), stride_wo=W.stride(0), stride_wc=W.stride(1),
             stride_fr=factor.stride(0), stride_fo=factor.stride(1),
             stand_in=stand_in, out_stand_in=out_stand_in, dropout_p=dropout_p,
-            R=R, TAIL=tail, SPARE_STEPS=cdiv(tail, block_c) - cdiv(min(tail, 2 * R), block_c),
+            R=R, TAIL=tail, SPARE_STEPS=cdiv(tail, block_c) - cdiv(min(tail, needed), block_c),
             HAS_WORD=word is not None, HAS_ROUNDED=rounded is not None, WIDE=wide,
             W_ROWS_ARE_OUTPUTS=rows_are_outputs, HAS_SCALE=scale is not None,
             HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None, SAVE_PRODUCT=save_product,

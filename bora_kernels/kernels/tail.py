@@ -6,8 +6,9 @@ A half-precision product takes projection·factor in three terms, of what roundi
 
     projection·factor = high·high + high·low + low·high + …
 
-The second keeps small updates of the factor. The third is for lines of W0 that the update cancels, where the base
-product and this one are nearly opposite. There the projection is that of the rounded operand, which W0 meets too.
+The second keeps small updates of the factor; one in the product's own dtype has none, and the term is left out. The
+third is for lines of W0 that the update cancels, where the base product and this one are nearly opposite. There the
+projection is that of the rounded operand, which W0 meets too.
 """
 
 import torch
@@ -33,7 +34,8 @@ def _tail_kernel(
     w_tail_ptr,  # [O, TERMS·R]
     parts, M, O,
     stride_fr, stride_fo, stride_tm, stride_wo, stride_wr,
-    R: tl.constexpr, TERMS: tl.constexpr, HAS_PARTS: tl.constexpr, HAS_ROUNDED: tl.constexpr,
+    R: tl.constexpr, TERMS: tl.constexpr, EXACT: tl.constexpr,  # whether factor is high and no more
+    HAS_PARTS: tl.constexpr, HAS_ROUNDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
     OVERLAP: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -59,13 +61,14 @@ def _tail_kernel(
         if TERMS > 0:
             high, low = _split(projection, DTYPE)
             for term in tl.static_range(TERMS):
-                _store(t_tail_ptr, low if term == 2 else high, offs_m, offs_r, M, stride_tm, 1, term, R)
+                _store(t_tail_ptr, low if term + EXACT == 2 else high, offs_m, offs_r, M, stride_tm, 1, term, R)
     elif TERMS > 0:
         offs_o = (pid - num_blocks_m) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
         factor = load_matrix(factor_ptr, offs_o, offs_r, O, R, stride_fo, stride_fr).to(tl.float32)
         high, low = _split(factor, DTYPE)
         for term in tl.static_range(TERMS):
-            _store(w_tail_ptr, low if term == 1 else high, offs_o, offs_r, O, stride_wo, stride_wr, term, R)
+            values = low if term == 1 and not EXACT else high
+            _store(w_tail_ptr, values, offs_o, offs_r, O, stride_wo, stride_wr, term, R)
 
 
 @triton.jit
@@ -102,16 +105,21 @@ def split_low_rank(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The projection [M, R], and tails [M, T] and [O, T] of the inner dimension, whose product is projection·factor.
 
-    The second tail is stored as [T, O] unless ``rows_are_outputs``. T = R in float32, and 2R in half precision, or 3R
-    with ``word`` of cancelled lines, of whatever it says.
+    The second tail is stored as [T, O] unless ``rows_are_outputs``. T = R·``tail_terms``, in half precision R more with
+    ``word`` of cancelled lines, of whatever it says.
     """
     (M, R), O = parts.shape[-2:], factor.shape[1]
-    terms = 2 + (word is not None) if is_half(dtype) else 1
+    terms = tail_terms(factor, dtype) + (word is not None and is_half(dtype))
     t_tail = _aligned_rows(M, terms * R, dtype, factor.device)
     w_tail = _aligned_rows(*((O, terms * R) if rows_are_outputs else (terms * R, O)), dtype, factor.device)
     projection = parts if parts.dim() == 2 else empty((M, R), torch.float32, parts.device)
     _finish(parts, rounded_parts, projection, None, word, factor, t_tail, w_tail, rows_are_outputs)
     return projection, t_tail, w_tail
+
+
+def tail_terms(factor: Tensor, dtype: torch.dtype) -> int:
+    """Of how many terms projection·factor is made where no lines are cancelled."""
+    return 2 if is_half(dtype) and factor.dtype != dtype else 1
 
 
 def _finish(parts, rounded_parts, projection, rounded, word, factor, t_tail, w_tail, rows_are_outputs: bool) -> None:
@@ -130,7 +138,8 @@ def _finish(parts, rounded_parts, projection, rounded, word, factor, t_tail, w_t
         parts=1 if parts.dim() == 2 else len(parts), M=M, O=O,
         stride_fr=strides_f[0], stride_fo=strides_f[1], stride_tm=stride_t,
         stride_wo=strides_w[0], stride_wr=strides_w[1],
-        R=R, TERMS=terms, HAS_PARTS=parts.dim() == 3, HAS_ROUNDED=rounded_parts is not None,
+        R=R, TERMS=terms, EXACT=factor is not None and tail_terms(factor, dtype) == 1,
+        HAS_PARTS=parts.dim() == 3, HAS_ROUNDED=rounded_parts is not None,
         DTYPE=TRITON_DTYPES[dtype], **config, **overlapping(parts.get_device()),
     )  # fmt: skip
 

@@ -153,9 +153,9 @@ def test_a_high_term_has_rows_that_a_descriptor_addresses(dtype, device):
 
 @orders
 @halves
-@pytest.mark.parametrize("R", [18, 65, 150])
-def test_layers_whose_ranks_fill_no_tile(R, dtype, order, device, wide_calls):
-    case = Case(19, 40, 136, R, dtype=dtype, order=order)
+@pytest.mark.parametrize("R, half", [(18, False), (65, True), (150, False)])
+def test_layers_whose_ranks_fill_no_tile(R, half, dtype, order, device, wide_calls):
+    case = Case(19, 40, 136, R, dtype=dtype, order=order, adapter_dtype=dtype if half else torch.float32)
     check_layer("triton", case.inputs(device), case.upstream(device), norm_order=order)
     expected = {"project_wide"} if R <= 32 else {"project_wide", "reduce_wide"}
     assert set(wide_calls) == expected  # not how often: a GPU's first calls run stages twice
