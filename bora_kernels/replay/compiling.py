@@ -9,6 +9,7 @@ after the other.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -41,7 +42,7 @@ class Missing:
     def compile(self) -> int:
         """Compile them side by side, and load them; returns how many they are.
 
-        One that does not compile raises when it is launched, as it would have without this.
+        One that does not compile or load raises when it is launched, as it would have without this.
         """
         _known.update(self.launches)
         for variant, launch in self.launches.items():
@@ -50,9 +51,8 @@ class Missing:
             with ThreadPoolExecutor(max(1, min(len(self.launches), _usable_cores()))) as pool:
                 compilations = {pool.submit(_compile, *item): item[0][0] for item in self.launches.items()}
             for compilation, device in compilations.items():
-                if compilation.exception() is None:
-                    with torch.cuda.device(device):
-                        load(compilation.result())
+                with contextlib.suppress(Exception), torch.cuda.device(device):
+                    load(compilation.result())
         return len(self.launches)
 
 

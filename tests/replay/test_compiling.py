@@ -128,6 +128,28 @@ def test_kernels_are_loaded_where_no_thread_compiles_or_loads(log):
     assert loaded == [True] * 6
 
 
+def test_one_that_cannot_be_loaded_keeps_no_other_from_it(log):
+    loaded = []
+
+    class Compiled:
+        @property
+        def run(self):
+            loaded.append(self)
+            if len(loaded) == 1:
+                raise RuntimeError("out of resources: shared memory")
+
+    class Loadable(Kernel):
+        def warmup(self, *tensors, **arguments):
+            super().warmup(*tensors, **arguments)
+            return Compiled()
+
+    missing = compiling.Missing()
+    for _ in range(3):
+        kernel = Loadable(log)
+        missing.append(PlannedLaunch(kernel, (1,), (torch.zeros(4), None), {"M": 32, "scale": 0.5, "R": 4}))
+    assert missing.compile() == len(loaded) == 3
+
+
 @pytest.mark.filterwarnings("ignore:bora_kernels runs kernels as usual")
 def test_what_was_met_before_is_not_compiled_again(log):
     """Another number of tokens of the same kind, in another stage; another rank is another kernel."""
