@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
-from bora_kernels.kernels.config import cdiv, project_config, reduce_config
+from bora_kernels.kernels.config import cdiv, gate_sums_config, project_config, reduce_config
 from bora_kernels.kernels.mixed_config import mixed_apart_config, mixed_few_config, mixed_project_config
 from bora_kernels.kernels.wide_config import project_wide_config, reduce_wide_config
 
@@ -39,6 +39,19 @@ def test_passes_over_tokens_leave_no_third_of_the_device_idle(arch, dtype, align
             if 3 * blocks * splits < 2 * processors:
                 shorter = [s for s in range(splits + 1, min(16, steps) + 1) if cdiv(steps, s) < cdiv(steps, splits)]
                 assert not shorter, f"{blocks * splits} programs for {processors} multiprocessors: {M, C, R, config}"
+
+
+@pytest.mark.parametrize("processors", [78, 108, 132, 148])
+@pytest.mark.parametrize("R", [1, 16, 24, 32, 64])
+def test_sums_of_a_gated_mlp_leave_no_third_of_the_device_idle(R, processors):
+    for M, C in itertools.product(TOKENS, SIZES):
+        splits, config = gate_sums_config(90, processors, M, C, R, torch.bfloat16, True)
+        blocks, steps = cdiv(C, config["BLOCK_SIZE_C"]), cdiv(M, config["BLOCK_SIZE_M"])
+        assert 1 <= splits <= min(32, steps)
+        assert (splits - 1) * cdiv(steps, splits) < steps, "a split has nothing to do"
+        if 3 * blocks * splits < 2 * processors:
+            shorter = [s for s in range(splits + 1, min(32, steps) + 1) if cdiv(steps, s) < cdiv(steps, splits)]
+            assert not shorter, f"{blocks * splits} programs for {processors} multiprocessors: {M, C, R, config}"
 
 
 @pytest.mark.parametrize("processors", [78, 114, 132])
