@@ -140,8 +140,7 @@ def test_convolution_whose_weight_is_stored_otherwise_after_the_call(cancelled, 
     def layer(stored):
         def call(x, *factors):
             weight = nn.Parameter(base.weight.clone(), requires_grad=False)
-            convolve = lambda t, kernel: base._conv_forward(t, kernel, None)  # noqa: E731
-            y = bora_conv(x, weight, *factors, base.bias, convolve, scaling=SCALING)
+            y = bora_conv(x, weight, *factors, base.bias, lambda t, W: base._conv_forward(t, W, None), scaling=SCALING)
             weight.data = weight.data.to(stored)
             return y
 

@@ -41,9 +41,10 @@ class Case:
     order: str = "row_col"
     bias: bool = False
     dropout: bool = False
+    half_adapter: bool = False  # in dtype, in place of float32
 
     def __str__(self) -> str:
-        flags = "-bias" * self.bias + "-dropout" * self.dropout
+        flags = "-bias" * self.bias + "-dropout" * self.dropout + "-half" * self.half_adapter
         return f"M{self.M}-N{self.N}-K{self.K}-R{self.R}-{TYPES[self.dtype]}-{self.order}{flags}"
 
 
@@ -73,7 +74,8 @@ def record(monkeypatch) -> list:
 def run_layer(case: Case) -> None:
     """Forward and backward of a layer, as ``autograd`` calls the backend, on uninitialized tensors."""
     x, weight = torch.empty(case.M, case.K, dtype=case.dtype), torch.empty(case.N, case.K, dtype=case.dtype)
-    lora_A, lora_B = torch.empty(case.R, case.K), torch.empty(case.N, case.R)
+    adapter_dtype = case.dtype if case.half_adapter else torch.float32
+    lora_A, lora_B = (torch.empty(*shape, dtype=adapter_dtype) for shape in ((case.R, case.K), (case.N, case.R)))
     magnitudes = torch.empty(case.N), torch.empty(case.K)
     bias = torch.empty(case.N, dtype=case.dtype) if case.bias else None
     seed = torch.zeros(1, dtype=torch.int64) if case.dropout else None
