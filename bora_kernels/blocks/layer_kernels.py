@@ -3,7 +3,8 @@
     readers    y_i of layers that read one x;  backward: x̂ again where x is a norm's output, all gradients, dx = Σ dx_i
     MLP        e, f and y of a gated MLP; h lives inside the stage;  backward: see ``mlp_kernels``
 
-The launches, their order and so the results are those of the layers one by one.
+The launches, their order and so the results are those of the layers one by one, but for sums over x that the layers
+share (``reader_kernels``).
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import Activation, Adapter, flat
+from ..contract import Activation, Adapter, flat, unflat
 from ..kernels import gated, rms
 from ..kernels.add import add
 from ..ops import operators, triton_backend
 from ..replay.stage import stage
+from . import reader_kernels
 from .projection import Made, Member, Norm, Tensors
+from .reader_kernels import Layer
 
 _FORWARD, _BACKWARD = 7, 8  # tensors of a layer: weight, adapter, scales and bias, or product and u
 
@@ -76,9 +79,19 @@ def _forward(x, *tensors, members, activation, precision):
 def _backward(dy, x, norm_weight, *tensors, members, norm, precision):
     others = len(members) - 1
     dys, layers = (dy, *tensors[:others]), _split(tensors[others:], _BACKWARD)
-    if norm is not None:
-        x = rms.rms_norm(flat(x), norm_weight, *norm)
-    dx, gradients = None, []
+
+    def make_x() -> Tensor | None:
+        return flat(x) if norm is None else rms.rms_norm(flat(x), norm_weight, *norm)
+
+    readers = []
+    for (weight, *adapter, flat_scales, product, u), (options, needs) in zip(layers, members, strict=True):
+        readers.append(Layer(weight, Adapter(*adapter), flat_scales, flat(product), u, options, needs))
+    if reader_kernels.share_sums(readers, dy.dtype):
+        rows, of_dy = [flat(dy) for dy in dys], triton_backend._precision(dy.dtype)
+        shared_dx, of_layers = reader_kernels.backward(rows, readers, make_x, None, of_dy)
+        return unflat(shared_dx, dy.shape[:-1]), *[gradient for own in of_layers for gradient in own]
+    x, dx = make_x(), None
+    gradients: list[Any] = []
     for dy, own, (options, needs) in zip(dys, layers, members, strict=True):
         weight, *adapter, flat_scales, product, u = own
         own_dx, *rest = triton_backend.backward(

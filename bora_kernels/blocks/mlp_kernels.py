@@ -3,65 +3,31 @@
     down       dy⊙a_d, v_d      dh      parts of dB_d and S_d
     the gate   one read of e, f, dh: de⊙a_e over dh, df⊙a_f, parts of dB_e, S_e, dB_f, S_f, dA_d, D_d; h is not stored
     down       dA_d, dB_d, its magnitudes' gradients and norm paths
-    gate, up   v and dx from the stored de⊙a (df⊙a), parts of dA and D, and the same end
+    gate, up   v and dx from the stored de⊙a (df⊙a), parts of dA and D, and the same end: see ``reader_kernels``
 
 Equations (3) to (11) of ``ops.torch_backend`` for each layer, e = gate(x), f = up(x), h = act(e)⊙f and y = down(h).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from ..contract import Activation, Adapter, Needs, Options, flat, given, split_scales, unflat, zero_stand_in
+from ..contract import Activation, Adapter, Options, flat, given, split_scales, unflat, zero_stand_in
 from ..kernels import rms
 from ..kernels.add import add
-from ..kernels.combine import combine
-from ..kernels.config import gated_rank
 from ..kernels.gated import Side, gate_sums
+from ..kernels.joint_config import joint_rank
 from ..kernels.low_rank import reduce
 from ..ops import operators, triton_backend
 from ..ops.calls import prepare_backward
-from ..ops.triton_backend import Sums
-from ..replay.recording import beside_last_launch, empty
+from ..replay.recording import beside_last_launch
 from ..replay.stage import stage
+from . import reader_kernels
 from .joined import Recipe, as_rows, read_by
 from .layer_kernels import float32_precision
 from .norms import NormOrigin
-
-Parts = tuple[Tensor | None, Tensor | None]  # of a factor's gradient and of S or D, one for each split of the tokens
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of an adapter's tensors, float32
-
-
-class Layer(NamedTuple):
-    """A layer of the block in a backward. A frozen one has a weight alone."""
-
-    weight: Tensor  # [N, K]
-    adapter: Adapter | None = None
-    flat_scales: Tensor | None = None
-    product: Tensor | None = None  # [M, N], for S
-    u: Tensor | None = None  # in parts, for dB
-    options: Options = Options(1.0)
-    needs: Needs = Needs(True, False, False, False, False)
-
-    def sums(self) -> tuple[bool, bool]:
-        """Whether S and D are needed."""
-        members = given(self.adapter).members
-        return self.needs.sums(members, self.needs.norm_paths(members, self.options))
-
-    def row_scale(self) -> Tensor | None:
-        A = given(self.adapter).lora_A
-        return split_scales(self.flat_scales, self.weight.shape, A.shape[0], given(self.adapter).members).row_scale
-
-    def keywords(self) -> dict:
-        """Of a stage."""
-        scaling, norm_order, detach_norm, _, eps, _ = self.options
-        return {
-            "scaling": scaling, "norm_order": norm_order, "detach_norm": detach_norm, "eps": eps, "needs": self.needs,
-            "weight_precision": triton_backend._precision(self.weight.dtype),
-        }  # fmt: skip
+from .reader_kernels import Gradients, Layer, Parts, combined, gradients_of
 
 
 def can_run(e: Tensor, layers: tuple[Layer, Layer, Layer]) -> bool:
@@ -70,7 +36,7 @@ def can_run(e: Tensor, layers: tuple[Layer, Layer, Layer]) -> bool:
         return False
     for layer in layers:
         if layer.adapter is not None:
-            if layer.options.backend != "triton" or layer.adapter.lora_A.shape[0] > gated_rank(e.dtype):
+            if layer.options.backend != "triton" or layer.adapter.lora_A.shape[0] > joint_rank(e.dtype):
                 return False
     down = layers[2]
     return down.adapter is None or down.product is not None or not down.sums()[0]
@@ -89,8 +55,8 @@ def backward(
     """dx [..., K], and the gradients of the adapters of gate, up and down, of dy [..., N], x [..., K], e, f [..., I].
 
     x, or what it was made from; it is made after e, f and dh were read, when memory is free again. Without dropout and
-    float16, for ranks up to ``config.gated_rank``; e and f are products without a bias. ``recipe`` is the forward's,
-    where it was one stage.
+    float16, for ranks up to ``joint_rank``; e and f are products without a bias. ``recipe`` is the forward's, where it
+    was one stage.
     """
     dy, e, f = as_rows(dy), e.contiguous(), f.contiguous()
     with operators.context("triton", dy):
@@ -126,11 +92,11 @@ def _joined(dy, x, norm_weight, e, f, *tensors, members, activation, norm, preci
     def make_x() -> Tensor | None:
         return flat(x) if norm is None else rms.rms_norm(flat(x), norm_weight, *norm)
 
-    dx, gradients = _backward(flat(dy), make_x, flat(e), flat(f), layers, activation, add)
+    dx, gradients = _backward(flat(dy), make_x, flat(e), flat(f), layers, activation, add, in_a_stage=True)
     return None if dx is None else unflat(dx, dy.shape[:-1]), *[gradient for own in gradients for gradient in own]
 
 
-def _backward(dy, make_x, e, f, layers, activation, add):
+def _backward(dy, make_x, e, f, layers, activation, add, in_a_stage=False):
     *readers, down = layers
     precision = triton_backend._precision(dy.dtype)
     v: Tensor | None = None
@@ -144,7 +110,7 @@ def _backward(dy, make_x, e, f, layers, activation, add):
         )  # fmt: skip
         of_down = dB_parts, S_parts
     df, *parts = _gate_sums(
-        e, f, dh, *[layer.row_scale() if layer.adapter is not None else None for layer in readers],
+        e, f, dh, *[layer.scales().row_scale if layer.adapter is not None else None for layer in readers],
         *[layer.u if layer.needs.lora_B else None for layer in readers], v if down.needs.lora_A else None,
         totals=(
             *[layer.adapter is not None and layer.sums()[0] for layer in readers],
@@ -158,10 +124,15 @@ def _backward(dy, make_x, e, f, layers, activation, add):
             down.weight, *down.adapter, down.flat_scales, *of_down, *parts[4:],
             stand_in=zero_stand_in(dy.dtype), **down.keywords(),
         )  # fmt: skip
-    x, dx, of_readers = make_x(), None, [df, dh]
+    of_readers = [dh, df]
     del df, dh
+    if in_a_stage and reader_kernels.share_sums(readers, dy.dtype):
+        of_rows = [tuple(parts[:2]), tuple(parts[2:4])]
+        shared_dx, gradients[:2] = reader_kernels.backward(of_readers, readers, make_x, of_rows, precision)
+        return shared_dx, gradients
+    x, dx = make_x(), None
     for i, layer in enumerate(readers):
-        d = of_readers.pop()
+        d = of_readers.pop(0)
         if layer.adapter is not None and any(layer.needs):
             own, *rest = _reader(
                 d, x, layer.weight, *layer.adapter, layer.flat_scales, *parts[2 * i : 2 * i + 2],
@@ -206,9 +177,9 @@ def _finish(
 ):  # fmt: skip
     """dA, dB, dm_row and dm_col."""
     adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
-    row = _combined(adapter, weight, flat_scales, (dB_parts, S_parts), True, options["eps"], stand_in)
-    col = _combined(adapter, weight, flat_scales, (dA_parts, D_parts), False, options["eps"], stand_in)
-    return _gradients(weight, adapter, flat_scales, row, col, stand_in=stand_in, **options)
+    row = combined(adapter, weight, flat_scales, (dB_parts, S_parts), True, options["eps"], stand_in)
+    col = combined(adapter, weight, flat_scales, (dA_parts, D_parts), False, options["eps"], stand_in)
+    return gradients_of(weight, adapter, flat_scales, row, col, stand_in=stand_in, **options)
 
 
 @stage
@@ -228,49 +199,13 @@ def _reader(
             scaling=options["scaling"], precision=precision,
         )  # fmt: skip
     with beside_last_launch():
-        row = _combined(adapter, weight, flat_scales, (dB_parts, S_parts), True, options["eps"], stand_in)
+        row = combined(adapter, weight, flat_scales, (dB_parts, S_parts), True, options["eps"], stand_in)
     parts: Parts = (None, None)
     if needs.lora_A or needs_D:
         parts = reduce(
             x, product if needs_D else None, v if needs.lora_A else None, scales.cancelled, None,
             dropout_p=0.0, precision=precision,
         )  # fmt: skip
-    col = _combined(adapter, weight, flat_scales, parts, False, options["eps"], stand_in)
-    gradients = _gradients(weight, adapter, flat_scales, row, col, stand_in=stand_in, **options)
+    col = combined(adapter, weight, flat_scales, parts, False, options["eps"], stand_in)
+    gradients = gradients_of(weight, adapter, flat_scales, row, col, stand_in=stand_in, **options)
     return dx if needs.x else None, *gradients
-
-
-def _combined(
-    adapter: Adapter, weight: Tensor, flat_scales: Tensor | None, parts: Parts, rows: bool, eps: float, stand_in: float
-) -> Sums:
-    """(5), (6) and (7) for one axis: the coefficient of its norm path, and the gradients of magnitude and factor."""
-    factor_parts, total_parts = parts
-    if factor_parts is None and total_parts is None:
-        return None, None, None
-    scales = split_scales(flat_scales, weight.shape, adapter.lora_A.shape[0], adapter.members)
-    scale, norm, magnitude, factor = (
-        (scales.row_scale, scales.row_norm, adapter.magnitude_row, adapter.lora_B)
-        if rows
-        else (scales.col_scale, scales.col_norm, adapter.magnitude_col, adapter.lora_A)
-    )
-    d_factor = None if factor_parts is None else empty(tuple(factor.shape), torch.float32, weight.device)
-    out = d_factor if rows or d_factor is None else d_factor.T
-    coefficient, d_magnitude = combine(
-        factor_parts, total_parts, scale, norm, magnitude, out, multiplier=1.0, eps=eps, stand_in=stand_in
-    )
-    return coefficient, d_magnitude, d_factor
-
-
-def _gradients(
-    weight, adapter, flat_scales, row: Sums, col: Sums, *,
-    scaling, norm_order, detach_norm, eps, stand_in, needs, weight_precision,
-) -> Gradients:  # fmt: skip
-    """dA, dB, dm_row and dm_col with the paths through the norms, as far as they are needed."""
-    if needs.norm_paths(adapter.members, Options(scaling, norm_order, detach_norm)):
-        scales = split_scales(flat_scales, weight.shape, adapter.lora_A.shape[0], adapter.members)
-        triton_backend.add_norm_paths(
-            weight, adapter, scales, row, col,
-            norm_order=norm_order, scaling=scaling, eps=eps, stand_in=stand_in, precision=weight_precision,
-        )  # fmt: skip
-    made = (col[2], row[2], row[1], col[1])
-    return tuple(g if need else None for g, need in zip(made, needs[1:], strict=True))  # type: ignore[return-value]

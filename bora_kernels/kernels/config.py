@@ -155,33 +155,6 @@ def gate_config() -> dict:
     return {"BLOCK_SIZE": 2048, "num_warps": 8}
 
 
-def gated_rank(dtype: torch.dtype) -> int:
-    """The largest rank for which ``gated.gate_sums`` keeps its three accumulators in registers."""
-    return 64 if is_half(dtype) else 32
-
-
-@lru_cache
-def gate_sums_config(
-    arch: int | str, processors: int, M: int, C: int, R: int, dtype: torch.dtype, aligned: bool
-) -> tuple[int, dict]:
-    """Splits of the tokens, and the configuration."""
-    block_r, warps, resident = max(16, 1 << (R - 1).bit_length()), 8, 1
-    if not is_half(dtype):
-        block_m, block_c, stages = 32, 32, 1
-    elif has_room(arch, aligned) and block_r == 32:
-        block_m, block_c, warps, stages, resident = 16, 32, 2, 3, 4
-    elif has_room(arch, aligned):
-        block_m, block_c, warps, stages, resident = 16, 64, 4, 3, 3 if block_r == 16 else 2
-    else:
-        block_m, block_c, stages = 32, 64, 2
-    slots = resident * processors if arch != 0 else 4
-    splits = splits_that_fill(cdiv(C, block_c), cdiv(M, block_m), slots, 6, 32)
-    return splits, {
-        "BLOCK_SIZE_M": block_m, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": block_r,
-        "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
-
-
 RMS_NORM_COLUMNS = 16384  # of which a tile holds whole rows
 
 

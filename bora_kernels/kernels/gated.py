@@ -23,7 +23,8 @@ from torch import Tensor
 from ..contract import Activation
 from ..replay.recording import empty, launch
 from .common import load_matrix, load_vector, round_with_dither
-from .config import cdiv, gate_config, gate_sums_config, is_aligned, target
+from .config import cdiv, gate_config, is_aligned, target
+from .joint_config import gate_sums_config
 
 
 @triton.jit

@@ -146,16 +146,32 @@ def _reduce_kernel(
         if pid_r == 0:  # a branch: Triton 3.9's interpreter takes no mask of a block and a scalar
             tl.store(total_parts_ptr + base, tl.sum(total, axis=0), mask=mask_c)
     if HAS_FACTOR:
-        if HAS_WORD:  # such a line has most of d_factor to itself: no other averages what rounding takes of it
+        if HAS_WORD:
             if word:
-                for m in tl.range(split * split_size, end, 16, num_stages=1):  # rare: few registers
-                    offs_m = m + tl.arange(0, 16)
-                    t = load_matrix(t_ptr, offs_m, offs_c, end, C, stride_tm, stride_tc)
-                    projection = load_matrix(projection_ptr, offs_m, offs_r, end, R, R, 1)
-                    low = (projection - projection.to(t.dtype).to(tl.float32)).to(t.dtype)
-                    acc = tl.dot(tl.trans(t), low, acc, input_precision=PRECISION)
+                acc = add_low_term(
+                    acc, t_ptr, projection_ptr, offs_c, offs_r, split * split_size, end, C, stride_tm, stride_tc,
+                    R, PRECISION,
+                )  # fmt: skip
         ptrs = factor_parts_ptr + base[:, None] * R + offs_r[None, :]
         tl.store(ptrs, acc, mask=mask_c[:, None] & (offs_r < R)[None, :])
+
+
+@triton.jit
+def add_low_term(
+    acc, t_ptr, projection_ptr, offs_c, offs_r, start, end, C, stride_tm, stride_tc,
+    R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + tᵀ·(what the projection lost when it was rounded), over the tokens from start to end.
+
+    A cancelled line has most of d_factor to itself: no other averages what rounding takes of it.
+    """
+    for m in tl.range(start, end, 16, num_stages=1):  # rare: few registers
+        offs_m = m + tl.arange(0, 16)
+        t = load_matrix(t_ptr, offs_m, offs_c, end, C, stride_tm, stride_tc)
+        projection = load_matrix(projection_ptr, offs_m, offs_r, end, R, R, 1)
+        low = (projection - projection.to(t.dtype).to(tl.float32)).to(t.dtype)
+        acc = tl.dot(tl.trans(t), low, acc, input_precision=PRECISION)
+    return acc
 
 
 def project(

@@ -1,4 +1,4 @@
-"""Layers of a block as one stage: the bits of the layers one by one, and when they are one."""
+"""Layers of a block as one stage: what the layers give one by one, and when they are one."""
 
 import pytest
 import torch
@@ -58,20 +58,25 @@ def run(block, x, layers, offset=None):
     return results(shared_input(normed, layers, origin), x, layers)
 
 
-def assert_same(found, expected):
+def assert_same(found, expected, block):
+    """The same bits; gradients of layers that share sums over x within the rounding of another order of adding."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+        if block == "mlp" or name.startswith("y"):
+            assert torch.equal(found[name], value), name
+        else:
+            error = (found[name].double() - value.double()).norm() / value.double().norm()
+            assert error <= (2**-8 if value.dtype == torch.bfloat16 else 1e-5), (name, error)
 
 
 @both
 @pytest.mark.parametrize("kinds", [BORA, ("dora", "columns", "lora")], ids=["bora", "mixed"])
 @pytest.mark.parametrize("offset", [None, 1.0], ids=["x", "norm"])
-def test_the_bits_of_layers_one_by_one(block, kinds, offset, stages, one_by_one):
+def test_the_same_as_layers_one_by_one(block, kinds, offset, stages, one_by_one):
     layers, x = layers_of(block, kinds), tokens(torch.bfloat16)
     found = run(block, x, layers, offset)
     assert stages == ["_forward", "_joined" if block == "mlp" else "_backward"]
-    assert_same(found, one_by_one(lambda: run(block, x, layers, offset)))
+    assert_same(found, one_by_one(lambda: run(block, x, layers, offset)), block)
 
 
 @both
@@ -80,7 +85,7 @@ def test_shapes_of_x(block, shape, stages, one_by_one):
     layers, x = layers_of(block), tokens(torch.bfloat16, shape)
     found = run(block, x, layers)
     assert len(stages) == 2 and found["y0"].shape[:-1] == shape[:-1]
-    assert_same(found, one_by_one(lambda: run(block, x, layers)))
+    assert_same(found, one_by_one(lambda: run(block, x, layers)), block)
 
 
 @both
@@ -93,11 +98,12 @@ def test_x_and_gradients_that_do_not_lie_in_rows(block, stages, one_by_one):
         outputs = [gated_mlp(x, *layers, "silu")] if block == "mlp" else shared_input(x, layers)
         given = dys[2:] if block == "mlp" else dys
         adapters = [t for layer in layers for t in layer.adapter]
-        return dict(enumerate((*outputs, *torch.autograd.grad(outputs, [x, *adapters], given))))
+        made = {f"y{i}": y for i, y in enumerate(outputs)}
+        return made | {str(i): g for i, g in enumerate(torch.autograd.grad(outputs, [x, *adapters], given))}
 
     found = step()
     assert len(stages) == 2
-    assert_same(found, one_by_one(step))
+    assert_same(found, one_by_one(step), block)
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "dx alone"])
@@ -109,7 +115,7 @@ def test_biases_and_what_is_needed(trained, grad, stages, one_by_one):
     layers[2].bias.requires_grad_()
     found = run("readers", x, layers)
     assert len(stages) == 2
-    assert_same(found, one_by_one(lambda: run("readers", x, layers)))
+    assert_same(found, one_by_one(lambda: run("readers", x, layers)), "readers")
 
 
 def test_a_trained_bias(stages):
@@ -144,8 +150,8 @@ def test_scales_are_made_once_in_a_scope(block, stages, one_by_one):
         changed = run(block, x, layers)
     assert len(stages) == 6
     for each in found:
-        assert_same(each, expected)
-    assert_same(changed, one_by_one(lambda: run(block, x, layers)))
+        assert_same(each, expected, block)
+    assert_same(changed, one_by_one(lambda: run(block, x, layers)), block)
 
 
 @both
@@ -153,7 +159,7 @@ def test_checkpointed_and_without_gradients(block, stages, one_by_one):
     layers, x = layers_of(block), tokens(torch.bfloat16)
     call = (lambda x: (gated_mlp(x, *layers, "silu"),)) if block == "mlp" else (lambda x: shared_input(x, layers))
     expected = one_by_one(lambda: results(call(x), x, layers))
-    assert_same(results(checkpoint(call, x, use_reentrant=False), x, layers), expected)
+    assert_same(results(checkpoint(call, x, use_reentrant=False), x, layers), expected, block)
     with torch.no_grad():
         stages.clear()
         for i, y in enumerate(call(x)):

@@ -37,6 +37,7 @@ from helpers.recorded_launches import (
     run_mixed_batch,
     run_norm,
     run_reads,
+    run_shared_sums,
     run_sums,
     run_weight_or_v,
 )
@@ -135,6 +136,7 @@ def test_every_launch_compiles_within_the_targets_limits(arch, launches, monkeyp
     for case in (*CASES, *(MANY_RANKS if many_ranks else ())):
         run_layer(case)
         run_gate(case)
+        run_shared_sums(case)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for M in (1, 16, 64, 200, 2048):
             run_mixed_batch(dtype, M, 16)

@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
-from bora_kernels.kernels.config import cdiv, gate_sums_config, project_config, reduce_config
+from bora_kernels.kernels.config import cdiv, project_config, reduce_config
+from bora_kernels.kernels.joint_config import gate_sums_config, shared_sums_config
 from bora_kernels.kernels.mixed_config import mixed_apart_config, mixed_few_config, mixed_project_config
 from bora_kernels.kernels.wide_config import project_wide_config, reduce_wide_config
 
@@ -43,9 +44,12 @@ def test_passes_over_tokens_leave_no_third_of_the_device_idle(arch, dtype, align
 
 @pytest.mark.parametrize("processors", [78, 108, 132, 148])
 @pytest.mark.parametrize("R", [1, 16, 24, 32, 64])
-def test_sums_of_a_gated_mlp_leave_no_third_of_the_device_idle(R, processors):
+@pytest.mark.parametrize(
+    "config_of, layers", [(gate_sums_config, ()), (shared_sums_config, (2,)), (shared_sums_config, (3,))]
+)
+def test_sums_of_several_layers_leave_no_third_of_the_device_idle(config_of, layers, R, processors):
     for M, C in itertools.product(TOKENS, SIZES):
-        splits, config = gate_sums_config(90, processors, M, C, R, torch.bfloat16, True)
+        splits, config = config_of(90, processors, M, C, R, torch.bfloat16, True, *layers)
         blocks, steps = cdiv(C, config["BLOCK_SIZE_C"]), cdiv(M, config["BLOCK_SIZE_M"])
         assert 1 <= splits <= min(32, steps)
         assert (splits - 1) * cdiv(steps, splits) < steps, "a split has nothing to do"

@@ -63,6 +63,7 @@ def exercise(at):
             results["gram", guarding] = {"sum": sum_of_grams(at if guarding else None)}
             results["gate", guarding] = gate_of_mlp(at if guarding else None)
             results["norm", guarding] = norm_of_rows(at if guarding else None)
+            results["sums", guarding] = sums_of_layers(at if guarding else None)
             for M in (5, 131):
                 results[f"mixed batch of {M}", guarding] = {"y": mixed_batch(M, at if guarding else None)}
             for adapters in (1, 3):  # parts added by a launch of their own
@@ -166,6 +167,24 @@ def gate_of_mlp(at):
         *[part for pair in sums for part in pair],
     ]
     return {str(number): tensor for number, tensor in enumerate(made)}
+
+
+def sums_of_layers(at):
+    """Sums over x for two layers and for three, of several ranks."""
+    from bora_kernels.kernels.shared_sums import Share, shared_sums
+
+    M, C, made = 37, 75, {}
+    for ranks in ((3, 17, 1), (2, 0)):
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(M, C)] * (1 + len(ranks)) + [(M, R) for R in ranks if R]
+        tensors = [torch.randn(shape, generator=generator) for shape in shapes] + [torch.ones(2)]
+        x, *rest = tensors if at is None else [guarded(tensor, at) for tensor in tensors]
+        dxs, vs = rest[: len(ranks)], [*rest[len(ranks) : -1], None]
+        shares = [Share(dx, v, True, rest[-1]) for dx, v in zip(dxs, vs, strict=False)]
+        dx, sums = shared_sums(x, shares, precision="ieee")
+        made |= {f"dx of {len(ranks)}": dx}
+        made |= {f"{len(ranks)} {i}": part for i, pair in enumerate(sums) for part in pair if part is not None}
+    return made
 
 
 def norm_of_rows(at):
