@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
 import warnings
+import zlib
 from importlib import metadata
 
 import pytest
@@ -55,7 +57,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="compile every variant of a kernel for every GPU, not as few as have every tile and value",
     )
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow too, a few minutes' worth")
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too, and all cases of all tests")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported: the many collections that tests ask for would look at it each time
 
 
 def pytest_report_header() -> str:
@@ -68,6 +74,10 @@ def pytest_report_header() -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     present = torch.cuda.device_count() if CUDA else 0
+    if not config.getoption("--slow"):
+        chosen = _sample(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
@@ -76,6 +86,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if present < needed:
                 reason = {1: "needs a CUDA device", 2: "needs two GPUs"}[needed]
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _sample(items: list[pytest.Item]) -> set[pytest.Item]:
+    """What runs: of a test that is marked sampled the cases whose names a checksum picks, one at least."""
+    chosen: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        marker = item.get_closest_marker("sampled")
+        test = item.nodeid if marker is None else item.nodeid.split("[")[0]
+        picked = chosen.setdefault(test, [])
+        if marker is None or zlib.crc32(item.name.encode()) % marker.args[0] == 0 or not picked:
+            picked.append(item)
+    return {item for picked in chosen.values() for item in picked}
 
 
 @pytest.fixture

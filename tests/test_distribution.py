@@ -39,6 +39,7 @@ def build(source: Path, kind: str) -> Path:
     return source / "dist" / done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_sdist_runs_its_own_tests(source, tmp_path):
     with tarfile.open(build(source, "sdist")) as archive:
         archive.extractall(tmp_path, filter="data")

@@ -87,7 +87,7 @@ def test_cases_are_the_goals_and_mixed():
     assert [len(sweep.providers(case)) for case in sorted(chosen, key=lambda case: case.rank)] == [3, 3, 4, 4]
 
 
-@pytest.mark.parametrize("dtype, rank", [("fp32", 4), ("bf16", 64)])
+@pytest.mark.parametrize("dtype, rank", [("fp32", 4), pytest.param("bf16", 64, marks=pytest.mark.slow)])
 def test_a_case_is_checked_and_timed(dtype, rank):
     """Adapters in half precision, too; and a provider that is wrong has no time."""
     harness = Harness(torch.device("cpu"), budget=0.005, least_rounds=1, commit="abc")

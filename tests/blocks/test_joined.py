@@ -11,6 +11,7 @@ import bora_kernels
 from bora_kernels.blocks import NormOrigin, gated_mlp, rms_norm, shared_input
 from bora_kernels.ops import autograd, calls
 
+pytestmark = pytest.mark.sampled(2)
 EPS = 1e-5
 SIZES = {"mlp": ((I, K), (I, K), (N, I)), "readers": ((N, K), (2 * N, K), (I, K))}
 BORA = ("bora", "bora", "bora")

@@ -67,7 +67,11 @@ def assert_as_on_one_process(actual: dict, run: Run, device: str = "cpu") -> Non
 
 @pytest.mark.parametrize(
     "world_size, run",
-    [(world_size, run) for world_size, runs in RUNS_ON.items() for run in runs],
+    [
+        pytest.param(world_size, run, marks=[pytest.mark.slow] * (world_size > 2))
+        for world_size, runs in RUNS_ON.items()
+        for run in runs
+    ],
     ids=lambda value: str(value) if isinstance(value, Run) else f"{value}ranks",
 )
 def test_five_steps_equal_those_of_one_process(world_size, run):

@@ -33,7 +33,9 @@ def losses(model, device):
     return {"losses": torch.stack(found)}
 
 
-@pytest.mark.parametrize("make", MODELS.values(), ids=list(MODELS))
+@pytest.mark.parametrize(
+    "make", [pytest.param(make, id=kind, marks=[pytest.mark.slow] * (kind != "bora")) for kind, make in MODELS.items()]
+)
 def test_losses_of_two_hundred_steps(make, device, monkeypatch):
     model = make(make_base())
     model.get_output_embeddings().weight.data *= 8  # of a head that was drawn, which does not learn

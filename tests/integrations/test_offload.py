@@ -152,6 +152,7 @@ def test_convert_refuses_a_model_on_disk_and_leaves_it(device_map, load):
 # ---- DeepSpeed ----
 
 
+@pytest.mark.slow  # DeepSpeed compiles an extension first
 @pytest.mark.parametrize("way", ["convert", "peft"])
 def test_gradients_under_zero_stage_3(way):
     """One process; the model is made in ``zero.Init``, so that no weight is whole outside of its layer's call."""

@@ -10,6 +10,8 @@ from bora_kernels import replay_disabled
 from bora_kernels.kernels import config, gemm
 from bora_kernels.kernels.config import cdiv, gemm_tile
 
+pytestmark = pytest.mark.sampled(2)
+
 
 @pytest.fixture
 def in_two_launches(monkeypatch):

@@ -8,6 +8,8 @@ pytest.importorskip("triton", reason="needs triton")
 
 from bora_kernels.kernels.gram import add_gram
 
+pytestmark = pytest.mark.sampled(2)
+
 
 @pytest.mark.parametrize("splits", [2, 5, 8, 13])
 def test_parts_are_added_one_after_the_other_and_nothing_else_changes(splits, device):

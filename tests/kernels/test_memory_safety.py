@@ -210,7 +210,7 @@ def guarding_allocator(allocate, at):
 
 @pytest.mark.skipif(interpreter_problem() is not None, reason=str(interpreter_problem()))
 @pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
-@pytest.mark.parametrize("at", ["start", "end"])
+@pytest.mark.parametrize("at", [pytest.param("start", marks=pytest.mark.slow), "end"])
 def test_kernels_stay_within_their_tensors(at, interpreter_bf16):
     result = run_isolated(exercise, at)
     assert not faulted(result), result.stderr.decode()

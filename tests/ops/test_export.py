@@ -12,6 +12,8 @@ from torch import nn
 
 from bora_kernels import FusedBoraLinear, FusedColumnLinear, FusedDoraLinear, convert, merge_adapter
 
+pytestmark = pytest.mark.sampled(2)
+
 
 class Model(nn.Module):
     """Two layers with something between them, so that a layer's input has a gradient."""

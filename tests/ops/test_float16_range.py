@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.cases import Case, backends, check_layer, conventions, orders
 
+pytestmark = pytest.mark.sampled(2)
 FP16 = torch.float16
 
 

@@ -14,6 +14,7 @@ from bora_kernels.contract import Adapter, Options
 from bora_kernels.functional import bora_linear
 from bora_kernels.ops import overwritten
 
+pytestmark = pytest.mark.sampled(2)
 KINDS = {"bora": ("bora", False), "dora": ("dora", True)}
 each_kind = pytest.mark.parametrize("member, detach_norm", KINDS.values(), ids=list(KINDS))
 each_backend = pytest.mark.parametrize("backend", ["torch", "triton"])

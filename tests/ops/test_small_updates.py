@@ -21,6 +21,7 @@ from bora_kernels.contract import Adapter, Options
 from bora_kernels.ops.adapted_weight import effective_weight
 from bora_kernels.reference import bora_linear_ref, bora_weight_ref
 
+pytestmark = pytest.mark.sampled(2)
 M, N, K, R = 4096, 128, 64, 8
 SCALING = 0.5
 STEP = 1e-3

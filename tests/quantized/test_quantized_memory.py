@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from bora_kernels import FusedBoraLinear, bora_linear, quantized, reuse_scales
 from bora_kernels.ops import operators
 
+pytestmark = pytest.mark.sampled(2)
+
 
 def saved_by(layer, x):
     saved = []

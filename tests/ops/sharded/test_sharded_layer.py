@@ -27,6 +27,7 @@ from bora_kernels.reference import bora_linear_ref
 
 # ---- the layer ----
 
+pytestmark = pytest.mark.sampled(2)
 LAYERS = {
     f"{by}-{case}-{'detached' if detach_norm else 'exact'}-{backend}": (by, case, detach_norm, backend, 1.0)
     for by in PLACEMENTS
