@@ -19,7 +19,8 @@ from ..contract import Activation, Adapter, flat, unflat
 from ..kernels import gated, rms
 from ..kernels.add import add
 from ..ops import operators, triton_backend
-from ..replay.stage import stage
+from ..ops.triton_parts import product_precision
+from ..replay.stage import compiled_with, stage
 from . import reader_kernels
 from .projection import Made, Member, Norm, Tensors
 from .reader_kernels import Layer
@@ -87,7 +88,7 @@ def _backward(dy, x, norm_weight, *tensors, members, norm, precision):
     for (weight, *adapter, flat_scales, product, u), (options, needs) in zip(layers, members, strict=True):
         readers.append(Layer(weight, Adapter(*adapter), flat_scales, flat(product), u, options, needs))
     if reader_kernels.share_sums(readers, dy.dtype):
-        rows, of_dy = [flat(dy) for dy in dys], triton_backend._precision(dy.dtype)
+        rows, of_dy = [flat(dy) for dy in dys], product_precision(dy.dtype)
         shared_dx, of_layers = reader_kernels.backward(rows, readers, make_x, None, of_dy)
         return unflat(shared_dx, dy.shape[:-1]), *[gradient for own in of_layers for gradient in own]
     x, dx = make_x(), None
@@ -100,6 +101,25 @@ def _backward(dy, x, norm_weight, *tensors, members, norm, precision):
         dx = own_dx if dx is None else dx if own_dx is None else add(dx, own_dx)
         gradients += rest
     return dx, *gradients
+
+
+@compiled_with(_forward)
+def _their_backward(results, x, *tensors, members, activation, precision) -> None:
+    """The launches for the gradients that are needed, of layers that read x itself."""
+    if not all(any(member.needs) for member in members):
+        return
+    layers: list[Any] = []
+    for number, (weight, *adapter, scales, _) in enumerate(_split(tensors, _FORWARD)):
+        made = Made(*results[4 * number : 4 * number + 4])
+        product = made.y if made.product is None else made.product
+        layers += [weight, *adapter, scales if made.scales is None else made.scales, product, made.u]
+    ys, read = results[::4], {"norm": None, "precision": precision}
+    if activation is None:
+        _backward(ys[0], x, None, *ys[1:], *layers, members=members, **read)
+        return
+    from . import mlp_kernels  # which imports this module
+
+    mlp_kernels._joined(ys[2], x, None, *ys[:2], *layers, members=members, activation=activation, **read)
 
 
 def _forward_of(x: Tensor, own: Tensors, member: Member) -> tuple[Tensor | None, ...]:
@@ -121,7 +141,7 @@ def _settings(layers: Sequence[Tensors], prepared: object, is_wide: bool) -> dic
 
 def float32_precision(is_wide: bool) -> str | None:
     """How float32 is multiplied, which launches depend on where there is any."""
-    return triton_backend._precision(torch.float32) if is_wide else None
+    return product_precision(torch.float32) if is_wide else None
 
 
 def _split(tensors: tuple, size: int) -> list[tuple]:

@@ -19,8 +19,9 @@ from ..kernels.add import add
 from ..kernels.gated import Side, gate_sums
 from ..kernels.joint_config import joint_rank
 from ..kernels.low_rank import reduce
-from ..ops import operators, triton_backend
+from ..ops import operators
 from ..ops.calls import prepare_backward
+from ..ops.triton_parts import product_precision, through
 from ..replay.recording import beside_last_launch
 from ..replay.stage import stage
 from . import reader_kernels
@@ -98,7 +99,7 @@ def _joined(dy, x, norm_weight, e, f, *tensors, members, activation, norm, preci
 
 def _backward(dy, make_x, e, f, layers, activation, add, in_a_stage=False):
     *readers, down = layers
-    precision = triton_backend._precision(dy.dtype)
+    precision = product_precision(dy.dtype)
     v: Tensor | None = None
     of_down: Parts = (None, None)
     if down.adapter is None:
@@ -152,7 +153,7 @@ def _down(
     """dh, v and the parts of dB and S."""
     adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
     scales = split_scales(flat_scales, weight.shape, lora_A.shape[0], adapter.members)
-    dh, _, v = triton_backend.through(
+    dh, _, v = through(
         dy, weight, adapter, scales, None, needs_dx=True, needs_D=True, scaling=scaling, precision=precision
     )
     if u is None and not needs_S:
@@ -194,7 +195,7 @@ def _reader(
     needs_D, dx = needs.sums(members, paths)[1], None
     scales = split_scales(flat_scales, weight.shape, lora_A.shape[0], members)
     if needs.x or needs.lora_A or needs_D:
-        dx, product, v = triton_backend.through(
+        dx, product, v = through(
             dy_scaled, weight, adapter, scales, None, folded=True, needs_dx=needs.x or needs_D, needs_D=needs_D,
             scaling=options["scaling"], precision=precision,
         )  # fmt: skip

@@ -20,8 +20,7 @@ from ..kernels.combine import combine
 from ..kernels.joint_config import joint_rank
 from ..kernels.low_rank import reduce
 from ..kernels.shared_sums import Share, shared_sums
-from ..ops import triton_backend
-from ..ops.triton_backend import Sums
+from ..ops.triton_parts import Sums, add_norm_paths, product_precision, through
 from ..replay.recording import beside_last_launch, empty
 
 Parts = tuple[Tensor | None, Tensor | None]  # of a factor's gradient and of S or D, one for each split of the tokens
@@ -53,7 +52,7 @@ class Layer(NamedTuple):
         scaling, norm_order, detach_norm, _, eps, _ = self.options
         return {
             "scaling": scaling, "norm_order": norm_order, "detach_norm": detach_norm, "eps": eps, "needs": self.needs,
-            "weight_precision": triton_backend._precision(self.weight.dtype),
+            "weight_precision": product_precision(self.weight.dtype),
         }  # fmt: skip
 
 
@@ -83,7 +82,7 @@ def backward(
     for layer in layers:
         dy, adapter, scales = dys.pop(0), given(layer.adapter), layer.scales()
         needs_S, needs_D = layer.sums()
-        dx, _, v = triton_backend.through(
+        dx, _, v = through(
             dy, layer.weight, adapter, scales, None, folded=row_parts is not None, needs_dx=True, needs_D=needs_D,
             scaling=layer.options.scaling, precision=precision,
         )  # fmt: skip
@@ -139,7 +138,7 @@ def gradients_of(
     """dA, dB, dm_row and dm_col with the paths through the norms, as far as they are needed."""
     if needs.norm_paths(adapter.members, Options(scaling, norm_order, detach_norm)):
         scales = split_scales(flat_scales, weight.shape, adapter.lora_A.shape[0], adapter.members)
-        triton_backend.add_norm_paths(
+        add_norm_paths(
             weight, adapter, scales, row, col,
             norm_order=norm_order, scaling=scaling, eps=eps, stand_in=stand_in, precision=weight_precision,
         )  # fmt: skip

@@ -15,14 +15,10 @@ from torch import Tensor
 from ..contract import (
     Adapter,
     Needs,
-    NormOrder,
     Options,
-    Scales,
     Slots,
     flat,
-    given,
     scales_size,
-    separate_product,
     split_scales,
     unflat,
     zero_stand_in,
@@ -31,16 +27,9 @@ from ..kernels import mixed, norms
 from ..kernels.combine import combine
 from ..kernels.gemm import scaled_gemm
 from ..kernels.low_rank import project, reduce
-from ..kernels.tail import add_parts
 from ..replay.recording import beside_last_launch, empty
-from ..replay.stage import stage
-
-try:  # what PyTorch's products follow, whichever of its settings was used; the attribute below takes 1.5 µs
-    from torch._C import _get_fp32_precision_getter as _matmul_precision
-except ImportError:
-
-    def _matmul_precision(backend: str, op: str) -> str:
-        return torch.backends.cuda.matmul.fp32_precision
+from ..replay.stage import compiled_with, stage
+from .triton_parts import add_norm_paths, kept_product, product_precision, through
 
 
 def forward(
@@ -65,8 +54,8 @@ def forward(
     return _forward(
         x, weight, *adapter, flat_scales, bias, seed,
         scaling=options.scaling, norm_order=options.norm_order, dropout_p=options.dropout_p, eps=options.eps,
-        products=products, **_kept_product(save_product, x.dtype, bias),
-        precision=_precision(x.dtype), weight_precision=_precision(weight.dtype), prepared=prepared,
+        products=products, **kept_product(save_product, x.dtype, bias),
+        precision=product_precision(x.dtype), weight_precision=product_precision(weight.dtype), prepared=prepared,
     )  # fmt: skip
 
 
@@ -134,7 +123,7 @@ def backward(
         dy, x, weight, *adapter, flat_scales, product, u, seed,
         scaling=options.scaling, norm_order=options.norm_order, detach_norm=options.detach_norm,
         dropout_p=options.dropout_p, eps=options.eps, needs=needs,
-        precision=_precision(dy.dtype), weight_precision=_precision(weight.dtype), prepared=prepared,
+        precision=product_precision(dy.dtype), weight_precision=product_precision(weight.dtype), prepared=prepared,
     )  # fmt: skip
 
 
@@ -190,67 +179,21 @@ def _backward(
     return tuple(result if need else None for result, need in zip(results, needs, strict=True))
 
 
-def through(
-    dy: Tensor,
-    weight: Tensor,
-    adapter: Adapter,
-    scales: Scales,
-    seed: Tensor | None,
-    *,
-    folded: bool = False,
-    needs_dx: bool,
-    needs_D: bool,
-    scaling: float,
-    dropout_p: float = 0.0,
-    precision: str,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """(3) and (4) in a stage: dx and the product that D is made from, where needed, and v. ``folded``: dy is dy⊙a."""
-    lora_A, lora_B, word = adapter.lora_A, adapter.lora_B, None if dropout_p else scales.cancelled
-    dy_scaled, parts, rounded_parts = project(
-        dy, lora_B.T, None if folded else scales.row_scale, word, None,
-        scaling=scaling, dropout_p=0.0, precision=precision,
-    )  # (3)  # fmt: skip
-    if not needs_dx:
-        return None, None, add_parts(parts, rounded_parts, word)[0]
-    dx, product, v = scaled_gemm(
-        dy_scaled, weight.T, parts, rounded_parts, lora_A, lora_B, word, scales.col_scale, None, seed,
-        scaling=scaling, dropout_p=dropout_p, precision=precision, **_kept_product(needs_D, dy.dtype, None),
-    )  # (4)  # fmt: skip
-    return dx, product, v
-
-
-Sums = tuple[Tensor | None, Tensor | None, Tensor | None]  # of an axis: −S / norm², d_magnitude, d_factor
-
-
-def add_norm_paths(
-    weight: Tensor,
-    adapter: Adapter,
-    scales: Scales,
-    row_sums: Sums,
-    col_sums: Sums,
-    *,
-    norm_order: NormOrder,
-    scaling: float,
-    eps: float,
-    stand_in: float,
-    precision: str,
-) -> None:
-    """(8) to (11) in a stage: added to what the sums over tokens gave."""
-    lora_A, lora_B, magnitude_row, magnitude_col = adapter
-    coefficient, dm_row, dB = row_sums
-    row = norms.Axis(
-        weight, lora_B, scales.row_norm, scales.row_scale, magnitude_row, coefficient, scales.row_product, dm_row, dB
-    )
-    coefficient, dm_col, dA = col_sums
-    col = norms.Axis(
-        weight.T, lora_A.T, scales.col_norm, scales.col_scale, magnitude_col,
-        coefficient, scales.col_product, dm_col, None if dA is None else dA.T,
-    )  # fmt: skip
-    first, second = (row, col) if adapter.members.rows_first(norm_order) else (col, row)
-    common: dict = {"scaling": scaling, "eps": eps, "stand_in": stand_in, "precision": precision}
-    norms.add_norm_path(first, second, given(scales.cancelled), first=True, **common)  # (8), (9), (10)
-    if second.d_factor is not None:
-        norms.add_norm_path(second, first, given(scales.cancelled), first=False, **common)  # (11)
+@compiled_with(_forward)
+def _its_backward(
+    results, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, bias, seed, *,
+    scaling, norm_order, dropout_p, eps, products, save_product, stand_in, out_stand_in, precision, weight_precision,
+) -> None:  # fmt: skip
+    """The launches for all gradients, where the forward keeps something for them."""
+    y, product, u, made = results
+    if products or save_product or out_stand_in:
+        _backward(
+            y, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales if made is None else made,
+            y if product is None else product, u, seed,
+            scaling=scaling, norm_order=norm_order, detach_norm=not products, dropout_p=dropout_p, eps=eps,
+            needs=Needs(True, True, True, magnitude_row is not None, magnitude_col is not None),
+            precision=precision, weight_precision=weight_precision,
+        )  # fmt: skip
 
 
 def weighted_sums(
@@ -263,7 +206,7 @@ def weighted_sums(
     for the norms, said of that. ``signed`` says that c has entries of either sign.
     """
     return _weighted_sums(
-        W, P, Z, coefficient, cancelled, scaling=scaling, signed=signed, precision=_precision(W.dtype)
+        W, P, Z, coefficient, cancelled, scaling=scaling, signed=signed, precision=product_precision(W.dtype)
     )
 
 
@@ -274,25 +217,10 @@ def _weighted_sums(W, P, Z, coefficient, cancelled, *, scaling, signed, precisio
 
 def mixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, slots: Slots, tokens: int) -> Tensor:
     """The layer for a batch of several adapters: see ``ops.mixed``. Two launches, or three."""
-    return _mixed_linear(x, weight, bias, index, *slots, tokens=tokens, precision=_precision(x.dtype))[0]
+    return _mixed_linear(x, weight, bias, index, *slots, tokens=tokens, precision=product_precision(x.dtype))[0]
 
 
 @stage
 def _mixed_linear(x, weight, bias, index, lora_A, lora_B, row_scale, col_scale, *, tokens, precision):
     slots = Slots(lora_A, lora_B, row_scale, col_scale)
     return (mixed.mixed_linear(x, weight, bias, index, slots, tokens=tokens, precision=precision),)
-
-
-def _kept_product(needed: bool, dtype: torch.dtype, bias: Tensor | None) -> dict:
-    """Where ``scaled_gemm`` leaves a product that a magnitude gradient needs, and what a zero scale counts as there."""
-    apart, stand_in = needed and separate_product(dtype, bias), zero_stand_in(dtype)
-    return {"save_product": apart, "stand_in": stand_in, "out_stand_in": stand_in if needed and not apart else 0.0}
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied: in IEEE float32, or as three TF32 products that come close to it.
-
-    Plain TF32 truncates its operands, which costs an accuracy that no half-precision result has to spare.
-    """
-    exact = dtype == torch.float32 and _matmul_precision("cuda", "matmul") != "tf32"
-    return "ieee" if exact or torch.version.hip is not None else "tf32x3"

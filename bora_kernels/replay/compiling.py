@@ -42,6 +42,8 @@ class Missing:
     def compile(self) -> int:
         """Compile them side by side, and load them; returns how many they are.
 
+        Those of the longest source come first: nobody waits for the last of them alone.
+
         One that does not compile or load raises when it is launched, as it would have without this.
         """
         _known.update(self.launches)
@@ -49,21 +51,31 @@ class Missing:
             share_cache(launch.kernel, variant[0])
         with _compiling:
             with ThreadPoolExecutor(max(1, min(len(self.launches), _usable_cores()))) as pool:
-                compilations = {pool.submit(_compile, *item): item[0][0] for item in self.launches.items()}
+                longest = sorted(self.launches.items(), key=lambda item: -len(getattr(item[1].kernel, "src", "")))
+                compilations = {pool.submit(_compile, *item): item[0][0] for item in longest}
             for compilation, device in compilations.items():
                 with contextlib.suppress(Exception), torch.cuda.device(device):
                     load(compilation.result())
         return len(self.launches)
 
 
-def compile_stage(function: Callable[..., tuple], tensors: tuple, options: dict) -> None:
-    """Compile and load what a stage launches on these tensors and was not met before."""
+def compile_stage(
+    function: Callable[..., tuple], tensors: tuple, options: dict, then: Callable[..., None] | None = None
+) -> None:
+    """Compile and load what a stage launches on these tensors and was not met before, and what ``then`` does after it.
+
+    ``then`` takes the results, the tensors and the options.
+    """
     if torch.cuda.is_current_stream_capturing():
         return  # a capture forbids other threads what loading a kernel may need
     missing = Missing()
     try:
         with planning(missing):
-            function(*tensors, **options)
+            results = function(*tensors, **options)
+            if then is not None and missing.launches:
+                with contextlib.suppress(Exception):  # an error of it comes again when it runs
+                    then(results, *tensors, **options)
+        del results
         if missing.launches:
             missing.compile()
     except Exception:  # noqa: S110 # an error of the stage, or of a kernel, comes again when it runs

@@ -70,6 +70,23 @@ def stage(function: Callable[..., tuple]) -> Callable[..., tuple]:
     return call
 
 
+def compiled_with(first: Callable[..., tuple]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate ``plan(results, *tensors, **options)``: what it launches is compiled when the stage ``first`` is.
+
+    So the first step of a training waits for the compiler once, and not again in its backward. ``results`` are those of
+    ``first``, whose tensors and options follow; nothing is computed.
+    """
+
+    def register(plan: Callable[..., None]) -> Callable[..., None]:
+        _compiled_with[first.__wrapped__] = plan  # type: ignore[attr-defined]
+        return plan
+
+    return register
+
+
+_compiled_with: dict[Callable, Callable[..., None]] = {}
+
+
 def _check_memory(function: Callable, tensors: tuple) -> None:
     """Raise ValueError for a tensor whose memory was freed: a kernel that reads it would end all use of the device."""
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
@@ -83,7 +100,7 @@ def _record(function: Callable, plans: dict, key: tuple, tensors: tuple, options
     inputs = [tensor for tensor in tensors if tensor is not None]
     if _overlap(inputs):  # an address would not tell which of them a kernel read; others with this key may be apart
         return function(*tensors, **options)
-    compile_stage(function, tensors, options)
+    compile_stage(function, tensors, options, _compiled_with.get(function))
     recording, results = record(function, tensors, options)
     try:
         plan = Plan.of(recording, results, inputs[0].get_device())

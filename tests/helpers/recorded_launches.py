@@ -13,6 +13,7 @@ from bora_kernels import kernels
 from bora_kernels.contract import Adapter, Needs, Options, Slots, separate_product
 from bora_kernels.kernels import add, gated, joint_config, moments, nf4, products, rms, shared_sums, weight_or_v
 from bora_kernels.ops import triton_backend
+from bora_kernels.ops.triton_parts import product_precision
 
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
@@ -142,7 +143,7 @@ def run_gate(case: Case) -> None:
     whole = [gated.Side(torch.empty(case.N), torch.empty(case.M, case.R), True) for _ in range(3)]
     frozen = gated.Side(None, None, False)
     for activation in ("silu", "gelu", "gelu_tanh"):
-        gated.gate_sums(e, f, dh, tuple(whole), activation, precision=triton_backend._precision(case.dtype))
+        gated.gate_sums(e, f, dh, tuple(whole), activation, precision=product_precision(case.dtype))
     gated.gate_sums(e, f, dh, (whole[0], frozen, frozen), "silu", precision="ieee")
 
 
@@ -150,7 +151,7 @@ def run_shared_sums(case: Case) -> None:
     """Sums of two and three layers that read one x, on uninitialized tensors."""
     if case.R > joint_config.joint_rank(case.dtype):
         return
-    x, precision = torch.empty(case.M, case.K, dtype=case.dtype), triton_backend._precision(case.dtype)
+    x, precision = torch.empty(case.M, case.K, dtype=case.dtype), product_precision(case.dtype)
     share = shared_sums.Share(torch.empty_like(x), torch.empty(case.M, case.R), True, torch.empty(4))
     for shares in ([share] * 3, [share] * 2, [share._replace(v=None), share._replace(total=False, word=None)]):
         shared_sums.shared_sums(x, shares, precision=precision)

@@ -8,7 +8,7 @@ from helpers.cases import Case, check_layer
 
 pytest.importorskip("triton", reason="needs triton")
 
-from bora_kernels.ops import triton_backend
+from bora_kernels.ops.triton_parts import product_precision
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def test_products_follow_the_setting(name, device):
     change, expected = SETTINGS[name]
     change()
     if torch.version.hip is None:
-        assert triton_backend._precision(torch.float32) == expected
-    assert triton_backend._precision(torch.bfloat16) == triton_backend._precision(torch.float16)
+        assert product_precision(torch.float32) == expected
+    assert product_precision(torch.bfloat16) == product_precision(torch.float16)
     case = Case(9, 20, 24, 4)
     check_layer("triton", case.inputs(device), case.upstream(device))

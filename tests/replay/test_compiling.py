@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bora_kernels.replay import compiled, compiling
 from bora_kernels.replay.recording import PlannedLaunch, empty, launch, planning
-from bora_kernels.replay.stage import stage
+from bora_kernels.replay.stage import compiled_with, stage
 
 
 class Kernel:
@@ -91,6 +91,26 @@ def test_all_are_compiled_at_once_before_any_is_launched(log):
     assert [entry[0] for entry in log] == ["compiled"] * 3 + ["launched"] * 4
     assert {entry[1] for entry in log[:3]} == set(kernels)
     assert not any(entry[3] for entry in log[:3]) and all(entry[3] for entry in log[3:])
+
+
+@pytest.mark.filterwarnings("ignore:bora_kernels runs kernels as usual")
+@pytest.mark.parametrize("error", [None, ValueError("of the plan")], ids=["", "an error"])
+def test_what_follows_a_stage_is_compiled_with_it(log, error):
+    first, second = Kernel(log), Kernel(log)
+    forward, backward = stage_of(first), stage_of(second)
+
+    @compiled_with(forward)
+    def plan(results, t, *, rank):
+        assert results[0].shape == t.shape
+        backward(*results, rank=rank)
+        if error is not None:
+            raise error
+
+    forward(torch.zeros(32), rank=4)
+    assert [(what, kernel) for what, kernel, *_ in log if what == "launched"] == [("launched", first)]
+    assert {kernel for what, kernel, *_ in log if what == "compiled"} == {first, second}
+    backward(torch.zeros(32), rank=4)
+    assert [entry[0] for entry in log] == ["compiled", "compiled", "launched", "launched"]
 
 
 def test_kernels_are_loaded_where_no_thread_compiles_or_loads(log):

@@ -99,8 +99,8 @@ def test_either_setting_of_tf32(name):
         import torch
         {setting}
         from bora_kernels import FusedBoraLinear
-        from bora_kernels.ops import triton_backend
-        assert triton_backend._precision(torch.float32) == "{expected}"
+        from bora_kernels.ops.triton_parts import product_precision
+        assert product_precision(torch.float32) == "{expected}"
         module = FusedBoraLinear(192, 256, r=16, device="cuda")
         x = torch.randn(64, 192, device="cuda", requires_grad=True)
         for autocast in (False, True):
