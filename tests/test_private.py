@@ -17,7 +17,7 @@ PACKAGE = Path(_private.__file__).parent
 ELSEWHERE = {
     "replay/device.py": "has what stands in for each",
     "ops/layouts.py": "compares in Python without it",
-    "ops/triton_backend.py": "reads the public setting without it",
+    "ops/triton_parts.py": "reads the public setting without it",
     "ops/convolution.py": "TorchDispatchMode is documented, its module's name is not",
     "quantized/weights.py": "DisableTorchFunctionSubclass is documented",
     "contract.py": "_unsafe_view is an operator of ATen",

@@ -22,7 +22,7 @@ from .. import quantized
 from .._library import define
 from ..contract import Adapter, Evaluation, Needs, NormOrder, Options, evaluation, separate_product
 from ..ops import calls, operators, reuse, transforms, validation
-from . import joined, projection
+from . import projection
 from .projection import Kept, Part, Tensors
 
 Outputs = Sequence[tuple[Tensor, Kept]]  # of each layer
@@ -52,7 +52,7 @@ class Saved:
             self.offset, self.eps = norm
         self.calls: list[calls.Call | None] = []
         self.needs: tuple[Needs, ...] = ()
-        self.recipe: joined.Recipe | None = None
+        self.recipe: projection.Recipe | None = None
 
     def own(self) -> list[Tensors]:
         """The tensors of each layer."""

@@ -109,7 +109,7 @@ def _forward(
     tensors: Sequence[Tensor | None],
     requested: tuple[bool, ...],
     needs_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor, tuple[Kept, ...], tuple[Needs, ...], joined.Recipe | None]:
+) -> tuple[Tensor, Tensor, Tensor, tuple[Kept, ...], tuple[Needs, ...], projection.Recipe | None]:
     """y, e, f, what each layer leaves for backward, the gradients it has to produce; and how they are one stage."""
     own = of_gate, of_up, of_down = projection.split(parts, tensors)
     if compiled.is_traced():

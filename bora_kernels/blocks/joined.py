@@ -7,31 +7,15 @@ run one by one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..contract import Activation, Adapter, Needs, given
+from ..contract import Activation, Adapter, given
 from ..ops import autograd, calls, operators, overwritten, reuse
 from . import norms, projection
-from .projection import Kept, Member, Norm, Part, Tensors
-
-
-class Recipe(NamedTuple):
-    """What follows from the calls and from the gradients that are asked for, once for all blocks that are alike."""
-
-    together: calls.Joined  # what stands for the calls
-    members: tuple[Member, ...]
-    paths: tuple[bool, ...]  # whether a layer's backward needs what its norms have left over
-    sums: tuple[bool, ...]  # and the product
-    sizes: tuple[int, ...]  # of the layers' tensors
-    biases: tuple[bool, ...]  # whether their gradients are asked for
-    is_wide: bool  # whether anything is float32, for which PyTorch has a setting
-
-    @property
-    def needs(self) -> tuple[Needs, ...]:
-        return tuple([member.needs for member in self.members])
+from .norms import read_by
+from .projection import Kept, Member, Part, Recipe, Tensors, as_rows
 
 
 def recipe(
@@ -149,21 +133,6 @@ def _others(x: Tensor, count: int, is_mlp: bool) -> list[tuple[str, torch.Size |
     """What a backward gets after the first dy and before the layers' tensors: names, and shapes that are known."""
     read: list[tuple[str, torch.Size | None]] = [("x", x.shape), ("the norm's weight", None)]
     return [*read, ("e", None), ("f", None)] if is_mlp else [*[("dy", None)] * (count - 1), *read]
-
-
-def read_by(x: Tensor | None, origin: norms.NormOrigin | None) -> tuple[Tensor | None, Tensor | None, Norm | None]:
-    """What a stage reads: x, or what x is the norm of and the norm's weight, offset and eps."""
-    if origin is None:
-        return x, None, None
-    if norms.kernels_for(origin.x, origin.weight) is None:
-        return origin.output(), None, None
-    weight = origin.weight
-    return origin.x, weight if weight.is_contiguous() else weight.contiguous(), (origin.offset, origin.eps)
-
-
-def as_rows(t: Tensor) -> Tensor:
-    """A tensor that is a matrix, or is one as it lies in memory."""
-    return t if t.ndim == 2 or t.is_contiguous() else t.contiguous()
 
 
 def are_plain(tensors: Sequence[Tensor]) -> bool:

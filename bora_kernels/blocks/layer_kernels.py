@@ -3,8 +3,7 @@
     readers    y_i of layers that read one x;  backward: x̂ again where x is a norm's output, all gradients, dx = Σ dx_i
     MLP        e, f and y of a gated MLP; h lives inside the stage;  backward: see ``mlp_kernels``
 
-The launches, their order and so the results are those of the layers one by one, but for sums over x that the layers
-share (``reader_kernels``).
+The launches are those of the layers one by one, but for sums over x that the layers share (``reader_kernels``).
 """
 
 from __future__ import annotations
@@ -12,16 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..contract import Activation, Adapter, flat, unflat
 from ..kernels import gated, rms
 from ..kernels.add import add
 from ..ops import operators, triton_backend
-from ..ops.triton_parts import product_precision
+from ..ops.triton_parts import float32_precision, product_precision
 from ..replay.stage import compiled_with, stage
-from . import reader_kernels
+from . import mlp_kernels, reader_kernels
 from .projection import Made, Member, Norm, Tensors
 from .reader_kernels import Layer
 
@@ -68,12 +66,12 @@ def backward(
 
 @stage
 def _forward(x, *tensors, members, activation, precision):
-    results: list[Any] = []  # four of each layer
+    made: list[Made] = []
     for number, (own, member) in enumerate(zip(_split(tensors, _FORWARD), members, strict=True)):
         if activation is not None and number == 2:
-            x = gated.gate(results[0], results[4], activation)
-        results += _forward_of(x, own, member)
-    return tuple(results)
+            x = gated.gate(made[0].y, made[1].y, activation)
+        made.append(_forward_of(x, own, member))
+    return tuple([result for each in made for result in each])
 
 
 @stage
@@ -84,9 +82,7 @@ def _backward(dy, x, norm_weight, *tensors, members, norm, precision):
     def make_x() -> Tensor | None:
         return flat(x) if norm is None else rms.rms_norm(flat(x), norm_weight, *norm)
 
-    readers = []
-    for (weight, *adapter, flat_scales, product, u), (options, needs) in zip(layers, members, strict=True):
-        readers.append(Layer(weight, Adapter(*adapter), flat_scales, flat(product), u, options, needs))
+    readers = _layers(layers, members)
     if reader_kernels.share_sums(readers, dy.dtype):
         rows, of_dy = [flat(dy) for dy in dys], product_precision(dy.dtype)
         shared_dx, of_layers = reader_kernels.backward(rows, readers, make_x, None, of_dy)
@@ -116,20 +112,29 @@ def _their_backward(results, x, *tensors, members, activation, precision) -> Non
     ys, read = results[::4], {"norm": None, "precision": precision}
     if activation is None:
         _backward(ys[0], x, None, *ys[1:], *layers, members=members, **read)
-        return
-    from . import mlp_kernels  # which imports this module
+    elif any(own[6] is not None for own in _split(tensors, _FORWARD)[:2]):
+        return  # with a bias of gate or up they are layers one by one
+    elif mlp_kernels.can_run(ys[0], _layers(_split(tuple(layers), _BACKWARD), members)):
+        mlp_kernels._joined(ys[2], x, None, *ys[:2], *layers, members=members, activation=activation, **read)
 
-    mlp_kernels._joined(ys[2], x, None, *ys[:2], *layers, members=members, activation=activation, **read)
 
-
-def _forward_of(x: Tensor, own: Tensors, member: Member) -> tuple[Tensor | None, ...]:
+def _forward_of(x: Tensor, own: Tensors, member: Member) -> Made:
     weight, *adapter, flat_scales, bias = own
     options, needs = member
     paths = needs.norm_paths(Adapter(*adapter).members, options)
-    return triton_backend.forward(
+    made = triton_backend.forward(
         x, weight, Adapter(*adapter), flat_scales, bias, None, options,
         products=paths, save_product=needs.sums(Adapter(*adapter).members, paths)[0],
     )  # fmt: skip
+    return Made(*made)
+
+
+def _layers(layers: Sequence[Tensors], members: tuple[Member, ...]) -> list[Layer]:
+    """In a backward, each of a weight, an adapter, its scales, the product and u."""
+    made = []
+    for (weight, *adapter, flat_scales, product, u), (options, needs) in zip(layers, members, strict=True):
+        made.append(Layer(weight, Adapter(*adapter), flat_scales, flat(product), u, options, needs))
+    return made
 
 
 def _settings(layers: Sequence[Tensors], prepared: object, is_wide: bool) -> dict[str, Any]:
@@ -137,11 +142,6 @@ def _settings(layers: Sequence[Tensors], prepared: object, is_wide: bool) -> dic
     if prepared is not None:
         prepared = prepared, tuple([own[5] is not None for own in layers])
     return {"precision": float32_precision(is_wide), "prepared": prepared}
-
-
-def float32_precision(is_wide: bool) -> str | None:
-    """How float32 is multiplied, which launches depend on where there is any."""
-    return product_precision(torch.float32) if is_wide else None
 
 
 def _split(tensors: tuple, size: int) -> list[tuple]:

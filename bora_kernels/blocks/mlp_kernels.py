@@ -10,6 +10,8 @@ Equations (3) to (11) of ``ops.torch_backend`` for each layer, e = gate(x), f = 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,17 +23,16 @@ from ..kernels.joint_config import joint_rank
 from ..kernels.low_rank import reduce
 from ..ops import operators
 from ..ops.calls import prepare_backward
-from ..ops.triton_parts import product_precision, through
+from ..ops.triton_parts import float32_precision, product_precision, through
 from ..replay.recording import beside_last_launch
 from ..replay.stage import stage
 from . import reader_kernels
-from .joined import Recipe, as_rows, read_by
-from .layer_kernels import float32_precision
-from .norms import NormOrigin
+from .norms import NormOrigin, read_by
+from .projection import Recipe, as_rows
 from .reader_kernels import Gradients, Layer, Parts, combined, gradients_of
 
 
-def can_run(e: Tensor, layers: tuple[Layer, Layer, Layer]) -> bool:
+def can_run(e: Tensor, layers: Sequence[Layer]) -> bool:
     """Whether ``backward`` takes these layers, with e and f products without a bias."""
     if e.dtype == torch.float16 or e.numel() == 0:  # float16's products lie apart from the outputs
         return False

@@ -85,3 +85,15 @@ def kernels_for(*tensors: Tensor) -> ModuleType | None:
 @lru_cache
 def _on_triton(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and validation.triton_problem(device, dtype) is None
+
+
+def read_by(
+    x: Tensor | None, origin: NormOrigin | None
+) -> tuple[Tensor | None, Tensor | None, tuple[float, float] | None]:
+    """What a stage reads: x, or what x is the norm of and the norm's weight, offset and eps."""
+    if origin is None:
+        return x, None, None
+    if kernels_for(origin.x, origin.weight) is None:
+        return origin.output(), None, None
+    weight = origin.weight
+    return origin.x, weight if weight.is_contiguous() else weight.contiguous(), (origin.offset, origin.eps)

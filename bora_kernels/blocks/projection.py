@@ -72,6 +72,22 @@ class Member(NamedTuple):
     needs: Needs
 
 
+class Recipe(NamedTuple):
+    """What follows from the calls and from the gradients that are asked for, once for all blocks that are alike."""
+
+    together: calls.Joined  # what stands for the calls
+    members: tuple[Member, ...]
+    paths: tuple[bool, ...]  # whether a layer's backward needs what its norms have left over
+    sums: tuple[bool, ...]  # and the product
+    sizes: tuple[int, ...]  # of the layers' tensors
+    biases: tuple[bool, ...]  # whether their gradients are asked for
+    is_wide: bool  # whether anything is float32, for which PyTorch has a setting
+
+    @property
+    def needs(self) -> tuple[Needs, ...]:
+        return tuple([member.needs for member in self.members])
+
+
 class Made(NamedTuple):
     """What a layer's forward gives."""
 
@@ -122,6 +138,11 @@ def prepare(parts: Sequence[Part], x: Tensor, own: Sequence[Tensors]) -> list[ca
     for number, call in zip(adapted, made, strict=True):
         found[number] = call
     return found
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """A tensor that is a matrix, or is one as it lies in memory."""
+    return t if t.ndim == 2 or t.is_contiguous() else t.contiguous()
 
 
 @functools.lru_cache(maxsize=64)

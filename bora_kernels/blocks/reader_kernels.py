@@ -4,7 +4,8 @@ each layer   dy⊙a, v and dx_i;  dB and S beside the product
 all          dx = Σ dx_i, and the parts of dA_i and D_i: one read of x, one of each dx_i
 each layer   what the sums end in: dA_i, the magnitudes' gradients and the norm paths
 
-Equations (3) to (11) of ``ops.torch_backend`` for each layer.
+Equations (3) to (11) of ``ops.torch_backend`` for each layer. The forward is each layer's own: one read of x for the
+folds of two layers fills the registers, and takes as long as two.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def backward(
     ``dys`` are dy_i [M, N_i], or dy_i⊙a_i where ``row_parts`` has the parts of dB and S; each is taken out when it has
     been read.
     """
-    shares, of_rows = [], list(row_parts or ())
+    shares: list[Share] = []
+    of_rows = list(row_parts or ())
     for layer in layers:
         dy, adapter, scales = dys.pop(0), given(layer.adapter), layer.scales()
         needs_S, needs_D = layer.sums()

@@ -77,7 +77,7 @@ _ARGUMENTS = 6  # before the layers' tensors
 
 def _forward(
     x: Tensor, parts: tuple[Part, ...], tensors: Sequence[Tensor | None], requested: tuple[bool, ...], needs_dx: bool
-) -> tuple[tuple[Tensor, ...], list[Kept], tuple[Any, ...], joined.Recipe | None]:
+) -> tuple[tuple[Tensor, ...], list[Kept], tuple[Any, ...], projection.Recipe | None]:
     """The outputs, what each layer leaves for backward, the gradients it has to produce; and how they are one stage."""
     if compiled.is_traced():
         traced = compiled.forward(_BLOCK, x, parts, tensors, requested, needs_dx)

@@ -37,6 +37,16 @@ def dot_split(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_product(acc, t, projection_ptr, offs_m, end, R: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + tᵀ·projection over the tokens offs_m, of a projection [M, R], contiguous; acc where R is 0."""
+    if R > 0:
+        offs_r = tl.arange(0, acc.shape[1])
+        projection = load_matrix(projection_ptr, offs_m, offs_r, end, R, R, 1).to(t.dtype)
+        acc = tl.dot(tl.trans(t), projection, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def keep_mask(seed, offs_m, offs_c, dropout_p):
     """Which elements (m, c) dropout keeps: the same in every kernel that draws them."""
     rows = tl.broadcast_to(offs_m.to(tl.uint32)[:, None], offs_m.shape[0], offs_c.shape[0])
@@ -58,6 +68,15 @@ def any_set(ptr, COUNT: tl.constexpr):
     for i in tl.static_range(COUNT):
         found += tl.load(ptr + i)
     return found != 0.0
+
+
+@triton.jit
+def word_of(ptr, HAS: tl.constexpr):
+    """Whether there is word of cancelled lines; False where there is no such tensor."""
+    word = False
+    if HAS:
+        word = any_set(ptr, 2)
+    return word
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..contract import Activation
 from ..replay.recording import empty, launch
-from .common import load_matrix, load_vector, round_with_dither
+from .common import add_product, load_matrix, load_vector, round_with_dither
 from .config import cdiv, gate_config, is_aligned, target
 from .joint_config import gate_sums_config
 
@@ -122,13 +122,13 @@ def _gate_sums_kernel(
             total_e += de * e
         if HAS_TOTAL_F:
             total_f += df * f
-        factor_e = _add_product(factor_e, de.to(dtype), projection_e_ptr, offs_m, end, R_E, PRECISION)
-        factor_f = _add_product(factor_f, df.to(dtype), projection_f_ptr, offs_m, end, R_F, PRECISION)
+        factor_e = add_product(factor_e, de.to(dtype), projection_e_ptr, offs_m, end, R_E, PRECISION)
+        factor_f = add_product(factor_f, df.to(dtype), projection_f_ptr, offs_m, end, R_F, PRECISION)
         if HAS_TOTAL_H or R_H > 0:
             h = (activated * f).to(dtype)
             if HAS_TOTAL_H:
                 total_h += dh * h.to(tl.float32)
-            factor_h = _add_product(factor_h, h, projection_h_ptr, offs_m, end, R_H, PRECISION)
+            factor_h = add_product(factor_h, h, projection_h_ptr, offs_m, end, R_H, PRECISION)
     base = split.to(tl.int64) * C + offs_c
     _store_sums(factor_e_ptr, total_e_ptr, factor_e, total_e, base, offs_c, C, R_E, HAS_TOTAL_E)
     _store_sums(factor_f_ptr, total_f_ptr, factor_f, total_f, base, offs_c, C, R_F, HAS_TOTAL_F)
@@ -146,16 +146,6 @@ def _store_folded(
         tl.store(ptrs, round_with_dither(scaled, offs_m, offs_c, dtype), mask=mask)
     else:
         tl.store(ptrs, t.to(dtype), mask=mask)
-
-
-@triton.jit
-def _add_product(acc, t, projection_ptr, offs_m, end, R: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + tᵀ·projection"""
-    if R > 0:
-        offs_r = tl.arange(0, acc.shape[1])
-        projection = load_matrix(projection_ptr, offs_m, offs_r, end, R, R, 1).to(t.dtype)
-        acc = tl.dot(tl.trans(t), projection, acc, input_precision=PRECISION)
-    return acc
 
 
 @triton.jit

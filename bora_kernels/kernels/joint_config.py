@@ -30,10 +30,7 @@ def gate_sums_config(
         block_m, block_c, stages = 32, 64, 2
     slots = resident * processors if arch != 0 else 4
     splits = splits_that_fill(cdiv(C, block_c), cdiv(M, block_m), slots, 6, 32)
-    return splits, {
-        "BLOCK_SIZE_M": block_m, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": block_r,
-        "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
+    return splits, _tile(block_m, block_c, block_r, warps, stages)
 
 
 @lru_cache
@@ -56,7 +53,11 @@ def shared_sums_config(
         block_m, block_c, warps, resident = 32, 128, 8, 1 if min(M, C) >= 1024 else 2
     slots = resident * processors if arch != 0 else 4
     splits = splits_that_fill(cdiv(C, block_c), cdiv(M, block_m), slots, 6, 32)
-    return splits, {
+    return splits, _tile(block_m, block_c, block_r, warps, stages)
+
+
+def _tile(block_m: int, block_c: int, block_r: int, warps: int, stages: int) -> dict:
+    return {
         "BLOCK_SIZE_M": block_m, "BLOCK_SIZE_C": block_c, "BLOCK_SIZE_R": block_r,
         "num_warps": warps, "num_stages": stages,
     }  # fmt: skip

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..replay.recording import empty, launch
-from .common import any_set, load_matrix
+from .common import add_product, load_matrix, word_of
 from .config import cdiv, is_aligned, is_half, target
 from .joint_config import shared_sums_config
 from .low_rank import add_low_term
@@ -51,6 +51,9 @@ def _shared_sums_kernel(
     wait_for_last(OVERLAP)
     offs_c, split = tl.program_id(0) * BLOCK_SIZE_C + tl.arange(0, BLOCK_SIZE_C), tl.program_id(1)
     start, end = split * split_size, tl.minimum((split + 1) * split_size, M)
+    word_0 = word_of(word_0_ptr, HAS_WORD_0)  # early: nobody waits for it
+    word_1 = word_of(word_1_ptr, HAS_WORD_1)
+    word_2 = word_of(word_2_ptr, HAS_WORD_2)
     factor_0 = tl.zeros((BLOCK_SIZE_C, BLOCK_SIZE_R), dtype=tl.float32)
     factor_1 = tl.zeros((BLOCK_SIZE_C, BLOCK_SIZE_R), dtype=tl.float32)
     factor_2 = tl.zeros((BLOCK_SIZE_C, BLOCK_SIZE_R), dtype=tl.float32)
@@ -75,37 +78,27 @@ def _shared_sums_kernel(
             dx += other
         ptrs = dx_0_ptr + offs_m.to(tl.int64)[:, None] * C + offs_c[None, :]
         tl.store(ptrs, dx.to(x.dtype), mask=(offs_m < end)[:, None] & (offs_c < C)[None, :])
-        factor_0 = _add_product(factor_0, x, projection_0_ptr, offs_m, end, R_0, PRECISION)
-        factor_1 = _add_product(factor_1, x, projection_1_ptr, offs_m, end, R_1, PRECISION)
-        factor_2 = _add_product(factor_2, x, projection_2_ptr, offs_m, end, R_2, PRECISION)
+        factor_0 = add_product(factor_0, x, projection_0_ptr, offs_m, end, R_0, PRECISION)
+        factor_1 = add_product(factor_1, x, projection_1_ptr, offs_m, end, R_1, PRECISION)
+        factor_2 = add_product(factor_2, x, projection_2_ptr, offs_m, end, R_2, PRECISION)
     base = split.to(tl.int64) * C + offs_c
     _store(
-        factor_0_ptr, total_0_ptr, factor_0, total_0, x_ptr, projection_0_ptr, word_0_ptr, base, offs_c, start, end, C,
+        factor_0_ptr, total_0_ptr, factor_0, total_0, x_ptr, projection_0_ptr, word_0, base, offs_c, start, end, C,
         stride_xm, stride_xc, R_0, HAS_TOTAL_0, HAS_WORD_0, PRECISION,
     )  # fmt: skip
     _store(
-        factor_1_ptr, total_1_ptr, factor_1, total_1, x_ptr, projection_1_ptr, word_1_ptr, base, offs_c, start, end, C,
+        factor_1_ptr, total_1_ptr, factor_1, total_1, x_ptr, projection_1_ptr, word_1, base, offs_c, start, end, C,
         stride_xm, stride_xc, R_1, HAS_TOTAL_1, HAS_WORD_1, PRECISION,
     )  # fmt: skip
     _store(
-        factor_2_ptr, total_2_ptr, factor_2, total_2, x_ptr, projection_2_ptr, word_2_ptr, base, offs_c, start, end, C,
+        factor_2_ptr, total_2_ptr, factor_2, total_2, x_ptr, projection_2_ptr, word_2, base, offs_c, start, end, C,
         stride_xm, stride_xc, R_2, HAS_TOTAL_2, HAS_WORD_2, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit
-def _add_product(acc, x, projection_ptr, offs_m, end, R: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + xᵀ·projection"""
-    if R > 0:
-        offs_r = tl.arange(0, acc.shape[1])
-        projection = load_matrix(projection_ptr, offs_m, offs_r, end, R, R, 1).to(x.dtype)
-        acc = tl.dot(tl.trans(x), projection, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
 def _store(
-    factor_ptr, total_ptr, factor, total, x_ptr, projection_ptr, word_ptr, base, offs_c, start, end, C,
+    factor_ptr, total_ptr, factor, total, x_ptr, projection_ptr, word, base, offs_c, start, end, C,
     stride_xm, stride_xc, R: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_WORD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     if HAS_TOTAL:
@@ -113,7 +106,7 @@ def _store(
     if R > 0:
         offs_r = tl.arange(0, factor.shape[1])
         if HAS_WORD:
-            if any_set(word_ptr, 2):
+            if word:
                 factor = add_low_term(
                     factor, x_ptr, projection_ptr, offs_c, offs_r, start, end, C, stride_xm, stride_xc, R, PRECISION
                 )

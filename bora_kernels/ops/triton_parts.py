@@ -1,4 +1,4 @@
-"""Parts of a backward on Triton kernels, in a stage: of one layer (``triton_backend``), and of those of a block."""
+"""Parts of a layer on Triton kernels, in a stage: of one layer (``triton_backend``), and of those of a block."""
 
 from __future__ import annotations
 
@@ -95,3 +95,8 @@ def product_precision(dtype: torch.dtype) -> str:
     """
     exact = dtype == torch.float32 and _matmul_precision("cuda", "matmul") != "tf32"
     return "ieee" if exact or torch.version.hip is not None else "tf32x3"
+
+
+def float32_precision(is_wide: bool) -> str | None:
+    """How float32 is multiplied, which launches depend on where there is any."""
+    return product_precision(torch.float32) if is_wide else None

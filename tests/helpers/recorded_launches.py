@@ -11,7 +11,17 @@ import torch
 
 from bora_kernels import kernels
 from bora_kernels.contract import Adapter, Needs, Options, Slots, separate_product
-from bora_kernels.kernels import add, gated, joint_config, moments, nf4, products, rms, shared_sums, weight_or_v
+from bora_kernels.kernels import (
+    add,
+    gated,
+    joint_config,
+    moments,
+    nf4,
+    products,
+    rms,
+    shared_sums,
+    weight_or_v,
+)
 from bora_kernels.ops import triton_backend
 from bora_kernels.ops.triton_parts import product_precision
 

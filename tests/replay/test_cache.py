@@ -167,6 +167,8 @@ def test_bad_limits(value, error):
 def test_a_recording_keeps_no_scratch(driver):
     """Of twenty tensors one after the other two are there at a time; a replay packs them likewise."""
     kernel, most = Kernel(driver), []
+    gc.collect()
+    gc.freeze()  # so that each of the collections below looks at what is new
 
     @stage.stage
     def run(a):

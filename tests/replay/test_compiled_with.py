@@ -14,6 +14,7 @@ from bora_kernels.replay import compiling
 from bora_kernels.replay.recording import planning
 
 EPS = 1e-5
+SIZES = ((I, K), (I, K), (N, I))  # of gate, up and down
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +91,7 @@ def test_nothing_for_a_forward_without_gradients(monkeypatch):
 @pytest.mark.parametrize("block", ["mlp", "readers"])
 @pytest.mark.parametrize("kinds", [("bora",) * 3, ("dora", "columns", "lora")], ids=["bora", "mixed"])
 def test_a_block(block, kinds, monkeypatch):
-    sizes = ((I, K), (I, K), (N, I)) if block == "mlp" else ((N, K), (2 * N, K), (I, K))
+    sizes = SIZES if block == "mlp" else ((N, K), (2 * N, K), (I, K))
     layers = [
         make_layer(*size, kind, backend="triton", dtype=torch.bfloat16) for size, kind in zip(sizes, kinds, strict=True)
     ]
@@ -108,3 +109,13 @@ def test_a_block(block, kinds, monkeypatch):
     assert ahead and ahead <= backward
     assert names(backward - ahead) <= {"_rms_norm_kernel", "_rms_norm_backward_kernel"}
     assert ("_gate_sums_kernel" in names(ahead)) == (block == "mlp")
+
+
+def test_nothing_for_an_mlp_whose_layers_run_one_by_one(monkeypatch):
+    layers = [
+        make_layer(*size, "bora", backend="triton", bias=bias)
+        for size, bias in zip(SIZES, (False, True, False), strict=True)
+    ]
+    watched = Watched(monkeypatch, layer_kernels, "_forward")
+    forward, _ = step(lambda x: gated_mlp(x, *layers, "silu"), tokens(), layers, backward=False)
+    assert "_gate_kernel" in names(forward) and not watched.ahead(layer_kernels._their_backward)
