@@ -47,8 +47,10 @@ def shared_sums_config(
         block_m, block_c, warps, resident = 32, 64, 4, 4
     elif layers == 2 or block_r == 32:
         block_m, block_c, warps, resident = 16, 128, 4, 2
-    elif block_r == 16:
+    elif block_r == 16 and arch == 90 and R % 4 == 0:  # else it spills: rows of v that are loaded in single elements
         block_m, block_c, warps, resident = 64, 64, 4, 2
+    elif block_r == 16:
+        block_m, block_c, warps, resident = 32, 64, 4, 3
     else:
         block_m, block_c, warps, resident = 32, 128, 8, 1 if min(M, C) >= 1024 else 2
     slots = resident * processors if arch != 0 else 4
