@@ -7,7 +7,6 @@ import importlib.util
 import os
 import sys
 import warnings
-import zlib
 from importlib import metadata
 
 import pytest
@@ -24,6 +23,7 @@ INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 from helpers import fast_interpreter  # noqa: E402
 from helpers import interpreter_bf16 as bf16  # noqa: E402
+from helpers.sample import sample  # noqa: E402
 
 if INTERPRETING:
     fast_interpreter.activate()
@@ -75,7 +75,7 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     present = torch.cuda.device_count() if CUDA else 0
     if not config.getoption("--slow"):
-        chosen = _sample(items)
+        chosen = sample(items)
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = [item for item in items if item in chosen]
     for item in items:
@@ -86,18 +86,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if present < needed:
                 reason = {1: "needs a CUDA device", 2: "needs two GPUs"}[needed]
                 item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def _sample(items: list[pytest.Item]) -> set[pytest.Item]:
-    """What runs: of a test that is marked sampled the cases whose names a checksum picks, one at least."""
-    chosen: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        marker = item.get_closest_marker("sampled")
-        test = item.nodeid if marker is None else item.nodeid.split("[")[0]
-        picked = chosen.setdefault(test, [])
-        if marker is None or zlib.crc32(item.name.encode()) % marker.args[0] == 0 or not picked:
-            picked.append(item)
-    return {item for picked in chosen.values() for item in picked}
 
 
 @pytest.fixture

@@ -105,17 +105,22 @@ def _their_backward(results, x, *tensors, members, activation, precision) -> Non
     if not all(any(member.needs) for member in members):
         return
     layers: list[Any] = []
-    for number, (weight, *adapter, scales, _) in enumerate(_split(tensors, _FORWARD)):
+    biases: list[Tensor | None] = []
+    for number, (weight, *adapter, scales, bias) in enumerate(_split(tensors, _FORWARD)):
         made = Made(*results[4 * number : 4 * number + 4])
         product = made.y if made.product is None else made.product
         layers += [weight, *adapter, scales if made.scales is None else made.scales, product, made.u]
-    ys, read = results[::4], {"norm": None, "precision": precision}
+        biases.append(bias)
+    ys = results[::4]
     if activation is None:
-        _backward(ys[0], x, None, *ys[1:], *layers, members=members, **read)
-    elif any(own[6] is not None for own in _split(tensors, _FORWARD)[:2]):
-        return  # with a bias of gate or up they are layers one by one
-    elif mlp_kernels.can_run(ys[0], _layers(_split(tuple(layers), _BACKWARD), members)):
-        mlp_kernels._joined(ys[2], x, None, *ys[:2], *layers, members=members, activation=activation, **read)
+        _backward(ys[0], x, None, *ys[1:], *layers, members=members, norm=None, precision=precision)
+        return
+    of_gate, of_up, _ = biases  # with one the block's backward is that of its layers one by one
+    whole = _layers(_split(tuple(layers), _BACKWARD), members)
+    if of_gate is None and of_up is None and mlp_kernels.can_run(ys[0], whole):
+        mlp_kernels._joined(
+            ys[2], x, None, *ys[:2], *layers, members=members, activation=activation, norm=None, precision=precision
+        )
 
 
 def _forward_of(x: Tensor, own: Tensors, member: Member) -> Made:

@@ -184,7 +184,10 @@ def _its_backward(
     results, x, weight, lora_A, lora_B, magnitude_row, magnitude_col, flat_scales, bias, seed, *,
     scaling, norm_order, dropout_p, eps, products, save_product, stand_in, out_stand_in, precision, weight_precision,
 ) -> None:  # fmt: skip
-    """The launches for all gradients, where the forward keeps something for them."""
+    """The launches for all gradients, where the forward keeps something for them.
+
+    Which are needed a forward does not know: kernels of those that are not are compiled in vain.
+    """
     y, product, u, made = results
     if products or save_product or out_stand_in:
         _backward(

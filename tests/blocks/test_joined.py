@@ -65,11 +65,11 @@ def run(block, x, layers, offset=None):
     return results(shared_input(normed, layers, origin), x, layers)
 
 
-def assert_same(found, expected, block):
-    """The same bits; gradients of layers that share sums over x within the rounding of another order of adding."""
+def assert_same(found, expected, exact):
+    """The same bits; unless ``exact`` gradients within rounding: layers that share sums over x add in another order."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        if block == "mlp" or name.startswith("y"):
+        if exact or name.startswith("y"):
             assert torch.equal(found[name], value), name
         else:
             error = (found[name].double() - value.double()).norm() / value.double().norm()
@@ -83,7 +83,7 @@ def test_the_same_as_layers_one_by_one(block, kinds, offset, stages, one_by_one)
     layers, x = layers_of(block, kinds), tokens(torch.bfloat16)
     found = run(block, x, layers, offset)
     assert stages == ["_forward", "_joined" if block == "mlp" else "_backward"]
-    assert_same(found, one_by_one(lambda: run(block, x, layers, offset)), block)
+    assert_same(found, one_by_one(lambda: run(block, x, layers, offset)), exact=block == "mlp")
 
 
 @both
@@ -92,7 +92,7 @@ def test_shapes_of_x(block, shape, stages, one_by_one):
     layers, x = layers_of(block), tokens(torch.bfloat16, shape)
     found = run(block, x, layers)
     assert len(stages) == 2 and found["y0"].shape[:-1] == shape[:-1]
-    assert_same(found, one_by_one(lambda: run(block, x, layers)), block)
+    assert_same(found, one_by_one(lambda: run(block, x, layers)), exact=block == "mlp")
 
 
 @both
@@ -110,7 +110,7 @@ def test_x_and_gradients_that_do_not_lie_in_rows(block, stages, one_by_one):
 
     found = step()
     assert len(stages) == 2
-    assert_same(found, one_by_one(step), block)
+    assert_same(found, one_by_one(step), exact=block == "mlp")
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "dx alone"])
@@ -122,7 +122,7 @@ def test_biases_and_what_is_needed(trained, grad, stages, one_by_one):
     layers[2].bias.requires_grad_()
     found = run("readers", x, layers)
     assert len(stages) == 2
-    assert_same(found, one_by_one(lambda: run("readers", x, layers)), "readers")
+    assert_same(found, one_by_one(lambda: run("readers", x, layers)), exact=not (trained and grad))
 
 
 def test_a_trained_bias(stages):
@@ -157,8 +157,8 @@ def test_scales_are_made_once_in_a_scope(block, stages, one_by_one):
         changed = run(block, x, layers)
     assert len(stages) == 6
     for each in found:
-        assert_same(each, expected, block)
-    assert_same(changed, one_by_one(lambda: run(block, x, layers)), block)
+        assert_same(each, expected, exact=block == "mlp")
+    assert_same(changed, one_by_one(lambda: run(block, x, layers)), exact=block == "mlp")
 
 
 @both
@@ -166,7 +166,7 @@ def test_checkpointed_and_without_gradients(block, stages, one_by_one):
     layers, x = layers_of(block), tokens(torch.bfloat16)
     call = (lambda x: (gated_mlp(x, *layers, "silu"),)) if block == "mlp" else (lambda x: shared_input(x, layers))
     expected = one_by_one(lambda: results(call(x), x, layers))
-    assert_same(results(checkpoint(call, x, use_reentrant=False), x, layers), expected, block)
+    assert_same(results(checkpoint(call, x, use_reentrant=False), x, layers), expected, exact=block == "mlp")
     with torch.no_grad():
         stages.clear()
         for i, y in enumerate(call(x)):

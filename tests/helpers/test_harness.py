@@ -1,4 +1,4 @@
-"""The test harness itself: bfloat16 in the interpreter, guard pages, NaN-filled memory, cross compilation."""
+"""The test harness itself: bfloat16 in the interpreter, guard pages, NaN-filled memory, cross compilation, samples."""
 
 import sys
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.cross_compile import ARCHS, SHARED_MEMORY_LIMIT, CompileError, CompileRequest, cross_compile_all
 from helpers.guard_pages import faulted, guarded, run_isolated
+from helpers.sample import sample
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -258,3 +259,26 @@ def test_cross_compile_wants_an_importable_kernel():
 
     with pytest.raises(ValueError, match="top of an importable module"):
         cross_compile_all([CompileRequest(local_kernel, {"x_ptr": "*fp32"}, {}, 90)])
+
+
+# --- samples ------------------------------------------------------------------------------------------------
+
+
+class Item:
+    """A collected test, as far as the sample looks at it."""
+
+    def __init__(self, test, case=None, n=None):
+        self.name = test if case is None else f"{test}[{case}]"
+        self.nodeid, self.n = f"tests/test_it.py::{self.name}", n
+
+    def get_closest_marker(self, name):
+        assert name == "sampled"
+        return None if self.n is None else pytest.mark.sampled(self.n).mark
+
+
+def test_a_sample_has_a_share_of_each_test_and_all_of_those_that_are_not_sampled():
+    plain = [Item("test_plain", case) for case in range(40)] + [Item("test_alone")]
+    many, few = [Item("test_many", case, 4) for case in range(400)], [Item("test_few", "a", 10**9)]
+    chosen = sample(plain + many + few)
+    assert chosen.issuperset(plain + few) and 60 <= len(chosen.intersection(many)) <= 140
+    assert sample(plain + many + few) == chosen  # the same cases each time
