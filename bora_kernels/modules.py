@@ -15,6 +15,7 @@ from .contract import EPS, Adapter, Backend, Members, NormOrder, Options, given
 from .functional import bora_linear
 from .merging import Mergeable
 from .ops import adapted_weight, elsewhere, loaded_base, reuse, validation, watch
+from .ops.elsewhere import tensor_of
 from .quantized.module import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ class FusedBoraLinear(Mergeable):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x·W'ᵀ + bias for x [..., in_features]; returns [..., out_features] in x's dtype."""
-        weight, merged = self.weight, self.merged_weight
+        weight, merged = tensor_of(self, "weight"), tensor_of(self, "merged_weight")
         if isinstance(weight, Tensor) and merged is None:
             return self._adapted_linear(x, weight)
         if self.training and self.merged:
@@ -195,9 +196,8 @@ class FusedBoraLinear(Mergeable):
             return nn.functional.linear(x, given(merged), self.bias)
         dtype = self.compute_dtype
         wide = x if dtype is None else x.to(dtype)
-        merged = (
-            self.merged_weight if self.merged_quantized is None else self.merged_quantized.stored().dense(wide.dtype)
-        )
+        if self.merged_quantized is not None:
+            merged = self.merged_quantized.stored().dense(wide.dtype)
         if merged is None:
             y = self._adapted_linear(wide, weight.stored())
         else:
@@ -209,11 +209,11 @@ class FusedBoraLinear(Mergeable):
         return bora_linear(
             x,
             weight,
-            self.lora_A,
-            self.lora_B,
-            self.magnitude_row,
-            self.magnitude_col,
-            self.bias,
+            tensor_of(self, "lora_A"),
+            tensor_of(self, "lora_B"),
+            tensor_of(self, "magnitude_row"),
+            tensor_of(self, "magnitude_col"),
+            tensor_of(self, "bias"),
             scaling=self.scaling,
             norm_order=self.norm_order,
             detach_norm=self.detach_norm,

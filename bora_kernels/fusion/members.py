@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import quantized
 from ..blocks import Projection
 from ..contract import Adapter, Options
+from ..ops.elsewhere import tensor_of
 from .install import is_waited_for
 
 
@@ -66,7 +67,7 @@ def _peft_adapter(layer: Any, name: str) -> Projection | str:
     if is_waited_for(magnitude):
         return _HOOKED
     options = Options(layer.scaling[name], detach_norm=True)
-    return _peft_projection(layer, name, (_tensor(magnitude, "weight"), None), options)
+    return _peft_projection(layer, name, (tensor_of(magnitude, "weight"), None), options)
 
 
 def is_plain(x: object, projection: Projection | str) -> bool:
@@ -126,7 +127,7 @@ def can_run_on(x: Tensor, projection: Projection) -> str | None:
 
 def _read_linear(layer: Any) -> Projection | str:
     weight = _frozen(layer)
-    return weight if isinstance(weight, str) else Projection(weight, _tensor(layer, "bias"))
+    return weight if isinstance(weight, str) else Projection(weight, tensor_of(layer, "bias"))
 
 
 def _read_fused(layer: Any) -> Projection | str:
@@ -134,14 +135,14 @@ def _read_fused(layer: Any) -> Projection | str:
     if layer.merged:
         return "it is merged"
     stored = "weight" in layer._modules
-    weight = layer._modules["weight"].stored() if stored else _dense(_tensor(layer, "weight"))
+    weight = layer._modules["weight"].stored() if stored else _dense(tensor_of(layer, "weight"))
     if isinstance(weight, str):
         return weight
-    adapter = Adapter(*[_tensor(layer, name) for name in Adapter._fields])
+    adapter = Adapter(*[tensor_of(layer, name) for name in Adapter._fields])
     dropout_p = layer.dropout if layer.training else 0.0
     options = Options(layer.scaling, layer.norm_order, layer.detach_norm, dropout_p, backend=layer.backend)
     compute_dtype = (layer.compute_dtype or weight.dtype) if stored else None
-    return Projection(weight, _tensor(layer, "bias"), adapter, options, compute_dtype)
+    return Projection(weight, tensor_of(layer, "bias"), adapter, options, compute_dtype)
 
 
 def _read_peft_bora(layer: Any) -> Projection | str:
@@ -204,14 +205,14 @@ def _peft_projection(
         return _HOOKED
     if type(A) is not nn.Linear or type(B) is not nn.Linear:
         return "its factors are no plain linear layers"
-    if _tensor(A, "bias") is not None or _tensor(B, "bias") is not None:
+    if tensor_of(A, "bias") is not None or tensor_of(B, "bias") is not None:
         return "its factors have a bias"
     weight = _frozen(base)
     if isinstance(weight, str):
         return weight
     compute_dtype = getattr(base, "compute_dtype", None) if isinstance(weight, quantized.Quantized) else None
-    adapter = Adapter(_tensor(A, "weight"), _tensor(B, "weight"), *magnitudes)
-    return Projection(weight, _tensor(base, "bias"), adapter, options, compute_dtype)
+    adapter = Adapter(tensor_of(A, "weight"), tensor_of(B, "weight"), *magnitudes)
+    return Projection(weight, tensor_of(base, "bias"), adapter, options, compute_dtype)
 
 
 def _dropout(layer: Any, name: str) -> float | str:
@@ -226,17 +227,11 @@ def _dropout(layer: Any, name: str) -> float | str:
     return dropout.p if dropout.training else 0.0
 
 
-def _tensor(module: nn.Module, name: str) -> Any:
-    """A parameter, which some engines of sharding keep as a plain attribute."""
-    parameters = module._parameters  # a module's attributes are slow to look up
-    return parameters[name] if name in parameters else getattr(module, name)
-
-
 def _frozen(linear: Any) -> Tensor | quantized.Quantized | str:
     """The weight [N, K] of a layer that multiplies by it, or why there is none to take."""
     kind = type(linear)
     if kind is nn.Linear:
-        return _dense(_tensor(linear, "weight"))
+        return _dense(tensor_of(linear, "weight"))
     name = f"{kind.__module__}.{kind.__qualname__}"
     if name in _DENSE:
         weight = _dense(linear.weight)

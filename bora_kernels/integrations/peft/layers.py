@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ...contract import Adapter, Backend, Members, NormOrder
 from ...functional import bora_linear
 from ...ops import adapted_weight, watch
+from ...ops.elsewhere import tensor_of
 from ...serving import batches
 from . import mixed, through
 from .config import STARTS_FROM_BASE, BoraConfig
@@ -82,14 +83,11 @@ class BoraLayer(MergingLayer):
         """
         weight, A, B = self._matrices(adapter_name)
         taps, dtype = self._taps(), torch.promote_types(weight.dtype, torch.float32)
-        loaded_later = A.device.type == "meta" or weight.device.type == "meta"
         norms: tuple[Tensor | None, ...] = (None, None)
-        if not loaded_later:
+        if "meta" not in (A.device.type, weight.device.type):  # else they are loaded later
             norms = adapted_weight.norms(weight, Adapter(A, B), scaling=self.scaling[adapter_name], taps=taps)
-        dicts, sizes = (
-            (self.lora_magnitude_vector_row, self.lora_magnitude_vector_col),
-            (weight.shape[0], weight.shape[1] // taps),
-        )
+        dicts = self.lora_magnitude_vector_row, self.lora_magnitude_vector_col
+        sizes = weight.shape[0], weight.shape[1] // taps
         for magnitudes, size, norm, wanted in zip(dicts, sizes, norms, members, strict=True):
             if adapter_name in magnitudes:
                 del magnitudes[adapter_name]
@@ -109,7 +107,7 @@ class BoraLayer(MergingLayer):
         modules = self._modules  # a module's attributes are slow to look up
         row = modules["lora_magnitude_vector_row"]._modules.get(adapter_name)
         col = modules["lora_magnitude_vector_col"]._modules.get(adapter_name)
-        return None if row is None else row.weight, None if col is None else col.weight
+        return None if row is None else tensor_of(row, "weight"), None if col is None else tensor_of(col, "weight")
 
     def _options(self, adapter_name: str) -> dict[str, Any]:
         return {
@@ -150,17 +148,19 @@ class BoraLayer(MergingLayer):
         raise NotImplementedError
 
     def _acted_on(self) -> bool:
-        base = self._modules["base_layer"]
-        return type(base) is not self.base_class or through.is_acted_on(base)
+        return type(self.base_layer) is not self.base_class or through.is_acted_on(self.base_layer)
 
     def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
-        base = self._modules["base_layer"]
-        factor = self._modules["lora_B"]._modules.get(adapter_name) or self._modules["lora_embedding_B"]
+        modules = self._modules
+        base, lora_A = modules["base_layer"], modules["lora_A"]._modules.get(adapter_name)
+        factor = modules["lora_B"]._modules.get(adapter_name) or modules["lora_embedding_B"]
+        if type(base) is self.base_class and through.are_bare(base, factor, lora_A or factor):
+            return self._product(x, adapter_name)
         acted_on = self._acted_on()
-        through.look_for_hooks(self, factor, self._modules["lora_A"]._modules.get(adapter_name))
+        through.look_for_hooks(self, factor, lora_A)
         if not acted_on and "forward" not in factor.__dict__:
             return self._product(x, adapter_name)
-        dicts = [self._modules.get(name) for name in self.adapter_layer_names]
+        dicts = [modules.get(name) for name in self.adapter_layer_names]
         adapter = [d[adapter_name] for d in dicts if isinstance(d, nn.ModuleDict) and adapter_name in d]
         adapter += [d for d in dicts if isinstance(d, nn.ParameterDict)]
         with through.fetched(*adapter):
@@ -179,27 +179,28 @@ class BoraLayer(MergingLayer):
                 self.unmerge()
         elif names is not None:
             return self._mixed(x, names, *args, **kwargs)
-        elif not self.merged:
+        elif not self.merged_adapters:
             for name in self.active_adapters:  # at most one, see ``set_adapter``
                 if name in self.norm_order:
-                    return self._with_share(x, name, *args, **kwargs)
+                    y = self._adapted(x, name)
+                    whole = self.scaling[name] == self.full_scaling[name]
+                    return y if whole else self._share_of(y, x, name, *args, **kwargs)
         elif self.training:
             watch.note_merged(self)
         return self.base_layer(x, *args, **kwargs)
 
-    def _with_share(self, x: Tensor, name: str, *args, **kwargs) -> Tensor:
-        """The output with one adapter, which the layer has."""
-        y = self._adapted(x, name)
-        if self.scaling[name] == self.full_scaling[name] or (share := self._share(name)) == 1.0:
-            return y
-        return torch.lerp(self.base_layer(x, *args, **kwargs).to(y.dtype), y, share)
+    def _share_of(self, y: Tensor, x: Tensor, name: str, *args, **kwargs) -> Tensor:
+        """The output for x with a share of one adapter, of y, the one with all of it."""
+        share = self._share(name)
+        return y if share == 1.0 else torch.lerp(self.base_layer(x, *args, **kwargs).to(y.dtype), y, share)
 
     def _mixed(self, x: Tensor, names: list[str], *args, **kwargs) -> Tensor:
         """The output with an adapter for each entry of x; the base layer's where the layer lacks an adapter."""
 
         def product(entries: Tensor, name: str) -> Tensor:
-            run = functools.partial(self._with_share, name=name) if name in self.norm_order else self.base_layer
-            return run(entries, *args, **kwargs)
+            if name not in self.norm_order:
+                return self.base_layer(entries, *args, **kwargs)
+            return self._share_of(self._adapted(entries, name), entries, name, *args, **kwargs)
 
         return batches.one_by_one(x, names, product)
 
@@ -281,16 +282,15 @@ class BoraLinear(BoraLayer, lora.Linear):
     def _product(self, x: Tensor, adapter_name: str) -> Tensor:
         modules = self._modules
         base, dropout = modules["base_layer"], modules["lora_dropout"]._modules[adapter_name]
-        weight = base.weight
-        row, col = self._magnitudes(adapter_name)
+        weight, (row, col) = tensor_of(base, "weight"), self._magnitudes(adapter_name)
         return bora_linear(  # options one by one: dictionaries of them cost host time in every call
             x,
             weight.T if self.fan_in_fan_out else weight,
-            modules["lora_A"]._modules[adapter_name].weight,
-            modules["lora_B"]._modules[adapter_name].weight,
+            tensor_of(modules["lora_A"]._modules[adapter_name], "weight"),
+            tensor_of(modules["lora_B"]._modules[adapter_name], "weight"),
             row,
             col,
-            base.bias,
+            tensor_of(base, "bias"),
             scaling=self.full_scaling[adapter_name],
             norm_order=self.norm_order[adapter_name],
             detach_norm=self.detach_norm[adapter_name],
