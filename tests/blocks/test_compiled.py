@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from bora_kernels import quantized, reuse_scales
 from bora_kernels.blocks import NormOrigin, gated_mlp, norms, rms_norm, shared_input
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(4)
 EPS = 1e-5
 SIZES = ((I, K), (I, K), (28, I), (20, K), (32, K))  # whole fours, between which scales hold nothing
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -12,7 +12,7 @@ from bora_kernels.blocks import NormOrigin, gated_mlp, rms_norm, shared_input
 from bora_kernels.ops import autograd, calls
 from bora_kernels.replay.recording import in_a_stage
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(4)
 EPS = 1e-5
 SIZES = {"mlp": ((I, K), (I, K), (N, I)), "readers": ((N, K), (2 * N, K), (I, K))}
 BORA = ("bora", "bora", "bora")

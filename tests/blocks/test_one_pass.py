@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from bora_kernels.blocks import Projection, gated_mlp, mlp_kernels, reference
 from bora_kernels.contract import Adapter, Options
 
+pytestmark = pytest.mark.sampled(2)
 K, I, N = 36, 40, 33
 BORA = ("bora", "row_col", False)
 KINDS = {

@@ -56,7 +56,7 @@ RUNS += [
 ]
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids="{}ranks".format)
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids="{}ranks".format)
 def trained(request) -> dict:
     """What the ranks of one launch got for each of RUNS: {run: (rank 0's results, rank 1's, ...)}."""
     return dict(zip(RUNS, zip(*launch(train_all, request.param, RUNS, timeout=120), strict=True), strict=True))

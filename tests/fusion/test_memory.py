@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.kept import kept_bytes, partitioned
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(4)
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 

@@ -10,7 +10,7 @@ from bora_kernels import replay_disabled
 from bora_kernels.kernels import config, gemm
 from bora_kernels.kernels.config import cdiv, gemm_tile
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(4)
 
 
 @pytest.fixture

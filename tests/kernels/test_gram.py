@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="needs triton")
 
 from bora_kernels.kernels.gram import add_gram
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(4)
 
 
 @pytest.mark.parametrize("splits", [2, 5, 8, 13])

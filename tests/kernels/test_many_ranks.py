@@ -14,7 +14,7 @@ from bora_kernels.kernels.moments_config import moments_of_terms_config
 from bora_kernels.kernels.products import sums_over
 from bora_kernels.ops import triton_backend
 
-pytestmark = pytest.mark.sampled(4)
+pytestmark = pytest.mark.sampled(8)
 BF16 = torch.bfloat16
 RANKS = (65, 128, 300) if INTERPRETING else (65, 96, 128, 200, 256, 300)
 VIEWS = {  # what a descriptor addresses: rows of whole 16 bytes, though not each of them is of the weight

@@ -11,7 +11,7 @@ from bora_kernels.kernels import moments as module
 from bora_kernels.kernels.config import cdiv
 from bora_kernels.kernels.moments_config import moments_config, moments_splits
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(6)
 VIEWS = {
     "rows": lambda W: W,
     "columns": lambda W: W.T.contiguous().T,

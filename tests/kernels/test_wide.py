@@ -12,7 +12,7 @@ from bora_kernels.kernels.gemm import fits_descriptor
 from bora_kernels.kernels.terms import high_term, terms_of
 from bora_kernels.rounding import fold
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(6)
 SHAPES = [(37, 72, 65), (70, 136, 96), (5, 264, 128), (131, 40, 200), (64, 128, 256), (33, 200, 300)]
 FEW_RANKS = [(37, 72, 17), (131, 264, 20), (70, 136, 32)]  # which reductions take in the general pass
 halves = pytest.mark.parametrize("dtype", HALVES, ids=NAMES.get)

@@ -27,7 +27,7 @@ from torch import nn
 
 from bora_kernels.ops import convolution, weight_or_v
 
-pytestmark = [pytest.mark.usefixtures("float32_convolutions"), pytest.mark.sampled(4)]
+pytestmark = [pytest.mark.usefixtures("float32_convolutions"), pytest.mark.sampled(8)]
 lines = pytest.mark.parametrize("lines", [("row",), ("col",), ("row", "col")], ids="-".join)
 
 

@@ -27,7 +27,7 @@ from bora_kernels import bora_linear
 from bora_kernels.contract import COMPLETE, Adapter, Options, split_scales
 from bora_kernels.ops import operators, torch_backend
 
-pytestmark = pytest.mark.sampled(6)
+pytestmark = pytest.mark.sampled(12)
 # What norms may err beside twice the error of float32 sums: the products of a bf16 weight are made of two bf16 terms.
 BOUNDS = {torch.float32: 4e-6, torch.float16: 4e-6, torch.bfloat16: 2e-5}
 

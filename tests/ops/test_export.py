@@ -12,7 +12,7 @@ from torch import nn
 
 from bora_kernels import FusedBoraLinear, FusedColumnLinear, FusedDoraLinear, convert, merge_adapter
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(4)
 
 
 class Model(nn.Module):

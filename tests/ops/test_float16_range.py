@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.cases import Case, backends, check_layer, conventions, orders
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(4)
 FP16 = torch.float16
 
 

@@ -21,7 +21,7 @@ from helpers.cases import (
 
 from bora_kernels import bora_linear
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(4)
 BF16, FP16 = HALVES
 SMALL = {"M": 9, "N": 37, "K": 53, "R": 3}
 

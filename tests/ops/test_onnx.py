@@ -7,7 +7,7 @@ from torch import nn
 from bora_kernels import convert, merge_adapter
 
 pytest.importorskip("onnxscript", reason="the exporter needs onnxscript, of the extra integrations")
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(4)
 evaluator = pytest.importorskip("onnx.reference", reason="needs onnx, of the extra integrations")
 
 

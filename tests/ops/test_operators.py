@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bora_kernels import FusedBoraLinear, FusedDoraLinear, bora_linear
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(4)
 SMALL = {"M": 5, "N": 20, "K": 24, "R": 2}
 
 

@@ -13,7 +13,7 @@ from bora_kernels import FusedBoraLinear, bora_linear
 from bora_kernels.contract import Options
 from bora_kernels.ops import calls, layouts, operators
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(4)
 NAMES = ("lora_A", "lora_B", "magnitude_row", "magnitude_col")
 
 

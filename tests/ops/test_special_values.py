@@ -20,7 +20,7 @@ from helpers.cases import (
 from bora_kernels import bora_linear
 from bora_kernels.reference import bora_linear_ref
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(6)
 BF16 = torch.bfloat16
 SMALL = {"M": 9, "N": 37, "K": 53, "R": 3}
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bora_kernels import FusedBoraLinear, FusedDoraLinear, bora_linear
 from bora_kernels.functional import bora_conv, bora_embedding
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(4)
 SMALL = {"M": 5, "N": 20, "K": 24, "R": 2}
 FUSED = ("torch", "triton")
 
