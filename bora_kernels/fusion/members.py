@@ -265,7 +265,7 @@ _READERS: dict[str, Callable[[Any], Projection | str]] = {
     "bora_kernels.modules.FusedBoraLinear": _read_fused,
     "bora_kernels.modules.FusedDoraLinear": _read_fused,
     "bora_kernels.modules.FusedColumnLinear": _read_fused,
-    "bora_kernels.integrations.peft.layers.BoraLinear": _read_peft_bora,
+    "bora_kernels.integrations.peft.linear.BoraLinear": _read_peft_bora,
     "peft.tuners.lora.layer.Linear": _read_peft_lora,
     "peft.tuners.lora.bnb.Linear4bit": _read_peft_lora,
 }

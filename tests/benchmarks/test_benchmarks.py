@@ -66,6 +66,7 @@ def test_quick_run(tmp_path: Path) -> None:
 NF4 = Case("model", "step", "tiny", 1, 8, 4, "fp32", base="nf4")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("provider", [p for p in PROVIDERS if p.runs(NF4)], ids=lambda p: p.name)
 def test_providers_over_4_bits(provider: Provider) -> None:
     """Each adapts the 4-bit layers themselves, shares their memory, and is right about the weights they stand for."""

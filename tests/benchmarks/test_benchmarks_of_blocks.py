@@ -99,6 +99,7 @@ FURTHER = [case for case in model_cases("cpu") if case.main_only]
 OF_MODELS = [p for p in PROVIDERS if p.runs(FURTHER[0]) and p.by_default(FURTHER[0])]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("provider", OF_MODELS, ids=lambda p: p.name)
 @pytest.mark.parametrize("case", FURTHER, ids=lambda case: case.shape)
 def test_providers_are_right_in_other_families(case: Case, provider: Provider) -> None:

@@ -31,6 +31,7 @@ def peak(function):
     return most
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "backend, bias, most",
     [

@@ -158,6 +158,7 @@ def test_ddp_reduces_the_gradients_of_adapters_only(checkpointing):
 # ---- checkpoints ----
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "path", [("fsdp4", "fsdp2", "single"), ("single", "fsdp2", "fsdp4"), ("ddp2", "fsdp4", "ddp2")]
 )

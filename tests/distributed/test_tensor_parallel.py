@@ -91,6 +91,7 @@ def train_reusing(run: Run) -> tuple[dict, int, int]:
     return results, *counts
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("strategy", ["tp", "fsdp_tp"])
 def test_training_within_reuse_scales_sends_them_once_a_step(strategy):
     run = Run(strategy, checkpointing="inside", micro_batches=2)
@@ -106,6 +107,7 @@ def train_on(run: Run, steps: range, resume: str | None, save: str | None) -> di
     return train(run, steps=steps, resume=resume, save=save)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("path", [("tp2", "single", "fsdp_tp4"), ("fsdp4", "tp4", "tp2")], ids="-".join)
 def test_training_goes_on_from_a_checkpoint_in_another_layout(path, tmp_path):
     parts = []

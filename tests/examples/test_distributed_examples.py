@@ -77,6 +77,7 @@ def test_loss_goes_down():
     assert last < first - 0.5
 
 
+@pytest.mark.slow
 def test_run_goes_on_with_other_ranks_and_another_strategy(on_one_process, tmp_path):
     """Two steps of FSDP on 4 processes, two of DDP on 2, and the adapter at the end as one process exports it."""
     folder, file = tmp_path / "checkpoint", tmp_path / "adapter.safetensors"

@@ -109,6 +109,7 @@ def run(finetune, model, texts, tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "method, dtype",
     [("lora", "float32"), ("dora", "float32"), ("bora", "float32"), ("bora", "bfloat16")],

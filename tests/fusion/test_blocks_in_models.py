@@ -108,6 +108,7 @@ def test_checkpointing(reentrant, calls):
     assert calls["gated_mlp"] == calls["shared_input"] == 4  # forward and again
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("way", ["convert", "peft"])
 def test_compiled_to_one_graph(way):
     torch._dynamo.reset()

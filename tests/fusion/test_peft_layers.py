@@ -233,6 +233,7 @@ def test_files_and_names_stay_those_of_peft(variant, tmp_path):
     assert_same_results(fuse(peft.PeftModel.from_pretrained(make_base(), tmp_path / "fused", is_trainable=True)), plain)
 
 
+@pytest.mark.sampled(2)
 @variants
 def test_compiled_to_one_graph(variant, calls):
     torch._dynamo.reset()

@@ -219,6 +219,7 @@ def apart(monkeypatch):
     return made
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", HALVES, ids=NAMES.get)
 @pytest.mark.parametrize(
     "batch, tokens",

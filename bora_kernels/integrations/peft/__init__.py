@@ -22,7 +22,8 @@ except ModuleNotFoundError as error:
 
 from . import needed  # noqa: F401 # before what would fail without it, or be passed over
 from .config import PEFT_TYPE, BoraConfig
-from .layers import BoraLayer, BoraLinear
+from .layers import BoraLayer
+from .linear import BoraLinear
 from .lora_files import convert_to_lora, save_as_lora
 from .model import BoraModel
 from .other_layers import BoraConv1d, BoraConv2d, BoraConv3d, BoraEmbedding

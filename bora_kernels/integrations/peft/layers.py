@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from ...contract import Adapter, Backend, Members, NormOrder
-from ...functional import bora_linear
+from ...contract import Adapter, Members, NormOrder
 from ...ops import adapted_weight, watch
 from ...ops.elsewhere import tensor_of
 from ...serving import batches
@@ -154,7 +152,14 @@ class BoraLayer(MergingLayer):
         modules = self._modules
         base, lora_A = modules["base_layer"], modules["lora_A"]._modules.get(adapter_name)
         factor = modules["lora_B"]._modules.get(adapter_name) or modules["lora_embedding_B"]
-        if type(base) is self.base_class and through.are_bare(base, factor, lora_A or factor):
+        if (  # nothing at all waits for a call; here, since each function on the way costs host time in every call
+            type(base) is self.base_class
+            and "forward" not in base.__dict__
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
+            and "forward" not in factor.__dict__
+            and not (factor._forward_hooks or factor._forward_pre_hooks or "_fsdp_wrapped_module" in factor._modules)
+            and (lora_A is None or not (lora_A._forward_hooks or lora_A._forward_pre_hooks))
+        ):
             return self._product(x, adapter_name)
         acted_on = self._acted_on()
         through.look_for_hooks(self, factor, lora_A)
@@ -174,13 +179,14 @@ class BoraLayer(MergingLayer):
         names = kwargs.pop("adapter_names", None) if kwargs else None
         if names is not None:
             mixed.check(self, x, names)
-        if self.disable_adapters:
-            if self.merged:
+        active = self._active_adapter  # the property takes two functions
+        if self._disable_adapters:
+            if self.merged_adapters:
                 self.unmerge()
         elif names is not None:
             return self._mixed(x, names, *args, **kwargs)
         elif not self.merged_adapters:
-            for name in self.active_adapters:  # at most one, see ``set_adapter``
+            for name in [active] if isinstance(active, str) else active:  # at most one, see ``set_adapter``
                 if name in self.norm_order:
                     y = self._adapted(x, name)
                     whole = self.scaling[name] == self.full_scaling[name]
@@ -232,69 +238,3 @@ class BoraLayer(MergingLayer):
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)
-
-
-class BoraLinear(BoraLayer, lora.Linear):
-    """``nn.Linear`` or transformers' ``Conv1D`` (a linear layer with a transposed weight) on the fused layer."""
-
-    backend: Backend | None = None  # as in ``bora_linear``; None picks by device
-
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: BoraConfig, **kwargs) -> None:
-        self.fan_in_fan_out = isinstance(self.base_layer, Conv1D)
-        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's ``convert_to_lora`` may make the nearest LoRA of W' − W0: not where W0 is not the model's."""
-        return not self.moved_base
-
-    def _weight(self) -> Tensor:
-        weight = self._base_weight()
-        return weight.T if self.fan_in_fan_out else weight  # [N, K]
-
-    def _matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
-        return self._weight(), self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-
-    def _like_base(self, matrix: Tensor) -> Tensor:
-        return matrix.T.contiguous() if self.fan_in_fan_out else matrix.contiguous()
-
-    mixes_in_one_product = True  # of a dense weight
-
-    def _mixed(self, x: Tensor, names: list[str], *args, **kwargs) -> Tensor:
-        """One read of the weight for all adapters of the batch, where nothing else acts on the layer."""
-        factors = self._modules["lora_B"]._modules
-        own = [name for name in dict.fromkeys(names) if name in factors]
-        if (
-            not self.mixes_in_one_product
-            or self._acted_on()
-            or any("forward" in factors[name].__dict__ or self._share(name) != 1.0 for name in own)
-        ):
-            return super()._mixed(x, names, *args, **kwargs)
-
-        def adapter(name: str) -> tuple[Adapter, float, NormOrder]:
-            tensors = Adapter(self.lora_A[name].weight, self.lora_B[name].weight, *self._magnitudes(name))
-            return tensors, self.full_scaling[name], self.norm_order[name]
-
-        shared = self.mixed_batches or batches.MixedBatches()
-        with torch.no_grad():
-            weight, bias = self._weight(), self.base_layer.bias
-            return shared.linear(self, x, names, weight, bias, factors, adapter, self.backend)
-
-    def _product(self, x: Tensor, adapter_name: str) -> Tensor:
-        modules = self._modules
-        base, dropout = modules["base_layer"], modules["lora_dropout"]._modules[adapter_name]
-        weight, (row, col) = tensor_of(base, "weight"), self._magnitudes(adapter_name)
-        return bora_linear(  # options one by one: dictionaries of them cost host time in every call
-            x,
-            weight.T if self.fan_in_fan_out else weight,
-            tensor_of(modules["lora_A"]._modules[adapter_name], "weight"),
-            tensor_of(modules["lora_B"]._modules[adapter_name], "weight"),
-            row,
-            col,
-            tensor_of(base, "bias"),
-            scaling=self.full_scaling[adapter_name],
-            norm_order=self.norm_order[adapter_name],
-            detach_norm=self.detach_norm[adapter_name],
-            dropout_p=dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
-            training=dropout.training,
-            backend=self.backend,
-        )

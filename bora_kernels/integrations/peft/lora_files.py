@@ -18,7 +18,8 @@ from ...adapters.contents import exact_targets
 from ...adapters.files import PREFIX, copies, write_files
 from ...adapters.lora_files import LoraReport, check_bounds, ranks, truncate
 from . import through
-from .layers import BoraLayer, BoraLinear
+from .layers import BoraLayer
+from .linear import BoraLinear
 from .other_layers import BoraEmbedding
 
 

@@ -22,6 +22,7 @@ _OF = {
         "_convert_state_dict_for_initial_model",
     ),
     tuners_utils: ("_maybe_include_all_linear_layers",),
+    tuners_utils.BaseTunerLayer: ("_active_adapter", "_disable_adapters"),
     nn.Conv1d: ("_conv_forward",),
     nn.Conv2d: ("_conv_forward",),
     nn.Conv3d: ("_conv_forward",),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...functional import bora_linear
 from ...quantized import Quantized, read
 from ...rounding import round_weight
-from .layers import BoraLinear
+from .linear import BoraLinear
 
 
 class BoraQuantizedLinear(BoraLinear):

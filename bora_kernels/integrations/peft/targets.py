@@ -14,7 +14,8 @@ from ...adapters.conversion import matches
 from ...ops import elsewhere, validation
 from ...quantized import read
 from .config import STARTS_FROM_BASE, BoraConfig
-from .layers import BoraLayer, BoraLinear
+from .layers import BoraLayer
+from .linear import BoraLinear
 from .other_layers import BoraConv1d, BoraConv2d, BoraConv3d, BoraEmbedding
 from .quantized import BoraQuantizedLinear
 

@@ -39,18 +39,6 @@ def is_acted_on(base: nn.Module) -> bool:
     return elsewhere.is_offloaded(base)
 
 
-def are_bare(base: nn.Module, *factors: nn.Module) -> bool:
-    """Whether nothing at all waits for the call of these, so that no closer look is needed."""
-    if "forward" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
-        return False
-    for factor in factors:
-        if "forward" in factor.__dict__ or factor._forward_hooks or factor._forward_pre_hooks:
-            return False
-        if "_fsdp_wrapped_module" in factor._modules:
-            return False
-    return True
-
-
 def look_for_hooks(layer: Any, *factors: nn.Module | None) -> None:
     """Warn, once, where a hook waits for the call of a factor, which the layer reads and does not call.
 

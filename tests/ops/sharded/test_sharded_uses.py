@@ -67,6 +67,7 @@ def check_parts(style: str) -> None:
         assert_same(actual | {"x": part.grad, "y": y_part}, expected | {"x": dx, "y": expected_y})
 
 
+@pytest.mark.sampled(2)
 @styles
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_plain_parts_of_any_placement(style, ranks):
