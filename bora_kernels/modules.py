@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from . import quantized
+from ._private import tensor_of
 from .contract import EPS, Adapter, Backend, Members, NormOrder, Options, given
 from .functional import bora_linear
 from .merging import Mergeable
 from .ops import adapted_weight, elsewhere, loaded_base, reuse, validation, watch
-from .ops.elsewhere import tensor_of
 from .quantized.module import QuantizedWeight
 
 if TYPE_CHECKING:

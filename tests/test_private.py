@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,16 @@ def test_what_is_unknown_is_taken_for_the_slower_way(without):
         assert again.is_watched()
     again = without("is_wrapper")
     assert not again.is_wrapper(torch.ones(2)) and not again.is_wrapper(torch.nn.Parameter(torch.ones(2)))
+
+
+def test_tensors_of_modules_that_keep_them_otherwise():
+    module = torch.nn.BatchNorm1d(3)
+    for name in ("weight", "running_mean"):
+        assert _private.tensor_of(module, name) is getattr(module, name)
+    other = types.SimpleNamespace(weight=torch.ones(2))  # neither of the dictionaries
+    assert _private.tensor_of(other, "weight") is other.weight
+    with pytest.raises(AttributeError, match="missing"):
+        _private.tensor_of(module, "missing")
 
 
 def test_a_graph_without_packed_tensors():

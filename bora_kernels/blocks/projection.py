@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _private, quantized
 from ..contract import Adapter, Needs, Options, given, separate_product
-from ..ops import autograd, calls, transforms, validation
+from ..ops import autograd, calls, operators, transforms, validation
 
 # Of a projection: lora_A, lora_B, both magnitudes and bias, None for absent ones, and what the weight is stored as.
 Tensors = tuple[Any, ...]
@@ -197,4 +197,5 @@ def _dense(part: Part, stored: Tensors, x: Tensor, caller: str) -> Tensor:
     if part.layout is None:
         return stored[0].to(x.dtype)
     backend = "torch" if validation.triton_problem(x.device, x.dtype) else "triton"
-    return quantized.dense(part.layout, stored, x.dtype, backend, caller)
+    direct = operators.is_direct(None, *stored)
+    return quantized.dense(part.layout, stored, x.dtype, backend, caller, direct=direct)

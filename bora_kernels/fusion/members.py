@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import quantized
+from .._private import tensor_of
 from ..blocks import Projection
 from ..contract import Adapter, Options
-from ..ops.elsewhere import tensor_of
 from .install import is_waited_for
 
 

@@ -92,7 +92,8 @@ def layer_backward(
     adapter = Adapter(lora_A, lora_B, magnitude_row, magnitude_col)
     plans: object | None = calls.prepare_backward(prepared, dy, saved)
     if layout is not None:
-        weight = quantized.dense(layout, tuple(stored), dy.dtype, given(options.backend), "backward")
+        direct = operators.is_direct(plans, dy, *stored)
+        weight = quantized.dense(layout, stored, dy.dtype, given(options.backend), "backward", direct=direct)
     if product_is_saved and overwritten.is_overwritten(product, dy):
         if x is None:
             raise RuntimeError(f"{_CHANGED}: train lora_A too, or change a copy, layer(x).clone()")
@@ -197,7 +198,8 @@ def layer_forward(
     options, layout, prepared = call
     backend, weight = options.backend, stored[0]
     if layout is not None:
-        weight = quantized.dense(layout, stored, x.dtype, given(backend), "forward")
+        direct = operators.is_direct(prepared, x, *stored)
+        weight = quantized.dense(layout, stored, x.dtype, given(backend), "forward", direct=direct)
     members = adapter.members
     paths = needs.norm_paths(members, options)
     needs_S, needs_D = needs.sums(members, paths)

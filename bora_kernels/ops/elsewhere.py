@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,17 +15,6 @@ def gathered(*tensors: Tensor | None) -> AbstractContextManager:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None)
-
-
-def tensor_of(module: nn.Module, name: str) -> Any:
-    """A parameter, which some engines of sharding keep as a plain attribute, or a buffer.
-
-    A module's attributes are slow to look up: six of them take longer than the rest of a layer's way to its function.
-    """
-    tensors: dict[str, Any] = module._parameters
-    if name not in tensors:
-        tensors = module._buffers
-    return tensors[name] if name in tensors else getattr(module, name)
 
 
 def is_offloaded(module: nn.Module) -> bool:

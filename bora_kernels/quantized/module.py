@@ -7,6 +7,7 @@ import json
 import torch
 from torch import Tensor, nn
 
+from .._private import tensor_of
 from .weights import TENSOR_NAMES, Quantized
 
 
@@ -41,7 +42,7 @@ class StoredWeight(nn.Module):
 
     def stored(self) -> Quantized:
         """What ``bora_linear`` takes."""
-        return Quantized(self.layout, tuple(getattr(self, name) for name in self.names))
+        return Quantized(self.layout, tuple([tensor_of(self, name) for name in self.names]))
 
     def _apply(self, fn, recurse=True):
         def keep_dtype(tensor: Tensor) -> Tensor:

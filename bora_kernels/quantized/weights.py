@@ -14,6 +14,7 @@ Sources: QLoRA, arXiv 2305.14314, section 3 (NF4, double quantization); LLM.int8
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, final
 
 import torch
@@ -79,13 +80,18 @@ class Quantized(NamedTuple):
         return dense(self.layout, self.tensors, dtype or self.layout.dtype, backend, caller)
 
 
-def dense(layout: Layout, tensors: tuple[Tensor, ...], dtype: torch.dtype, backend: str, caller: str) -> Tensor:
+def dense(
+    layout: Layout, tensors: Sequence[Tensor], dtype: torch.dtype, backend: str, caller: str, *, direct: bool = False
+) -> Tensor:
     """The dequantized weight [N, K] in ``dtype``.
 
     ``caller`` is its name. It tells the compiler that the weight made in forward is not to be kept for backward,
-    which it would do with two calls that look alike.
+    which it would do with two calls that look alike. ``direct`` says that nothing needs the dispatcher, which takes the
+    host longer than the launch (``ops.operators.is_direct``).
     """
     kind, shape, own_dtype, block_size = layout
+    if direct:
+        return _dequantize(tensors, kind, shape, block_size, own_dtype, dtype, caller, backend)
     return torch.ops.bora_kernels.dequantize(
         list(tensors), kind, list(shape), list(block_size), own_dtype, dtype, caller, backend
     )

@@ -98,6 +98,26 @@ def test_operator(kind, device):
     torch.library.opcheck(torch.ops.bora_kernels.dequantize.default, arguments)
 
 
+@kinds
+def test_plain_steps_do_without_the_dispatcher_and_what_looks_on_sees_the_operator(kind, device):
+    layer, x = make_layer(kind, device), tokens(device)
+    assert [operators_in(layer, x, watched) for watched in (False, True)] == [0, 2]
+
+
+def operators_in(layer, x, watched: bool) -> int:
+    """How often a step asks the dispatcher for a dense weight, seen by the profiler or by a dispatch mode."""
+    seen = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Names() if watched else torch.profiler.profile() as profile:
+        layer(x).sum().backward()
+    return sum("bora_kernels" in name and "dequantize" in name for name in seen or [e.name for e in profile.events()])
+
+
 # ---- output and gradients ----
 
 

@@ -53,8 +53,8 @@ def test_no_dense_weight_is_left(kind, device, monkeypatch):
     layer, x = make_layer(kind, device), tokens(device)
     made, dense = [], quantized.dense
 
-    def noting_dense(*arguments):
-        weight = dense(*arguments)
+    def noting_dense(*arguments, **options):
+        weight = dense(*arguments, **options)
         made.append(weakref.ref(weight))
         return weight
 
@@ -81,9 +81,9 @@ def work(monkeypatch):
     """Notes each dense weight and each computation of norms."""
     made, dense, forward = [], quantized.dense, operators.forward
 
-    def noting_dense(*arguments):
+    def noting_dense(*arguments, **options):
         made.append(arguments[-1])
-        return dense(*arguments)
+        return dense(*arguments, **options)
 
     def noting_forward(*arguments, **options):
         if arguments[3] is None:  # scales

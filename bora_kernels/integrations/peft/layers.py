@@ -10,9 +10,9 @@ import torch
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
+from ..._private import tensor_of
 from ...contract import Adapter, Members, NormOrder
 from ...ops import adapted_weight, watch
-from ...ops.elsewhere import tensor_of
 from ...serving import batches
 from . import mixed, through
 from .config import STARTS_FROM_BASE, BoraConfig

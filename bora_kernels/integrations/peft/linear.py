@@ -7,9 +7,9 @@ from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..._private import tensor_of
 from ...contract import Adapter, Backend, NormOrder
 from ...functional import bora_linear
-from ...ops.elsewhere import tensor_of
 from ...serving import batches
 from .config import BoraConfig
 from .layers import BoraLayer
