@@ -60,11 +60,19 @@ def _dequantize_nf4_kernel(
 
 
 def dequantize_nf4(
-    parts: Sequence[Tensor], shape: Sequence[int], block_size: Sequence[int], dtype: torch.dtype
+    parts: Sequence[Tensor],
+    shape: Sequence[int],
+    block_size: Sequence[int],
+    dtype: torch.dtype,
+    prepared: object = None,
 ) -> Tensor:
-    """The dense weight of ``shape`` in float32, bfloat16 or float16; parts and block_size as in ``quantized``."""
+    """The dense weight of ``shape`` in float32, bfloat16 or float16; parts and block_size as in ``quantized``.
+
+    For ``prepared`` see ``replay.stage``.
+    """
     tensors = (*parts, None, None, None)[:6]
-    return _dequantize_nf4(*tensors, shape=tuple(shape), block_size=tuple(block_size), dtype=dtype)[0]
+    options = {"shape": tuple(shape), "block_size": tuple(block_size), "dtype": dtype}
+    return _dequantize_nf4(*tensors, **options, prepared=prepared)[0]
 
 
 @stage

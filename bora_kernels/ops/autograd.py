@@ -93,7 +93,8 @@ def layer_backward(
     plans: object | None = calls.prepare_backward(prepared, dy, saved)
     if layout is not None:
         direct = operators.is_direct(plans, dy, *stored)
-        weight = quantized.dense(layout, stored, dy.dtype, given(options.backend), "backward", direct=direct)
+        backend = given(options.backend)
+        weight = quantized.dense(layout, stored, dy.dtype, backend, "backward", direct=direct, prepared=plans)
     if product_is_saved and overwritten.is_overwritten(product, dy):
         if x is None:
             raise RuntimeError(f"{_CHANGED}: train lora_A too, or change a copy, layer(x).clone()")
@@ -199,7 +200,7 @@ def layer_forward(
     backend, weight = options.backend, stored[0]
     if layout is not None:
         direct = operators.is_direct(prepared, x, *stored)
-        weight = quantized.dense(layout, stored, x.dtype, given(backend), "forward", direct=direct)
+        weight = quantized.dense(layout, stored, x.dtype, given(backend), "forward", direct=direct, prepared=prepared)
     members = adapter.members
     paths = needs.norm_paths(members, options)
     needs_S, needs_D = needs.sums(members, paths)

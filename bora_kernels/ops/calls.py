@@ -117,20 +117,20 @@ def _kind(tensors: Arguments, autocast: torch.dtype | None) -> Layouts | None:
     A layer is recognized by its lora_B, and its tensors in one look from C++.
     """
     weight, _, lora_B, magnitude_row, magnitude_col, bias = tensors
-    layer = (id(lora_B), autocast, magnitude_row is None, magnitude_col is None, bias is None)
+    layout, stored = weight if type(weight) is Quantized else (None, (weight,))
+    every = (*stored, *tensors[1:])
+    layer = (id(lora_B), autocast, layout, magnitude_row is None, magnitude_col is None, bias is None)
     kind = _kind_of_layer.get(layer)
-    if kind is not None and kind.same(tensors):  # type: ignore[arg-type] # it tells a quantized weight from a tensor
+    if kind is not None and kind.same(every):
         return kind
     if not _PLAIN_TYPES.issuperset(map(type, tensors)):
         return None
     signature = (autocast, *[None if t is None else _layout(t) for t in tensors])
     kind = _kinds.get(signature)
     if kind is None:
-        stored = weight.tensors if type(weight) is Quantized else (weight,)
-        kind = Layouts((*stored, *tensors[1:]))
+        kind = Layouts(every)
         _remember(_kinds, signature, kind)
-    if type(weight) is not Quantized:
-        _remember(_kind_of_layer, layer, kind)
+    _remember(_kind_of_layer, layer, kind)
     return kind
 
 

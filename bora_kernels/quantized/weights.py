@@ -81,17 +81,18 @@ class Quantized(NamedTuple):
 
 
 def dense(
-    layout: Layout, tensors: Sequence[Tensor], dtype: torch.dtype, backend: str, caller: str, *, direct: bool = False
-) -> Tensor:
+    layout: Layout, tensors: Sequence[Tensor], dtype: torch.dtype, backend: str, caller: str, *,
+    direct: bool = False, prepared: object = None,
+) -> Tensor:  # fmt: skip
     """The dequantized weight [N, K] in ``dtype``.
 
     ``caller`` is its name. It tells the compiler that the weight made in forward is not to be kept for backward,
     which it would do with two calls that look alike. ``direct`` says that nothing needs the dispatcher, which takes the
-    host longer than the launch (``ops.operators.is_direct``).
+    host longer than the launch (``ops.operators.is_direct``); ``prepared`` then stands for the tensors, as in a stage.
     """
     kind, shape, own_dtype, block_size = layout
     if direct:
-        return _dequantize(tensors, kind, shape, block_size, own_dtype, dtype, caller, backend)
+        return _dequantize(tensors, kind, shape, block_size, own_dtype, dtype, caller, backend, prepared)
     return torch.ops.bora_kernels.dequantize(
         list(tensors), kind, list(shape), list(block_size), own_dtype, dtype, caller, backend
     )
@@ -201,7 +202,7 @@ _library = define(
 )
 
 
-def _dequantize(tensors, kind, shape, block_size, own_dtype, dtype, caller, backend):
+def _dequantize(tensors, kind, shape, block_size, own_dtype, dtype, caller, backend, prepared=None):
     if kind not in _FOUR_BIT:
         return _dequantize_rows(tensors, kind, shape, block_size, own_dtype, dtype)
     # from float32 the rounding to dtype is the only one, so the wide weight need not exist
@@ -210,7 +211,7 @@ def _dequantize(tensors, kind, shape, block_size, own_dtype, dtype, caller, back
         from ..kernels import nf4
 
         with torch.cuda.device_of(tensors[0]):
-            return nf4.dequantize_nf4(tensors, shape, block_size, made).to(dtype)
+            return nf4.dequantize_nf4(tensors, shape, block_size, made, prepared).to(dtype)
     import bitsandbytes  # noqa: F401  (registers its operators)
 
     packed, _, absmax, *nested = tensors

@@ -116,20 +116,19 @@ def functions_called(step) -> int:
     return len(calls)
 
 
-def test_a_layer_calls_as_few_functions_as_without_peft():
-    """Each costs the host time in every step."""
-    bare = convert(nn.Sequential(nn.Linear(40, 48)), r=4, alpha=8)
-    root = nn.Sequential(nn.Linear(40, 48))
+def test_a_layer_calls_as_few_functions_as_without_peft(device):
+    """Each costs the host time in every step. A clock would tell that time from noise over many runs alone."""
+    bare = convert(nn.Sequential(nn.Linear(40, 48)).to(device), r=4, alpha=8)
+    root = nn.Sequential(nn.Linear(40, 48)).to(device)
     get_peft_model(root, BoraConfig(r=4, lora_alpha=8, target_modules=["0"]))
-    x = torch.randn(3, 40)
+    x = torch.randn(3, 40, device=device)
     of_bare, of_peft = [[functions_called(lambda m=m: m(x)) for _ in range(3)][-1] for m in (bare, root)]
     assert 20 < of_peft <= of_bare
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens, most", [(1024, 1.05), (8192, 1.03)])
-def test_what_peft_costs(tokens, most):
-    """Over the layers alone, also where the host is what takes the time: it finds tensors in a dozen more modules."""
+def test_peft_costs_at_most_3_percent():
+    """Over the layers alone, by the clock, where the device takes longer than the host."""
 
     def base():
         torch.manual_seed(0)
@@ -138,10 +137,10 @@ def test_what_peft_costs(tokens, most):
     bare = convert(base(), r=16, alpha=32)
     root = base()
     get_peft_model(root, BoraConfig(r=16, lora_alpha=32, target_modules=["0", "1", "2", "3"]))
-    x, dy = (torch.randn(tokens, 4096, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    x, dy = (torch.randn(8192, 4096, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     x.requires_grad_()
     times = times_in_turn({name: lambda m=m: m(x).backward(dy) for name, m in (("bare", bare), ("peft", root))}, 150)
-    assert times["peft"] <= most * times["bare"], times
+    assert times["peft"] <= 1.03 * times["bare"], times
 
 
 # ---- Trainer ----

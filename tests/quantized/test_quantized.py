@@ -98,6 +98,18 @@ def test_operator(kind, device):
     torch.library.opcheck(torch.ops.bora_kernels.dequantize.default, arguments)
 
 
+def test_weights_of_equal_tensors_and_another_layout_are_told_apart(device):
+    """With one adapter, by which a layer is recognized."""
+    layer, x = make_layer("nf4", device), tokens(device)
+    adapter = (layer.lora_A, layer.lora_B, layer.magnitude_row, layer.magnitude_col)
+    stored = layer.weight.stored()
+    turned = stored._replace(layout=stored.layout._replace(block_size=(128,)))  # reads every other absmax
+    for weight in (stored, turned, stored, turned):
+        y = bora_linear(x, weight, *adapter, scaling=0.5)
+        assert torch.equal(y, bora_linear(x, weight.dense(BF16), *adapter, scaling=0.5))
+    assert not torch.equal(stored.dense(BF16), turned.dense(BF16))
+
+
 @kinds
 def test_plain_steps_do_without_the_dispatcher_and_what_looks_on_sees_the_operator(kind, device):
     layer, x = make_layer(kind, device), tokens(device)
