@@ -150,19 +150,20 @@ class BoraLayer(MergingLayer):
 
     def _adapted(self, x: Tensor, adapter_name: str) -> Tensor:
         modules = self._modules
-        base, lora_A = modules["base_layer"], modules["lora_A"]._modules.get(adapter_name)
+        base = modules["base_layer"]
         factor = modules["lora_B"]._modules.get(adapter_name) or modules["lora_embedding_B"]
+        other = modules["lora_A"]._modules.get(adapter_name) or factor
         if (  # nothing at all waits for a call; here, since each function on the way costs host time in every call
             type(base) is self.base_class
             and "forward" not in base.__dict__
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
             and "forward" not in factor.__dict__
             and not (factor._forward_hooks or factor._forward_pre_hooks or "_fsdp_wrapped_module" in factor._modules)
-            and (lora_A is None or not (lora_A._forward_hooks or lora_A._forward_pre_hooks))
+            and not (other._forward_hooks or other._forward_pre_hooks or "_fsdp_wrapped_module" in other._modules)
         ):
             return self._product(x, adapter_name)
         acted_on = self._acted_on()
-        through.look_for_hooks(self, factor, lora_A)
+        through.look_for_hooks(self, factor, other)
         if not acted_on and "forward" not in factor.__dict__:
             return self._product(x, adapter_name)
         dicts = [modules.get(name) for name in self.adapter_layer_names]

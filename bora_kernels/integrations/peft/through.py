@@ -39,15 +39,15 @@ def is_acted_on(base: nn.Module) -> bool:
     return elsewhere.is_offloaded(base)
 
 
-def look_for_hooks(layer: Any, *factors: nn.Module | None) -> None:
+def look_for_hooks(layer: Any, *factors: nn.Module) -> None:
     """Warn, once, where a hook waits for the call of a factor, which the layer reads and does not call.
 
     Raises ValueError where FSDP1 waits for it, which would have to gather it.
     """
     for factor in factors:
-        if factor is not None and (factor.__dict__["_forward_hooks"] or factor.__dict__["_forward_pre_hooks"]):
+        if factor._forward_hooks or factor._forward_pre_hooks:
             _warn_of_hooks(layer.place or type(layer).__name__)
-        if factor is not None and "_fsdp_wrapped_module" in factor._modules:
+        if "_fsdp_wrapped_module" in factor._modules:
             raise ValueError(
                 f"lora_A and lora_B of {layer.place or type(layer).__name__} must not be units of "
                 "FullyShardedDataParallel (fsdp_auto_wrap_policy of PEFT makes them so), since the layer reads "
