@@ -88,7 +88,7 @@ def of_dtensor(tensor: Tensor, name: str) -> Any:
 def tensor_of(module: nn.Module, name: str) -> Any:
     """A parameter, which some engines of sharding keep as a plain attribute, or a buffer.
 
-    A module's attributes are slow to look up: six of them take longer than the rest of a layer's way to its function.
+    A module's attributes are slow to look up: seven of them take longer than the rest of a layer's way to its function.
     """
     kinds = module.__dict__
     tensors = kinds.get("_parameters", ())

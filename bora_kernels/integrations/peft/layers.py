@@ -153,14 +153,7 @@ class BoraLayer(MergingLayer):
         base = modules["base_layer"]
         factor = modules["lora_B"]._modules.get(adapter_name) or modules["lora_embedding_B"]
         other = modules["lora_A"]._modules.get(adapter_name) or factor
-        if (  # nothing at all waits for a call; here, since each function on the way costs host time in every call
-            type(base) is self.base_class
-            and "forward" not in base.__dict__
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
-            and "forward" not in factor.__dict__
-            and not (factor._forward_hooks or factor._forward_pre_hooks or "_fsdp_wrapped_module" in factor._modules)
-            and not (other._forward_hooks or other._forward_pre_hooks or "_fsdp_wrapped_module" in other._modules)
-        ):
+        if type(base) is self.base_class and through.nothing_waits(base, factor, other):
             return self._product(x, adapter_name)
         acted_on = self._acted_on()
         through.look_for_hooks(self, factor, other)
@@ -180,13 +173,13 @@ class BoraLayer(MergingLayer):
         names = kwargs.pop("adapter_names", None) if kwargs else None
         if names is not None:
             mixed.check(self, x, names)
-        active = self._active_adapter  # the property takes two functions
         if self._disable_adapters:
             if self.merged_adapters:
                 self.unmerge()
         elif names is not None:
             return self._mixed(x, names, *args, **kwargs)
         elif not self.merged_adapters:
+            active = self._active_adapter  # the property takes two functions
             for name in [active] if isinstance(active, str) else active:  # at most one, see ``set_adapter``
                 if name in self.norm_order:
                     y = self._adapted(x, name)

@@ -31,12 +31,28 @@ _PRODUCTS: dict[Callable, tuple[int, int]] = {
 }
 
 
+def nothing_waits(base: nn.Module, *factors: nn.Module) -> bool:
+    """Whether nothing at all waits for a call of these, as is so in most steps, asked in little of the host's time.
+
+    Where something may, ``is_acted_on`` and ``look_for_hooks`` tell what.
+    """
+    if "forward" in base.__dict__ or _is_hooked(base):
+        return False
+    for factor in factors:
+        if "forward" in factor.__dict__ or factor._forward_hooks or factor._forward_pre_hooks:
+            return False
+        if "_fsdp_wrapped_module" in factor._modules:
+            return False
+    return True
+
+
 def is_acted_on(base: nn.Module) -> bool:
     """Whether something waits for the call of this layer. Moving inputs to its device, as accelerate does, is none."""
-    attributes = base.__dict__
-    if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or attributes["_backward_hooks"]:
-        return True
-    return elsewhere.is_offloaded(base)
+    return _is_hooked(base) or elsewhere.is_offloaded(base)
+
+
+def _is_hooked(base: nn.Module) -> bool:
+    return bool(base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
 
 
 def look_for_hooks(layer: Any, *factors: nn.Module) -> None:
